@@ -1,0 +1,1 @@
+"""The transfer set: shards, commits, snapshots and the batches read from them."""

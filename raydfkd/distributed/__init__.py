@@ -1,0 +1,1 @@
+"""The same work on Ray; the only package that imports it."""

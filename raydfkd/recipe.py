@@ -1,0 +1,519 @@
+"""The recipe: everything a run depends on, as frozen data with a digest of what affects pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from raydfkd.registry import RecipeError, did_you_mean, explain
+from raydfkd.schedule import WorkUnit, plan_units
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Spec(BaseModel):
+    """Base of every section: frozen, strict, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class PluginSpec(Spec):
+    """A plug-in by name with its options beside it; a bare string is a name without options."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: str
+    """Registered name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The plug-in's own options."""
+        return self.model_extra or {}
+
+
+class TermSpec(Spec):
+    """One weighted term of the objective."""
+
+    model_config = ConfigDict(extra="allow")
+
+    term: str
+    """Registered name of the loss."""
+    weight: float = 1.0
+    """Factor in the objective."""
+    name: str
+    """Name in logs, unique within the objective; the term's own name unless given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_after_term(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"term": value}
+        return {"name": value["term"], **value} if isinstance(value, dict) and "term" in value else value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The term's own options."""
+        return self.model_extra or {}
+
+
+class ImageSpace(Spec):
+    """What the teacher's input looks like: images are in [0, 1], then normalised per channel."""
+
+    channels: Positive = 3
+    """Channels of an image."""
+    size: Positive
+    """Height and width in pixels."""
+    mean: tuple[float, ...]
+    """Mean per channel that normalisation subtracts."""
+    std: tuple[Annotated[float, Field(gt=0)], ...]
+    """Standard deviation per channel that normalisation divides by."""
+
+    @model_validator(mode="after")
+    def _one_value_a_channel(self) -> ImageSpace:
+        for key in ("mean", "std"):
+            if len(getattr(self, key)) != self.channels:
+                raise ValueError(f"{key} has {len(getattr(self, key))} values; channels is {self.channels}, give as many")
+        return self
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        return (self.channels, self.size, self.size)
+
+
+class TeachSpec(Spec):
+    """How to train the teacher on real data where its weights are not there yet."""
+
+    epochs: Positive
+    """Passes over the real training split."""
+    batch_size: Positive = 64
+    """Images per step."""
+    lr: float = 0.01
+    """Peak learning rate of AdamW on a one-cycle schedule."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay."""
+    augment: tuple[PluginSpec, ...] = ()
+    """Augmentations of the real images."""
+    threads: Positive = 1
+    """CPU threads; part of the recipe because a different split of a sum is a different last bit."""
+
+
+class TeacherSpec(Spec):
+    """The trained network that is to be inverted."""
+
+    network: str
+    """Short name, torchvision:NAME, or module:callable."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of the network's constructor."""
+    classes: Annotated[int, Field(ge=2)]
+    """Number of classes, the width of its output."""
+    image_space: ImageSpace
+    """Its input."""
+    weights: str = "${run_dir}/teacher.safetensors"
+    """Path or URL of a .safetensors or .pt state dict, or "random" (for benchmarks and tests)."""
+    train: TeachSpec | None = None
+    """How `raydfkd teach` trains it; `run` does so first where the weights are not there yet."""
+
+
+class StudentSpec(Spec):
+    """The smaller network that is to be trained."""
+
+    network: str
+    """Short name, torchvision:NAME, or module:callable."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of the network's constructor."""
+
+
+class SynthesisSpec(Spec):
+    """How images are made; keys beyond these are options of the synthesizer."""
+
+    model_config = ConfigDict(extra="allow")
+
+    synthesizer: str
+    """Registered name of the synthesizer."""
+    objective: Annotated[tuple[TermSpec, ...], Field(min_length=1)]
+    """Weighted terms, added up."""
+    targets: PluginSpec = PluginSpec(kind="balanced")
+    """Which labels images are made for."""
+    augment: tuple[PluginSpec, ...] = ()
+    """What the teacher sees instead of the bare image, at every step."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the teacher's convolutions; pixels, moments and optimiser stay float32."""
+    threads: Positive = 1
+    """CPU threads of a worker; part of the recipe because a different split of a sum is a different last bit."""
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> SynthesisSpec:
+        names = [term.name for term in self.objective]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two terms are called {name}; give one of them another `name:`")
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The synthesizer's own options."""
+        return self.model_extra or {}
+
+
+class UnitSpec(Spec):
+    """Size of a unit of work."""
+
+    classes: Positive
+    """Classes that share a unit, packed on one device."""
+    images_per_class: Positive
+    """Images of each class in one unit."""
+
+
+class TransferSetSpec(Spec):
+    """Where the synthetic images live and how many there are."""
+
+    uri: str = "${run_dir}/transfer_set"
+    """Any fsspec URL or a local path."""
+    images_per_class: Positive
+    """Images of each class; synthesis ends when every class has them."""
+    unit: UnitSpec
+    """Size of a unit of work."""
+    part_rows: Positive = 4096
+    """Rows of one Parquet file at most."""
+    storage_options: dict[str, Any] = {}
+    """Options of the file system (endpoint, profile, ...); never part of a digest or a report."""
+
+    @model_validator(mode="after")
+    def _whole_units(self) -> TransferSetSpec:
+        if self.images_per_class % self.unit.images_per_class:
+            below = self.images_per_class // self.unit.images_per_class * self.unit.images_per_class
+            above = below + self.unit.images_per_class
+            raise ValueError(
+                f"images_per_class {self.images_per_class} is not a multiple of unit.images_per_class "
+                f"{self.unit.images_per_class}; try {below or above} or {above}"
+            )
+        return self
+
+
+class SourceSpec(Spec):
+    """Where the student's batches come from."""
+
+    kind: Literal["growing", "snapshot"] = "growing"
+    """`growing` trains on what is committed so far; `snapshot` waits for the whole set."""
+    wait_for: Positive = 1
+    """Images that must be committed before the first step (growing)."""
+    complete_by: Fraction = 0.5
+    """Share of the student's steps that may pass before the set is complete; before that the student keeps pace
+    with the synthesis, so that its last steps see every image."""
+    window_rows: Positive = 65536
+    """Rows that are shuffled together; memory per training worker is this many images over the number of workers."""
+
+
+class OptimizerSpec(Spec):
+    """The student's optimiser."""
+
+    kind: Literal["adam", "sgd"] = "adam"
+    """Adam, or SGD with Nesterov momentum."""
+    lr: float
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Weight decay (AdamW's form for adam)."""
+    momentum: float = 0.9
+    """Momentum of sgd; first beta of adam."""
+    schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
+    """Learning rate over the steps."""
+
+
+class DistillSpec(Spec):
+    """How the student is trained."""
+
+    steps: Positive
+    """Optimiser steps."""
+    batch_size: Positive = 128
+    """Images per step over all training workers."""
+    criterion: PluginSpec
+    """Distance between student and teacher."""
+    optimizer: OptimizerSpec
+    """Optimiser and schedule."""
+    source: SourceSpec = SourceSpec()
+    """Which images, when."""
+    augment: tuple[PluginSpec, ...] = ()
+    """Augmentations of the synthetic images."""
+    teacher_logits: Literal["live", "stored"] = "live"
+    """`live` asks the teacher about each augmented image; `stored` reads its logits from the set."""
+    checkpoint_every: Positive = 500
+    """Steps between checkpoints."""
+    log_every: Positive = 50
+    """Steps between entries of the learning curve."""
+    threads: Positive = 1
+    """CPU threads of a training worker."""
+
+    @model_validator(mode="after")
+    def _stored_logits_fit_the_image(self) -> DistillSpec:
+        if self.teacher_logits == "stored" and self.augment:
+            raise ValueError('teacher_logits "stored" belongs to the bare image; use "live" or drop augment')
+        return self
+
+
+class Range(Spec):
+    """An elastic number of workers."""
+
+    min: Annotated[int, Field(ge=0)]
+    """At least."""
+    max: Positive
+    """At most."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is more than max {self.max}; swap them")
+        return self
+
+
+class RuntimeSpec(Spec):
+    """Where the work runs; nothing here changes a pixel."""
+
+    executor: Literal["ray", "local"] = "ray"
+    """`ray`, or everything in this process."""
+    address: str = "auto"
+    """Ray cluster to join; `auto` joins a running one or starts one here."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where the worker has a GPU."""
+    workers: Range = Range(min=1, max=1)
+    """Synthesis actors."""
+    cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
+    """CPUs that a synthesis actor reserves."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs or share of one that a synthesis actor reserves."""
+    student_workers: Range = Range(min=1, max=1)
+    """Workers of the training job."""
+    cpus_per_student_worker: Annotated[float, Field(ge=0)] = 1.0
+    """CPUs that a training worker reserves."""
+    gpus_per_student_worker: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs that a training worker reserves."""
+    max_attempts: Positive = 3
+    """Failures of a unit before it is set aside."""
+
+    @model_validator(mode="after")
+    def _somebody_trains(self) -> RuntimeSpec:
+        if self.student_workers.min < 1:
+            raise ValueError("student_workers.min is 0, but the student needs at least 1 worker")
+        return self
+
+
+class Recipe(Spec):
+    """A whole run, as data."""
+
+    name: str
+    """Names the run; letters, digits, dash, dot and underscore."""
+    seed: int = 0
+    """Every other seed derives from this one."""
+    run_dir: str = "runs/${name}"
+    """Folder of reports, student and checkpoints."""
+    teacher: TeacherSpec
+    """The network to invert."""
+    student: StudentSpec
+    """The network to train."""
+    real_data: PluginSpec | None = None
+    """Real images that train the teacher where it has to be trained, and judge the student; nothing else reads them."""
+    synthesis: SynthesisSpec
+    """How images are made."""
+    transfer_set: TransferSetSpec
+    """Where they go and how many."""
+    distill: DistillSpec
+    """How the student is trained."""
+    runtime: RuntimeSpec = RuntimeSpec()
+    """Where the work runs."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ValueError(f"name is {self.name!r}; use letters, digits, dash, dot and underscore")
+        if self.teacher.train is not None and self.real_data is None:
+            raise ValueError("teacher.train needs real_data; say which, or drop train and give weights")
+        if self.transfer_set.unit.classes > self.teacher.classes:
+            raise ValueError(
+                f"transfer_set.unit.classes is {self.transfer_set.unit.classes}, but the teacher has "
+                f"{self.teacher.classes} classes; use at most that"
+            )
+        return self
+
+    def plan(self) -> tuple[WorkUnit, ...]:
+        """The units of work of this recipe, in order."""
+        return plan_units(
+            seed=self.seed,
+            num_classes=self.teacher.classes,
+            images_per_class=self.transfer_set.images_per_class,
+            classes_per_unit=self.transfer_set.unit.classes,
+            images_per_class_per_unit=self.transfer_set.unit.images_per_class,
+        )
+
+    def digest(self, weights_sha256: str) -> str:
+        """SHA-256 of what affects a unit's pixels: seed, teacher and its weights, synthesis, size of a unit.
+
+        Not the number of images: a longer plan begins with the units of a shorter one, so a set can be extended.
+        """
+        payload = {
+            "format": 1,
+            "seed": self.seed,
+            "teacher": self.teacher.model_dump(mode="json", include={"network", "options", "classes", "image_space"}),
+            "weights": weights_sha256,
+            "synthesis": self.synthesis.model_dump(mode="json"),
+            "unit": self.transfer_set.unit.model_dump(mode="json"),
+        }
+        return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+
+    def shown(self) -> dict[str, Any]:
+        """The recipe as plain data without secrets, for reports and logs."""
+        data = self.model_dump(mode="json")
+        data["transfer_set"]["storage_options"] = sorted(self.transfer_set.storage_options)
+        return data
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-4 is a number and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise RecipeError(f"{key}: given twice{node.start_mark}; keep one of them".replace("\n", " "))
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def packaged_recipes() -> list[str]:
+    """Names of the recipes that come with raydfkd."""
+    folder = importlib.resources.files("raydfkd") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(source: str | Path, overrides: tuple[str, ...] | list[str] = (), run_dir: str | None = None) -> Recipe:
+    """Read a recipe from a file or by the name of a packaged one.
+
+    A recipe may start from another: ``recipe: NAME`` takes everything from that one and replaces what is given.
+    ``overrides`` are ``a.b.c=value`` with YAML values; an entry of a list is addressed by its name or position.
+
+    Raises:
+        RecipeError: with the key, its value and what would be right.
+    """
+    data = _read(str(source), seen=())
+    for override in overrides:
+        _override(data, override)
+    if run_dir is not None:
+        data["run_dir"] = run_dir
+    _expand(data)
+    try:
+        return Recipe.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        raise RecipeError(explain(error, "", Recipe)) from None
+
+
+def _read(source: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    if source in seen:
+        raise RecipeError(f"recipe: {' -> '.join((*seen, source))} goes in a circle; name another base")
+    path = Path(source)
+    if path.is_file():
+        text = path.read_text()
+    elif source in packaged_recipes():
+        text = (importlib.resources.files("raydfkd") / "recipes" / f"{source}.yaml").read_text()
+    elif path.suffix in (".yaml", ".yml") or "/" in source:
+        raise RecipeError(f"{source}: no such file; give a recipe file or one of: {', '.join(packaged_recipes())}")
+    else:
+        raise RecipeError(f"{source}: no such recipe; {did_you_mean(source, packaged_recipes())}")
+    try:
+        data = yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise RecipeError(f"{source} is not a recipe: the top of the file must be keys like `teacher:`")
+    base = data.pop("recipe", None)
+    return data if base is None else _merge(_read(str(base), (*seen, source)), data)
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes`` in it: mappings merge, everything else is replaced."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"--set {override}: write it as key=value, such as seed=1")
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {override}: {text!r} is not a YAML value; quote it") from None
+    place: Any = data
+    parts = path.split(".")
+    for depth, part in enumerate(parts):
+        key: Any = part
+        if isinstance(place, list):
+            names = [_entry_name(entry) for entry in place]
+            if part.isdigit() and int(part) < len(place):
+                key = int(part)
+            elif part in names:
+                key = names.index(part)
+            else:
+                where = ".".join(parts[:depth])
+                raise RecipeError(f"--set {override}: {where} has no entry {part!r}; {did_you_mean(part, names)}")
+            if isinstance(place[key], str) and depth < len(parts) - 1:
+                place[key] = {"term" if "objective" in parts[:depth] else "kind": place[key]}
+        elif not isinstance(place, dict):
+            raise RecipeError(f"--set {override}: {'.'.join(parts[:depth])} is {place!r}, which has no keys inside")
+        if depth == len(parts) - 1:
+            place[key] = value
+        elif isinstance(place, dict):
+            place = place.setdefault(key, {})
+        else:
+            place = place[key]
+
+
+def _entry_name(entry: Any) -> str:
+    if isinstance(entry, dict):
+        return str(entry.get("name") or entry.get("term") or entry.get("kind"))
+    return str(entry)
+
+
+def _expand(data: dict[str, Any]) -> None:
+    """Put the run's name and folder where ``${name}`` and ``${run_dir}`` stand."""
+    values = {"name": str(data.get("name", ""))}
+    run_dir = data.get("run_dir", Recipe.model_fields["run_dir"].default)
+    values["run_dir"] = str(run_dir).replace("${name}", values["name"]).rstrip("/")
+
+    def expand(value: Any, where: str) -> Any:
+        if isinstance(value, dict):
+            return {key: expand(inner, f"{where}.{key}".lstrip(".")) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [expand(inner, f"{where}.{index}") for index, inner in enumerate(value)]
+        if not isinstance(value, str):
+            return value
+        for name in re.findall(r"\$\{(\w+)\}", value):
+            if name not in values:
+                raise RecipeError(f"{where} is {value!r}: unknown placeholder; {did_you_mean(name, values)}")
+            value = value.replace(f"${{{name}}}", values[name])
+        return value
+
+    data["run_dir"] = values["run_dir"]
+    for section, key in (("teacher", "weights"), ("transfer_set", "uri")):
+        model = TeacherSpec if section == "teacher" else TransferSetSpec
+        if isinstance(data.get(section), dict):
+            data[section].setdefault(key, model.model_fields[key].default)
+    data.update(expand(data, ""))
