@@ -85,7 +85,9 @@ class ImageSpace(Spec):
     def _one_value_a_channel(self) -> ImageSpace:
         for key in ("mean", "std"):
             if len(getattr(self, key)) != self.channels:
-                raise ValueError(f"{key} has {len(getattr(self, key))} values; channels is {self.channels}, give as many")
+                raise ValueError(
+                    f"{key} has {len(getattr(self, key))} values; channels is {self.channels}, give as many"
+                )
         return self
 
     @property
@@ -372,11 +374,22 @@ class Recipe(Spec):
         }
         return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 
+    def located(self) -> Recipe:
+        """The same recipe with absolute local paths, for processes that stand in another folder."""
+        teacher = self.teacher.model_copy(update={"weights": _located(self.teacher.weights)})
+        transfer_set = self.transfer_set.model_copy(update={"uri": _located(self.transfer_set.uri)})
+        changes = {"teacher": teacher, "transfer_set": transfer_set, "run_dir": _located(self.run_dir)}
+        return self.model_copy(update=changes)
+
     def shown(self) -> dict[str, Any]:
         """The recipe as plain data without secrets, for reports and logs."""
         data = self.model_dump(mode="json")
         data["transfer_set"]["storage_options"] = sorted(self.transfer_set.storage_options)
         return data
+
+
+def _located(path: str) -> str:
+    return path if "://" in path or path == "random" else str(Path(path).absolute())
 
 
 class _Loader(yaml.SafeLoader):
@@ -445,7 +458,12 @@ def _read(source: str, seen: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with ``changes`` in it: mappings merge, everything else is replaced."""
+    """``base`` with ``changes`` in it: mappings merge, everything else is replaced.
+
+    A mapping that names another plug-in replaces the old one whole, whose options would not suit it.
+    """
+    if any(base.get(key, name) != name for key, name in changes.items() if key in ("kind", "synthesizer")):
+        return changes
     merged = dict(base)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)

@@ -107,12 +107,18 @@ class Registry(Generic[T]):
             OptionDoc(
                 name=parameter.name,
                 type=str(parameter.annotation),
-                default="required" if parameter.default is parameter.empty else json.dumps(parameter.default),
+                default="required"
+                if parameter.default is parameter.empty
+                else json.dumps(parameter.default, default=_plain),
                 meaning=meanings.get(parameter.name, ""),
             )
             for parameter in _option_parameters(factory)
         ]
         return doc.partition("\n")[0], options
+
+
+def _plain(value: BaseModel) -> Any:
+    return value.model_dump(mode="json")
 
 
 def _option_parameters(factory: Callable[..., Any]) -> list[inspect.Parameter]:

@@ -18,7 +18,8 @@ def derive_seed(*parts: object) -> int:
 class Request:
     """What a synthesizer is asked for: ``images_per_class`` images of each class, from these seeds.
 
-    ``class_seeds`` belong to the classes, whoever shares their pack; ``seed`` to the unit as a whole.
+    ``class_seeds`` belong to the classes, ``seed`` is common to all packs of a repeat: what a class draws from either
+    does not depend on who shares its pack.
     """
 
     classes: tuple[int, ...]
@@ -57,7 +58,7 @@ def plan_units(
             request = Request(
                 classes=classes,
                 images_per_class=images_per_class_per_unit,
-                seed=derive_seed(seed, unit_id),
+                seed=derive_seed(seed, "repeat", repeat),
                 class_seeds=tuple(derive_seed(seed, "class", label, repeat) for label in classes),
             )
             units.append(WorkUnit(id=unit_id, request=request))

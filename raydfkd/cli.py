@@ -1,0 +1,296 @@
+"""The command line. Torch and Ray are imported when a command needs them, so that --help is instant."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+import yaml
+from rich.console import Console
+
+from raydfkd.recipe import Recipe, load_recipe
+from raydfkd.registry import RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from raydfkd.job import Executor, SynthesisOutcome
+    from raydfkd.progress import Monitor
+
+DONE, INCOMPLETE, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    name="raydfkd",
+    help="Data-free knowledge distillation at cluster scale.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+bench = typer.Typer(help="Measure speed against published loops and raw libraries.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+Source = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a packaged recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, e.g. --set seed=1.")
+]
+RunDir = Annotated[str | None, typer.Option(help="Folder of reports, student and checkpoints.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
+On = Annotated[str | None, typer.Option("--on", metavar="ray|local", help="Where to work; the recipe says otherwise.")]
+
+
+def main() -> None:
+    """Entry point of the console script: turns what went wrong into one line and an exit code."""
+    sys.path.insert(0, "")  # module:callable means modules beside the recipe's user, as with `python -m`
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        result = app(standalone_mode=False)
+    except RecipeError as error:
+        _complain(str(error))
+        sys.exit(WRONG_INPUT)
+    except typer.Abort:
+        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt:
+        _complain("interrupted; what was committed stays, and the same command goes on from there")
+        sys.exit(INTERRUPTED)
+    except typer.TyperException as error:
+        _complain(error.format_message())
+        sys.exit(WRONG_INPUT)
+    sys.exit(result if isinstance(result, int) else DONE)
+
+
+def _complain(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _load(source: str, overrides: list[str] | None, run_dir: str | None, on: str | None = None) -> Recipe:
+    given = list(overrides or [])
+    if on is not None:
+        if on not in ("ray", "local"):
+            raise RecipeError(f"--on is {on!r}; {did_you_mean(on, ['ray', 'local'])}")
+        given.append(f"runtime.executor={on}")
+    return load_recipe(source, given, run_dir)
+
+
+def _executor(recipe: Recipe) -> Executor:
+    if recipe.runtime.executor == "ray":
+        from raydfkd.distributed.run import RayExecutor
+
+        return RayExecutor()
+    from raydfkd.local import LocalExecutor
+
+    return LocalExecutor()
+
+
+def _console(*, is_json: bool) -> Console:
+    """Where people read: standard error when standard output belongs to a script."""
+    return Console(stderr=is_json)
+
+
+def _exit_code(outcome: SynthesisOutcome) -> int:
+    return INCOMPLETE if outcome.quarantined else DONE
+
+
+@app.command()
+def run(
+    recipe: Source,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    on: On = None,
+    as_json: AsJson = False,
+) -> int:
+    """Do everything: teach if needed, synthesize and distil at once, judge, report."""
+    from raydfkd import pipeline
+    from raydfkd.job import open_job
+    from raydfkd.report import summary_table
+
+    started = time.monotonic()
+    plan = _load(recipe, overrides, run_dir, on)
+    data = pipeline.check(plan)
+    console = _console(is_json=as_json)
+    with pipeline.monitored(plan, console) as monitor:
+        pipeline.ensure_teacher(plan, monitor)
+        job = open_job(plan)
+        monitor.say("teacher", "from here on no real image is read")
+        pipeline.announce(job, monitor)
+        outcome, state = _executor(plan).run(job, monitor)
+    student = pipeline.save_student(job, state)
+    judged = pipeline.evaluate(plan, str(student), data)
+    found = pipeline.report(
+        job, judged, monitor, outcome, seconds=time.monotonic() - started, command=pipeline.command_line()
+    )
+    page = pipeline.write(job, found, data)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        console.print(summary_table(found))
+        console.print(f"report    {page}\nstudent   {student}", highlight=False, soft_wrap=True)
+    if outcome.quarantined:
+        _explain_incomplete(outcome, len(job.units))
+    return _exit_code(outcome)
+
+
+def _explain_incomplete(outcome: SynthesisOutcome, planned: int) -> None:
+    for failure in outcome.quarantined:
+        _complain(f"unit {failure.unit} failed {failure.attempt} times ({failure.error}); set aside")
+    _complain(
+        f"{planned - len(outcome.quarantined)} of {planned} units are done; the same command tries the others again"
+    )
+
+
+@app.command()
+def teach(recipe: Source, overrides: Overrides = None, run_dir: RunDir = None, as_json: AsJson = False) -> int:
+    """Train the recipe's teacher on real data, anew even where its weights are there."""
+    from raydfkd import pipeline
+
+    plan = _load(recipe, overrides, run_dir)
+    pipeline.check_teacher(plan)
+    with pipeline.monitored(plan, _console(is_json=as_json)) as monitor:
+        pipeline.ensure_teacher(plan, monitor, again=True)
+    if as_json:
+        typer.echo(json.dumps({"weights": plan.teacher.weights}))
+    return DONE
+
+
+def _with_job(
+    source: str,
+    overrides: list[str] | None,
+    run_dir: str | None,
+    on: str | None,
+    is_json: bool,
+    work: Callable[[Executor, Any, Monitor], dict[str, Any]],
+) -> int:
+    from raydfkd import pipeline
+    from raydfkd.job import open_job
+
+    plan = _load(source, overrides, run_dir, on)
+    pipeline.check(plan)
+    console = _console(is_json=is_json)
+    with pipeline.monitored(plan, console) as monitor:
+        pipeline.ensure_teacher(plan, monitor)
+        job = open_job(plan)
+        pipeline.announce(job, monitor)
+        found = work(_executor(plan), job, monitor)
+    code = int(found.pop("exit_code", DONE))
+    typer.echo(json.dumps(found) if is_json else "\n".join(f"{key:20} {value}" for key, value in found.items()))
+    return code
+
+
+@app.command()
+def synthesize(
+    recipe: Source, overrides: Overrides = None, run_dir: RunDir = None, on: On = None, as_json: AsJson = False
+) -> int:
+    """Make the transfer set only."""
+
+    def work(executor: Executor, job: Any, monitor: Monitor) -> dict[str, Any]:
+        outcome = executor.synthesize(job, monitor)
+        if outcome.quarantined:
+            _explain_incomplete(outcome, len(job.units))
+        snapshot = job.snapshot()
+        return {
+            "images": snapshot.images,
+            "images_per_second": round(monitor.images_per_second, 3),
+            "units": f"{len(snapshot.commits)}/{len(job.units)}",
+            "content_digest": snapshot.content_digest(),
+            "transfer_set": job.recipe.transfer_set.uri,
+            "exit_code": _exit_code(outcome),
+        }
+
+    return _with_job(recipe, overrides, run_dir, on, as_json, work)
+
+
+@app.command()
+def distill(
+    recipe: Source, overrides: Overrides = None, run_dir: RunDir = None, on: On = None, as_json: AsJson = False
+) -> int:
+    """Train the student only, on a transfer set that is there or being made elsewhere."""
+    from raydfkd import pipeline
+
+    def work(executor: Executor, job: Any, monitor: Monitor) -> dict[str, Any]:
+        student = pipeline.save_student(job, executor.distill(job, monitor))
+        return {"student": str(student), "images": job.snapshot().images}
+
+    return _with_job(recipe, overrides, run_dir, on, as_json, work)
+
+
+@app.command()
+def evaluate(
+    recipe: Source,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    student: Annotated[str | None, typer.Option(help="Weights; the run's student.safetensors unless given.")] = None,
+    split: Annotated[str, typer.Option(help="test or validation; choose methods on validation only.")] = "test",
+    as_json: AsJson = False,
+) -> int:
+    """Judge a saved student on the recipe's real data."""
+    from raydfkd import pipeline
+
+    plan = _load(recipe, overrides, run_dir)
+    data = pipeline.check(plan)
+    if split not in ("test", "validation"):
+        raise RecipeError(f"--split is {split!r}; {did_you_mean(split, ['test', 'validation'])}")
+    weights = student or str(Path(plan.run_dir) / "student.safetensors")
+    chosen: Literal["test", "validation"] = "test" if split == "test" else "validation"
+    judged = pipeline.evaluate(plan, weights, data, split=chosen)
+    if as_json:
+        typer.echo(json.dumps(judged))
+    else:
+        for role in ("teacher", "student"):
+            top1 = judged[role]["top1"]
+            typer.echo(f"{role:10} {'not judged (no real data)' if top1 is None else f'{top1:.2%}'}")
+        typer.echo(f"agreement  {judged['agreement']:.2%}   on {judged['judged_on']}")
+    return DONE
+
+
+@app.command()
+def check(recipe: Source, overrides: Overrides = None, run_dir: RunDir = None, as_json: AsJson = False) -> int:
+    """Validate a recipe and print it resolved; nothing is made."""
+    from raydfkd import pipeline
+
+    plan = _load(recipe, overrides, run_dir)
+    pipeline.check(plan)
+    units = plan.plan()
+    if as_json:
+        typer.echo(json.dumps(plan.shown()))
+        return DONE
+    typer.echo(yaml.safe_dump(plan.shown(), sort_keys=False, default_flow_style=None).rstrip())
+    typer.echo(f"# sound: {len(units)} units, {sum(unit.request.count for unit in units):,} images")
+    return DONE
+
+
+@app.command()
+def show(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A family, a plug-in or a recipe.")] = None,
+) -> int:
+    """List recipes and plug-ins with their options, or explain one of them."""
+    from raydfkd.catalog import show as catalog
+
+    for line in catalog(name):
+        typer.echo(line)
+    return DONE
+
+
+@app.command()
+def report(recipe: Source, overrides: Overrides = None, run_dir: RunDir = None, as_json: AsJson = False) -> int:
+    """Write report.html anew from a finished run, and print its table."""
+    from raydfkd import pipeline
+    from raydfkd.job import open_job
+    from raydfkd.report import summary_table
+
+    plan = _load(recipe, overrides, run_dir)
+    path = Path(plan.run_dir) / "report.json"
+    if not path.is_file():
+        raise RecipeError(f"run_dir is {plan.run_dir!r}: there is no report.json; `raydfkd run` writes it")
+    found = json.loads(path.read_text())
+    page = pipeline.write(open_job(plan), found, pipeline.check(plan))
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        console = _console(is_json=False)
+        console.print(summary_table(found))
+        console.print(f"report    {page}", highlight=False, soft_wrap=True)
+    return DONE

@@ -1,0 +1,136 @@
+"""Records of what is in a transfer set: parts, commits and snapshots, as data and as JSON."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Annotated, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+T = TypeVar("T")
+
+# a diverged objective is NaN and has to survive the round trip
+RECORD = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
+"""How every record is read and written."""
+
+UnitId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*$", max_length=128)]
+"""Usable as a file name everywhere; no separator and no ``..``."""
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One Parquet file of a unit."""
+
+    __pydantic_config__ = RECORD
+
+    path: Annotated[str, Field(pattern=r"^parts/[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*\.parquet$")]
+    """Relative to the set."""
+    rows: Count
+    """Images in it."""
+    bytes: Count
+    """Size of the file."""
+    sha256: Sha256
+    """Of the file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """The record that makes a unit part of the set."""
+
+    __pydantic_config__ = RECORD
+
+    unit: UnitId
+    attempt: int
+    """Which attempt at the unit this was, from 1."""
+    seed: int
+    """The unit's seed."""
+    images: Count
+    """Rows of all parts."""
+    parts: tuple[Part, ...]
+    """In the order the rows were written."""
+    content: Sha256
+    """``rows_digest`` of the rows: the same whoever made them, in whatever parts."""
+    objective: float
+    """Mean over images of the objective they were kept with."""
+    student_version: int
+    """Newest student that judged them; -1 for none."""
+    seconds: float
+    """Time the attempt took."""
+    curve: tuple[dict[str, float], ...]
+    """Parts of the objective over the steps of synthesis."""
+
+    def to_json(self) -> bytes:
+        """The record as it is stored."""
+        return _COMMIT.dump_json(self)
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Commit:
+        """Read a record.
+
+        Raises:
+            ValueError: not exactly such a record, or one that points outside the set's folder.
+        """
+        commit = parse_record(_COMMIT, data)
+        if sum(part.rows for part in commit.parts) != commit.images:
+            raise ValueError(f"images is {commit.images}, but its parts have {sum(part.rows for part in commit.parts)}")
+        return commit
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What was committed at one moment; saved with a student, it says which images an epoch consisted of."""
+
+    commits: tuple[Commit, ...]
+    """Sorted by unit."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "commits", tuple(sorted(self.commits, key=lambda commit: commit.unit)))
+
+    @property
+    def images(self) -> int:
+        """Images of all commits."""
+        return sum(commit.images for commit in self.commits)
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Ids of the committed units, sorted."""
+        return tuple(commit.unit for commit in self.commits)
+
+    def content_digest(self) -> str:
+        """SHA-256 of all rows unit by unit; depends neither on the order of commits nor on who made them."""
+        lines = sorted(f"{commit.unit}:{commit.content}" for commit in self.commits)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def to_json(self) -> bytes:
+        """The snapshot as UTF-8."""
+        return b"[" + b",".join(commit.to_json() for commit in self.commits) + b"]"
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Snapshot:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            ValueError: not a list of commits.
+        """
+        return cls(parse_record(_COMMITS, data))
+
+
+def parse_record(adapter: TypeAdapter[T], data: bytes) -> T:
+    """Read JSON that may come from anybody.
+
+    Raises:
+        ValueError: in one line, what is wrong first.
+    """
+    try:
+        return adapter.validate_json(data)
+    except ValidationError as error:
+        finding = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, finding["loc"]))
+        raise ValueError(f"{where}: {finding['msg']}" if where else finding["msg"]) from None
+
+
+_COMMIT = TypeAdapter(Commit)
+_COMMITS = TypeAdapter(tuple[Commit, ...])

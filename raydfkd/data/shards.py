@@ -1,0 +1,219 @@
+"""Parquet parts: how synthetic batches become bytes and bytes become tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from raydfkd.batches import SyntheticBatch
+
+GROUP_BYTES = 32 * 2**20
+"""Pixels in one row group, and in one part that ``TransferSet`` writes; a part is fetched and held whole."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredRows:
+    """What students see of a part's rows, in the order they were written.
+
+    N rows, images of C channels, K classes.
+    """
+
+    images: Tensor
+    """[N, C, H, W], uint8."""
+    labels: Tensor
+    """[N], int64."""
+    teacher_logits: Tensor
+    """[N, K], float16."""
+
+    def __len__(self) -> int:
+        """Rows in the part."""
+        return len(self.labels)
+
+
+def encode_part(batches: Sequence[SyntheticBatch], *, unit: str, seed: int, first_index: int) -> bytes:
+    """Write checked batches as one Parquet file, without copying pixels on the way into it.
+
+    Images and logits are fixed-size binary, since Parquet has no uint8 and would store tensors and lists value by
+    value, four times as large and many times slower. The other columns say where a row comes from, to readers of other
+    tools: unit and its seed, number of the row in the unit (from ``first_index``), objective and student version.
+    """
+    assert sum(map(len, batches)) > 0, "a part has rows"
+    shape, classes = tuple(batches[0].images.shape[1:]), batches[0].teacher_logits.shape[1]
+    schema = _schema(shape, classes)
+    tables, index = [], first_index
+    for batch in batches:
+        tables.append(_record_batch(batch, schema, unit=unit, seed=seed, first_index=index))
+        index += len(batch)
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        pa.Table.from_batches(tables),
+        sink,
+        row_group_size=max(1, GROUP_BYTES // schema.field("image").type.byte_width),
+        compression="none",
+        use_dictionary=["objective", "student_version", "unit", "seed"],
+        write_statistics=["label", "index"],
+    )
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def decode_part(data: bytes) -> StoredRows:
+    """Read what ``encode_part`` wrote; nothing in the file decides what code runs.
+
+    Raises:
+        ValueError: not Parquet, damaged, or with a schema that is not exactly ours; says what is wrong with it.
+    """
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data))
+        schema = file.schema_arrow
+        shape, classes = _declared_size(schema)
+        _check_schema(schema, expected=_schema(shape, classes))
+        table = file.read(columns=["image", "label", "teacher_logits"])
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"cannot be read as Parquet ({' '.join(str(error).split())})") from error
+    count = table.num_rows
+    pixels = int(np.prod(shape))
+    return StoredRows(
+        images=_tensor(table["image"], pa.uint8(), count * pixels).view(count, *shape),
+        labels=_tensor(table["label"], pa.int32(), count).long(),
+        teacher_logits=_tensor(table["teacher_logits"], pa.float16(), count * classes).view(count, classes),
+    )
+
+
+def on_host(batch: SyntheticBatch) -> SyntheticBatch:
+    """The batch in CPU memory, contiguous.
+
+    Raises:
+        ValueError: a tensor has another type or shape than ``SyntheticBatch`` promises.
+    """
+    for name, dtype, dim in (("images", torch.uint8, 4), ("labels", torch.int64, 1), ("teacher_logits", torch.half, 2)):
+        tensor: Tensor = getattr(batch, name)
+        if tensor.dtype != dtype or tensor.dim() != dim or len(tensor) != len(batch):
+            raise ValueError(
+                f"{name} of a batch of {len(batch)} is {tensor.dtype} {list(tensor.shape)}, "
+                f"but a transfer set stores {dtype} with {dim} dimensions, the first {len(batch)}"
+            )
+    return replace(
+        batch,
+        images=batch.images.detach().cpu().contiguous(),
+        labels=batch.labels.detach().cpu().contiguous(),
+        teacher_logits=batch.teacher_logits.detach().cpu().contiguous(),
+    )
+
+
+class RowsDigest:
+    """SHA-256 over pixels, labels and logits of rows that come in batches.
+
+    The three go into a hash each, so that rows can come in one batch or in many without a difference.
+    """
+
+    def __init__(self) -> None:
+        self._hashes = (hashlib.sha256(), hashlib.sha256(), hashlib.sha256())
+        self._header = ""
+
+    def update(self, batch: SyntheticBatch) -> None:
+        """Add the rows of a batch on the host."""
+        self._header = f"{list(batch.images.shape[1:])} {list(batch.teacher_logits.shape[1:])}"
+        images, labels, logits = self._hashes
+        images.update(batch.images.numpy().data)
+        labels.update(batch.labels.numpy().astype("<i4").data)
+        logits.update(batch.teacher_logits.numpy().astype("<f2", copy=False).data)
+
+    def hexdigest(self) -> str:
+        """The digest of all rows so far."""
+        return hashlib.sha256(self._header.encode() + b"".join(part.digest() for part in self._hashes)).hexdigest()
+
+
+def rows_digest(batches: Iterable[SyntheticBatch]) -> str:
+    """SHA-256 of what students see of these rows, however they were split into batches or parts."""
+    digest = RowsDigest()
+    for batch in batches:
+        digest.update(on_host(batch))
+    return digest.hexdigest()
+
+
+def _schema(shape: tuple[int, ...], classes: int) -> pa.Schema:
+    image = {"shape": ",".join(map(str, shape)), "dtype": "uint8"}
+    logits = {"shape": str(classes), "dtype": "float16"}
+    return pa.schema(
+        [
+            pa.field("image", pa.binary(int(np.prod(shape))), nullable=False, metadata=image),
+            pa.field("label", pa.int32(), nullable=False),
+            pa.field("teacher_logits", pa.binary(2 * classes), nullable=False, metadata=logits),
+            pa.field("objective", pa.float32(), nullable=False),
+            pa.field("student_version", pa.int32(), nullable=False),
+            pa.field("unit", pa.dictionary(pa.int32(), pa.string()), nullable=False),
+            pa.field("seed", pa.int64(), nullable=False),
+            pa.field("index", pa.int32(), nullable=False),
+        ]
+    )
+
+
+def _declared_size(schema: pa.Schema) -> tuple[tuple[int, ...], int]:
+    """Shape of an image and number of classes as the columns' metadata has them."""
+    sizes = []
+    for name, pattern in (("image", rb"[1-9]\d{0,5}(,[1-9]\d{0,5}){2}"), ("teacher_logits", rb"[1-9]\d{0,6}")):
+        if schema.names.count(name) != 1:
+            raise ValueError(f"has columns {', '.join(schema.names)}, but not one {name}")
+        shape = (schema.field(name).metadata or {}).get(b"shape", b"")
+        if not re.fullmatch(pattern, shape):
+            raise ValueError(f"column {name} declares the shape {shape[:40]!r}, which is none")
+        sizes.append(tuple(int(size) for size in shape.split(b",")))
+    image, (classes,) = sizes
+    if np.prod(image, dtype=object) >= 2**31:
+        raise ValueError(f"column image declares the shape {image}, which is too large")
+    return image, classes
+
+
+def _check_schema(schema: pa.Schema, *, expected: pa.Schema) -> None:
+    if schema.equals(expected, check_metadata=True):
+        return
+    if schema.names != expected.names:
+        raise ValueError(f"has columns {', '.join(schema.names)} instead of {', '.join(expected.names)}")
+    for found, wanted in zip(schema, expected, strict=True):
+        if not found.equals(wanted, check_metadata=True):
+            raise ValueError(
+                f"column {wanted.name} is {found} with metadata {found.metadata} "
+                f"instead of {wanted} with metadata {wanted.metadata}"
+            )
+    raise ValueError(f"has metadata of its own: {', '.join(sorted(map(repr, schema.metadata or {})))}")
+
+
+def _record_batch(
+    batch: SyntheticBatch, schema: pa.Schema, *, unit: str, seed: int, first_index: int
+) -> pa.RecordBatch:
+    count = len(batch)
+    columns = [
+        _fixed_size_binary(batch.images, schema.field("image").type),
+        pa.array(batch.labels.numpy().astype(np.int32)),
+        _fixed_size_binary(batch.teacher_logits, schema.field("teacher_logits").type),
+        pa.array(np.full(count, batch.objective, np.float32)),
+        pa.array(np.full(count, batch.student_version, np.int32)),
+        pa.DictionaryArray.from_arrays(np.zeros(count, np.int32), [unit]),
+        pa.array(np.full(count, seed, np.int64)),
+        pa.array(np.arange(first_index, first_index + count, dtype=np.int32)),
+    ]
+    return pa.record_batch(columns, schema=schema)
+
+
+def _fixed_size_binary(tensor: Tensor, kind: pa.DataType) -> pa.Array:
+    assert tensor[0].numel() * tensor.element_size() == kind.byte_width, "rows of a unit have one shape"
+    return pa.Array.from_buffers(kind, len(tensor), [None, pa.py_buffer(tensor.numpy())])
+
+
+def _tensor(column: pa.ChunkedArray, kind: pa.DataType, count: int) -> Tensor:
+    """``count`` values of a column's buffer as a flat tensor."""
+    rows = column.combine_chunks()
+    per_row = count // len(rows)
+    values = pa.Array.from_buffers(kind, count, [None, rows.buffers()[1]], offset=rows.offset * per_row)
+    tensor: Tensor = from_dlpack(values)  # numpy would hand over the buffer as read-only, and torch warn of it
+    return tensor

@@ -1,0 +1,143 @@
+"""How the images of one attempt at a unit get into a transfer set."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+from uuid import uuid4
+
+from raydfkd.batches import SyntheticBatch
+from raydfkd.data.commits import Commit, Part
+from raydfkd.data.shards import GROUP_BYTES, RowsDigest, encode_part, on_host
+from raydfkd.data.store import Store
+from raydfkd.schedule import WorkUnit
+
+logger = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """Where the images of one attempt at a unit go."""
+
+    def write(self, batch: SyntheticBatch) -> None:
+        """Add images; nobody sees them yet."""
+
+    def commit(self, *, seconds: float, curve: Sequence[Mapping[str, float]]) -> Commit:
+        """Make all of them visible at once, or none where the unit is committed already; returns what counts."""
+
+    def abandon(self) -> None:
+        """Forget them."""
+
+
+class ParquetSink:
+    """Writes a part as soon as its rows are there, so that no more than a part and a batch are held.
+
+    Args:
+        store: of the transfer set.
+        unit: what the images are for.
+        attempt: at the unit, from 1.
+        part_rows: rows of a part at most; large images make parts of fewer rows and about 32 MiB.
+        publish: creates the record of a commit, and returns the one that counts.
+    """
+
+    def __init__(
+        self, store: Store, unit: WorkUnit, *, attempt: int, part_rows: int, publish: Callable[[Commit], Commit]
+    ) -> None:
+        self._store = store
+        self._unit = unit
+        self._attempt = attempt
+        self._part_rows = part_rows
+        self._publish = publish
+        self._prefix = f"parts/{unit.id}-{attempt}-{uuid4().hex[:8]}"
+        self._digest = RowsDigest()
+        self._buffer: list[SyntheticBatch] = []
+        self._parts: list[Part] = []
+        self._paths: list[str] = []
+        self._objective = 0.0
+        self._student_version = -1
+        self._is_sealed = False
+
+    @property
+    def num_buffered(self) -> int:
+        """Rows that are held in memory."""
+        return sum(len(batch) for batch in self._buffer)
+
+    def write(self, batch: SyntheticBatch) -> None:
+        """Add images.
+
+        Raises:
+            ValueError: a tensor of another type or shape than ``SyntheticBatch`` promises.
+        """
+        assert not self._is_sealed, "nothing is written after the commit"
+        if not len(batch):
+            return
+        batch = on_host(batch)
+        self._digest.update(batch)
+        self._objective += batch.objective * len(batch)
+        self._student_version = max(self._student_version, batch.student_version)
+        part_rows = min(self._part_rows, max(1, GROUP_BYTES // batch.images[0].numel()))
+        while len(batch):
+            room = part_rows - self.num_buffered
+            self._buffer.append(_rows(batch, slice(room)))
+            batch = _rows(batch, slice(room, None))
+            if self.num_buffered == part_rows:
+                self._flush()
+
+    def commit(self, *, seconds: float, curve: Sequence[Mapping[str, float]]) -> Commit:
+        """Make the images visible, or discard them where another attempt was first; returns the record that counts.
+
+        Raises:
+            ValueError: nothing was written.
+        """
+        if self._buffer:
+            self._flush()
+        images = sum(part.rows for part in self._parts)
+        if not images:
+            raise ValueError(f"unit {self._unit.id} has no images to commit")
+        self._is_sealed = True
+        own = Commit(
+            unit=self._unit.id,
+            attempt=self._attempt,
+            seed=self._unit.request.seed,
+            images=images,
+            parts=tuple(self._parts),
+            content=self._digest.hexdigest(),
+            objective=self._objective / images,
+            student_version=self._student_version,
+            seconds=seconds,
+            curve=tuple({name: float(value) for name, value in entry.items()} for entry in curve),
+        )
+        winner = self._publish(own)
+        if winner.parts != own.parts:  # equal where the client repeated a request that had succeeded
+            logger.info("unit %s was committed by attempt %d meanwhile", winner.unit, winner.attempt)
+            self._discard()
+        return winner
+
+    def abandon(self) -> None:
+        """Delete what was written; a commit that was tried may have succeeded, and then its parts stay."""
+        if not self._is_sealed:
+            self._discard()
+            self._parts = []
+
+    def _flush(self) -> None:
+        first_index = sum(part.rows for part in self._parts)
+        rows = self.num_buffered
+        data = encode_part(self._buffer, unit=self._unit.id, seed=self._unit.request.seed, first_index=first_index)
+        path = f"{self._prefix}-{len(self._parts):04d}.parquet"
+        self._paths.append(path)  # first, so that a write that fails half-way is deleted too
+        self._store.put(path, data)
+        self._parts.append(Part(path=path, rows=rows, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()))
+        self._buffer = []
+
+    def _discard(self) -> None:
+        for path in self._paths:
+            self._store.delete(path)
+        self._buffer, self._paths = [], []
+
+
+def _rows(batch: SyntheticBatch, rows: slice) -> SyntheticBatch:
+    return replace(
+        batch, images=batch.images[rows], labels=batch.labels[rows], teacher_logits=batch.teacher_logits[rows]
+    )

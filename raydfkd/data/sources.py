@@ -1,0 +1,226 @@
+"""Batches for the student, from a set that may still be growing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from raydfkd.data.commits import Part, Snapshot
+from raydfkd.data.shards import StoredRows
+from raydfkd.data.transfer_set import TransferSet
+from raydfkd.recipe import SourceSpec
+from raydfkd.schedule import derive_seed
+
+POLL_S = 0.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentBatch:
+    """One rank's share of a step."""
+
+    images: Tensor
+    """[N, C, H, W], uint8."""
+    labels: Tensor
+    """[N], int64."""
+    teacher_logits: Tensor
+    """[N, K], float16."""
+    share: float
+    """This rank's images times the number of ranks over the step's images: with it, averaging the ranks' gradients
+    gives the mean over images."""
+    snapshot_images: int
+    """Images of the snapshot that the batch was drawn from."""
+
+
+class BatchSource(Protocol):
+    """An endless stream of batches that can be resumed."""
+
+    def __iter__(self) -> Iterator[StudentBatch]:
+        """Batches from where the source stands."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the source stands, as plain data."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stand there again: the same batches follow."""
+
+
+def in_this_process(snapshot: Snapshot | None) -> Snapshot | None:
+    """Agreement among one."""
+    return snapshot
+
+
+class TransferSetSource:
+    """Passes over pinned snapshots of a transfer set; each pass sees every committed row once across all ranks.
+
+    A pass shuffles the snapshot's parts and cuts them into windows of about ``window_rows`` rows. Within a window each
+    rank takes a contiguous range, reads only the parts it lies in, shuffles it and splits it into as many batches as
+    every other rank, so that all make the same number of steps. The order follows from seed, pass and snapshot.
+
+    Before each pass the newest snapshot is taken. A student that is ahead of the synthesis waits: it starts with
+    ``wait_for`` images, and after a share s of its steps wants the share s / ``complete_by`` of the planned images.
+
+    Args:
+        transfer_set: where the images are.
+        spec: which snapshots are good enough.
+        units: the plan; only its commits are read.
+        planned_images: images of the whole plan.
+        steps: steps that the student will make.
+        batch_size: images per step over all ranks.
+        seed: of the order.
+        rank: of this process.
+        world_size: number of ranks.
+        agree: makes all ranks use rank 0's snapshot.
+    """
+
+    def __init__(  # noqa: PLR0913 - one value for each sentence above
+        self,
+        transfer_set: TransferSet,
+        spec: SourceSpec,
+        *,
+        units: Collection[str],
+        planned_images: int,
+        steps: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        agree: Callable[[Snapshot | None], Snapshot | None] = in_this_process,
+    ) -> None:
+        self._transfer_set = transfer_set
+        self._spec = spec
+        self._units = units
+        self._planned_images = planned_images
+        self._steps = steps
+        self._batch_size = batch_size
+        self._seed = seed
+        self._rank, self._world_size = rank, world_size
+        self._agree = agree
+        self._rows: dict[str, StoredRows] = {}
+        self._step = 0
+        self._pass = 0
+        self._step_in_pass = 0
+        self._snapshot: Snapshot | None = None
+
+    def __iter__(self) -> Iterator[StudentBatch]:
+        """Batches without end; none at all if synthesis has ended without an image."""
+        while True:
+            snapshot = self._pinned()
+            if not snapshot.images:
+                return
+            skip = self._step_in_pass
+            for number, window in enumerate(self._windows(snapshot)):
+                steps = max(1, sum(part.rows for part in window) // self._batch_size)
+                if skip >= steps:
+                    skip -= steps
+                    continue
+                for batch in self._batches(window, steps, skip, number, snapshot.images):
+                    self._step += 1
+                    self._step_in_pass += 1
+                    yield batch
+                skip = 0
+            self._pass += 1
+            self._step_in_pass = 0
+            self._snapshot = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step, pass, position in it, and the pinned snapshot."""
+        return {
+            "step": self._step,
+            "pass": self._pass,
+            "step_in_pass": self._step_in_pass,
+            "snapshot": None if self._snapshot is None else self._snapshot.to_json().decode(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``."""
+        self._step, self._pass, self._step_in_pass = state["step"], state["pass"], state["step_in_pass"]
+        pinned = state["snapshot"]
+        self._snapshot = None if pinned is None else Snapshot.from_json(pinned.encode())
+
+    def _pinned(self) -> Snapshot:
+        """The snapshot of this pass, the same on every rank; waits until there is one.
+
+        Ranks agree at every poll rather than at the end, because a collective that waits for hours times out.
+        """
+        while self._snapshot is None:
+            self._snapshot = self._agree(self._newest() if self._rank == 0 else None)
+            if self._snapshot is None:
+                time.sleep(POLL_S)
+        return self._snapshot
+
+    def _newest(self) -> Snapshot | None:
+        closed = self._transfer_set.is_closed()  # before the listing, which then cannot miss a last commit
+        snapshot = self._transfer_set.snapshot(within=self._units)
+        return snapshot if closed or snapshot.images >= self._wanted_images() else None
+
+    def _wanted_images(self) -> int:
+        if self._spec.kind == "snapshot":
+            return self._planned_images
+        share = 1.0
+        if self._step < self._spec.complete_by * self._steps:
+            share = self._step / (self._spec.complete_by * self._steps)
+        return min(self._planned_images, max(self._spec.wait_for, int(share * self._planned_images)))
+
+    def _windows(self, snapshot: Snapshot) -> Iterator[list[Part]]:
+        parts = [part for commit in snapshot.commits for part in commit.parts]
+        order = torch.randperm(len(parts), generator=self._rng("parts")).tolist()
+        window: list[Part] = []
+        for index in order:
+            window.append(parts[index])
+            if sum(part.rows for part in window) >= self._spec.window_rows:
+                yield window
+                window = []
+        if window:
+            yield window
+
+    def _batches(
+        self, window: list[Part], steps: int, skip: int, number: int, snapshot_images: int
+    ) -> Iterator[StudentBatch]:
+        total = sum(part.rows for part in window)
+        bounds = [total * rank // self._world_size for rank in range(self._world_size + 1)]
+        rows = self._read(window, bounds[self._rank], bounds[self._rank + 1])
+        order = torch.randperm(len(rows.labels), generator=self._rng("rows", number, self._rank))
+        for step in range(skip, steps):
+            sizes = [
+                (end - start) * (step + 1) // steps - (end - start) * step // steps
+                for start, end in zip(bounds, bounds[1:], strict=False)
+            ]
+            begin = len(order) * step // steps
+            picked = order[begin : begin + sizes[self._rank]]
+            yield StudentBatch(
+                images=rows.images[picked],
+                labels=rows.labels[picked],
+                teacher_logits=rows.teacher_logits[picked],
+                share=sizes[self._rank] * self._world_size / sum(sizes),
+                snapshot_images=snapshot_images,
+            )
+
+    def _read(self, window: list[Part], start: int, end: int) -> StoredRows:
+        """Rows ``start`` to ``end`` of the window; only the parts that hold them are fetched."""
+        pieces = []
+        first = 0
+        for part in window:
+            low, high = max(start, first), min(end, first + part.rows)
+            if low < high:
+                rows = self._part(part)
+                here = slice(low - first, high - first)
+                pieces.append((rows.images[here], rows.labels[here], rows.teacher_logits[here]))
+            first += part.rows
+        images, labels, logits = (torch.cat(column) for column in zip(*pieces, strict=True))
+        return StoredRows(images=images, labels=labels, teacher_logits=logits)
+
+    def _part(self, part: Part) -> StoredRows:
+        if part.path not in self._rows:
+            held = sum(len(rows.labels) for rows in self._rows.values())
+            if held + part.rows > self._spec.window_rows:
+                self._rows.clear()
+            self._rows[part.path] = self._transfer_set.read(part)
+        return self._rows[part.path]
+
+    def _rng(self, *parts: object) -> torch.Generator:
+        return torch.Generator().manual_seed(derive_seed(self._seed, self._pass, *parts))

@@ -1,0 +1,36 @@
+"""Judging a network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from raydfkd.images import PixelRange
+
+
+@torch.no_grad()
+def predict(network: nn.Module, images: Tensor, pixels: PixelRange, *, batch_size: int = 500) -> Tensor:
+    """Logits [N, K] of uint8 ``images``, in eval mode, on the device of the network's weights."""
+    device = next(network.parameters()).device
+    training = network.training
+    network.eval()
+    try:
+        return torch.cat([network(pixels.from_uint8(batch.to(device))).cpu() for batch in images.split(batch_size)])
+    finally:
+        network.train(training)
+
+
+def judge(student: Tensor, teacher: Tensor, labels: Tensor | None) -> Iterator[tuple[str, float]]:
+    """Yield (name, fraction): agreement of the two logits [N, K], and top-1 of both where there are labels [N]."""
+    classes = teacher.shape[1]
+    yield "agreement", _top1(student, teacher.argmax(1), classes)
+    if labels is not None:
+        yield "teacher.top1", _top1(teacher, labels, classes)
+        yield "student.top1", _top1(student, labels, classes)
+
+
+def _top1(logits: Tensor, labels: Tensor, classes: int) -> float:
+    return float(multiclass_accuracy(logits, labels, num_classes=classes, average="micro"))

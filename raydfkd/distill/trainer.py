@@ -1,0 +1,138 @@
+"""Training the student, step by step; no idea where it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from raydfkd.data.sources import BatchSource, StudentBatch
+from raydfkd.distill.criteria import CRITERIA
+from raydfkd.images import PixelRange
+from raydfkd.observed import Observation, ObservedNetwork
+from raydfkd.recipe import DistillSpec, OptimizerSpec
+from raydfkd.schedule import derive_seed
+from raydfkd.synthesis.augment import build_augmentations
+from raydfkd.synthesis.synthesizer import rng_from
+
+
+def build_optimizer(
+    student: nn.Module, spec: OptimizerSpec, *, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Optimiser and learning-rate schedule of a recipe."""
+    optimizer: torch.optim.Optimizer
+    if spec.kind == "adam":
+        betas = (spec.momentum, 0.999)
+        optimizer = torch.optim.AdamW(student.parameters(), lr=spec.lr, betas=betas, weight_decay=spec.weight_decay)
+    else:
+        optimizer = torch.optim.SGD(
+            student.parameters(), lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay, nesterov=True
+        )
+    if spec.schedule == "one_cycle":
+        # One step more than is made: OneCycleLR raises when asked for the rate after its last.
+        return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, spec.lr, total_steps=steps + 1)
+    if spec.schedule == "cosine":
+        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+class StudentTrainer:
+    """Trains ``student`` against ``teacher`` on the batches of a source.
+
+    Random numbers of a step follow from seed, step and rank, so a resumed training makes the same steps.
+
+    Args:
+        student: in its place on the device, wrapped for data parallelism where there are several ranks.
+        teacher: frozen; answers for augmented images unless the recipe uses stored logits.
+        spec: criterion, optimiser, steps, augmentations.
+        pixels: from stored pixels to what the networks see.
+        device: of both networks.
+        seed: of the augmentations.
+        rank: of this process.
+        on_log: receives step, loss, agreement, images_seen and snapshot_images every ``log_every`` steps.
+        on_checkpoint: called every ``checkpoint_every`` steps and after the last.
+    """
+
+    def __init__(  # noqa: PLR0913 - one value for each sentence above
+        self,
+        student: nn.Module,
+        teacher: ObservedNetwork,
+        spec: DistillSpec,
+        *,
+        pixels: PixelRange,
+        device: torch.device,
+        seed: int,
+        rank: int = 0,
+        on_log: Callable[[Mapping[str, float]], None],
+        on_checkpoint: Callable[[int], None],
+    ) -> None:
+        self._student = student
+        self._observed = ObservedNetwork(student, frozen=False, batchnorm="batch")
+        self._teacher = teacher
+        self._spec = spec
+        self._pixels = pixels
+        self._device = device
+        self._seed, self._rank = seed, rank
+        self._criterion = CRITERIA.build(spec.criterion.kind, spec.criterion.options, where="distill.criterion")
+        self._augment = build_augmentations(spec.augment, where="distill.augment")
+        self._optimizer, self._schedule = build_optimizer(student, spec.optimizer, steps=spec.steps)
+        self._on_log, self._on_checkpoint = on_log, on_checkpoint
+        self._images_seen = 0
+        self.step = 0
+
+    def fit(self, source: BatchSource, *, steps: int) -> None:
+        """Make steps until ``steps`` are done in all; the set may grow meanwhile, so there are no epochs."""
+        if self.step >= steps:
+            return
+        self._student.train()
+        for batch in source:
+            loss, agreement = self._train_step(batch)
+            self.step += 1
+            self._images_seen += len(batch.labels)
+            if self.step % self._spec.log_every == 0 or self.step in (1, steps):
+                self._on_log(
+                    {
+                        "step": self.step,
+                        "loss": loss.item(),
+                        "agreement": agreement.item(),
+                        "images_seen": self._images_seen,
+                        "snapshot_images": batch.snapshot_images,
+                    }
+                )
+            if self.step % self._spec.checkpoint_every == 0 or self.step == steps:
+                self._on_checkpoint(self.step)
+            if self.step >= steps:
+                break
+
+    def _train_step(self, batch: StudentBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        rng = rng_from(derive_seed(self._seed, "augment", self.step, self._rank))
+        images = self._augment(self._pixels.from_uint8(batch.images.to(self._device)), rng)
+        with torch.no_grad():
+            if self._spec.teacher_logits == "live":
+                teacher = self._teacher(images)
+            else:
+                teacher = Observation(logits=batch.teacher_logits.to(self._device, torch.float32))
+        student = self._observed(images)
+        loss = self._criterion(student, teacher, batch.labels.to(self._device))
+        self._optimizer.zero_grad()
+        (loss * batch.share).backward()
+        self._optimizer.step()
+        self._schedule.step()
+        return loss.detach(), (student.logits.argmax(1) == teacher.logits.argmax(1)).float().mean()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training goes on from, but for the student itself and its source."""
+        return {
+            "step": self.step,
+            "images_seen": self._images_seen,
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``."""
+        self.step, self._images_seen = state["step"], state["images_seen"]
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])

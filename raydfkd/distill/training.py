@@ -1,0 +1,121 @@
+"""A job's student training put together, and the state that it can go on from."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raydfkd.data.commits import Snapshot
+from raydfkd.data.sources import TransferSetSource, in_this_process
+from raydfkd.data.store import Store
+from raydfkd.distill.trainer import StudentTrainer
+from raydfkd.images import PixelRange
+from raydfkd.job import Job
+from raydfkd.observed import ObservedNetwork
+from raydfkd.schedule import derive_seed
+from raydfkd.synthesis.worker import cpu_threads, keep_freed_memory, load_teacher, pick_device
+
+
+class StudentTraining:
+    """Student, teacher, trainer and source of one rank, put together as the recipe says."""
+
+    def __init__(  # noqa: PLR0913 - what differs between one process and several
+        self,
+        job: Job,
+        *,
+        on_log: Callable[[Mapping[str, float]], None],
+        on_checkpoint: Callable[[dict[str, Any]], None],
+        rank: int = 0,
+        world_size: int = 1,
+        agree: Callable[[Snapshot | None], Snapshot | None] = in_this_process,
+        parallel: Callable[[nn.Module], nn.Module] = lambda student: student,
+        device: torch.device | None = None,
+    ) -> None:
+        recipe = job.recipe
+        device = device or pick_device(recipe.runtime.device)
+        if device.type == "cpu":
+            keep_freed_memory()
+        seed = derive_seed(recipe.seed, "student")
+        self._spec = recipe.distill
+        self._on_checkpoint = on_checkpoint
+        self._student = job.fresh_student().to(device)
+        teacher, _ = load_teacher(recipe)
+        self.trainer = StudentTrainer(
+            parallel(self._student),
+            ObservedNetwork(teacher, frozen=True).to(device),
+            recipe.distill,
+            pixels=PixelRange(recipe.teacher.image_space, device),
+            device=device,
+            seed=seed,
+            rank=rank,
+            on_log=on_log,
+            on_checkpoint=lambda _: self._on_checkpoint(self.state_dict()),
+        )
+        self._source = TransferSetSource(
+            job.transfer_set,
+            recipe.distill.source,
+            units=job.unit_ids,
+            planned_images=job.planned_images,
+            steps=recipe.distill.steps,
+            batch_size=recipe.distill.batch_size,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            agree=agree,
+        )
+
+    def run(self) -> Mapping[str, Tensor]:
+        """Train to the last step; returns the student's state dict."""
+        with cpu_threads(self._spec.threads):
+            self.trainer.fit(self._source, steps=self._spec.steps)
+        return self._student.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Student, optimiser, schedule and position in the set."""
+        return {
+            "student": self._student.state_dict(),
+            "trainer": self.trainer.state_dict(),
+            "source": self._source.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``."""
+        self._student.load_state_dict(state["student"])
+        self.trainer.load_state_dict(state["trainer"])
+        self._source.load_state_dict(state["source"])
+
+
+class StudentCheckpoint:
+    """The newest state of a training, as one file; tensors and plain data only, never unpickled otherwise."""
+
+    def __init__(self, folder: Path, digest: str) -> None:
+        self._store = Store(str(folder))
+        self._name = f"student-{digest[:16]}.pt"
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Replace the newest state."""
+        self._store.put(self._name, checkpoint_bytes(state))
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest state, or None."""
+        if not self._store.exists(self._name):
+            return None
+        return read_checkpoint(self._store.get(self._name))
+
+
+def checkpoint_bytes(state: Mapping[str, Any]) -> bytes:
+    """A training's state as a file."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    return buffer.getvalue()
+
+
+def read_checkpoint(content: bytes) -> dict[str, Any]:
+    """The state in a file; refuses anything but tensors and plain data."""
+    state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return state

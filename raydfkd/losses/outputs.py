@@ -1,0 +1,79 @@
+"""Terms that read the teacher's answer."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from raydfkd.losses.objective import TERMS, Term, View
+from raydfkd.observed import Need
+
+
+@TERMS.register("cross_entropy")
+class CrossEntropy(Term):
+    """Cross-entropy of the teacher's answer with the target class or soft target.
+
+    Nats, mean over images; in [0, inf). Targets are labels [N] or distributions [N, K]; logits are divided by
+    ``temperature`` first. Source: Yin et al. 2020 (labels), Nayak et al. 2019 (soft, tempered).
+
+    Args:
+        temperature: divides the logits.
+    """
+
+    needs_targets = True
+
+    def __init__(self, *, temperature: float = 1.0) -> None:
+        super().__init__()
+        if temperature <= 0:
+            raise ValueError(f"temperature is {temperature}; it must be positive")
+        self._temperature = temperature
+
+    def forward(self, view: View) -> Tensor:
+        """See the class."""
+        assert view.targets is not None, "cross_entropy needs targets"
+        return F.cross_entropy(view.teacher.logits / self._temperature, view.targets)
+
+
+@TERMS.register("one_hot")
+class OneHot(Term):
+    """Cross-entropy of the teacher's answer with its own most likely class: low where the teacher is sure.
+
+    Nats, mean over images; in [0, ln K]. No gradient flows through the choice of the class. Source: Chen et al.
+    2019 (DAFL).
+    """
+
+    def forward(self, view: View) -> Tensor:
+        """See the class."""
+        logits = view.teacher.logits
+        return F.cross_entropy(logits, logits.argmax(1))
+
+
+@TERMS.register("class_balance")
+class ClassBalance(Term):
+    """Negative entropy of the teacher's mean answer over the batch: low where all classes occur equally.
+
+    Nats; in [-ln K, 0]. Source: Chen et al. 2019 (DAFL); the released code takes logarithms to base 10, so its
+    weights are 2.303 times ours.
+    """
+
+    is_per_image = False
+
+    def forward(self, view: View) -> Tensor:
+        """See the class."""
+        mean = view.teacher.logits.softmax(1).mean(0)
+        return (mean * mean.clamp_min(1e-12).log()).sum()
+
+
+@TERMS.register("activation")
+class Activation(Term):
+    """Negative mean absolute feature: low where the last linear layer's input is strongly excited.
+
+    Units of the features, mean over images and features [N, D]; in (-inf, 0]. Source: Chen et al. 2019 (DAFL).
+    """
+
+    needs = frozenset({Need.FEATURES})
+
+    def forward(self, view: View) -> Tensor:
+        """See the class."""
+        assert view.teacher.features is not None, "activation needs features"
+        return -view.teacher.features.abs().mean()

@@ -1,0 +1,283 @@
+"""One run from the recipe to the report: check, teach, synthesize and distil, judge, write down."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from raydfkd import __version__
+from raydfkd.data.shards import StoredRows
+from raydfkd.data.store import Store
+from raydfkd.distill.criteria import CRITERIA
+from raydfkd.distill.evaluate import judge, predict
+from raydfkd.distill.trainer import build_optimizer
+from raydfkd.images import PixelRange
+from raydfkd.job import Job, SynthesisOutcome, open_job, transfer_set_of
+from raydfkd.networks import build_network, count_parameters, load_weights, save_bytes, weights_exist
+from raydfkd.progress import Monitor
+from raydfkd.real_data import RealData, Split, open_real_data
+from raydfkd.recipe import Recipe
+from raydfkd.registry import RecipeError
+from raydfkd.report import Gallery, MetricsLog, read_metrics, write_report
+from raydfkd.synthesis.augment import build_augmentations
+from raydfkd.synthesis.worker import build_synthesizer, load_teacher, pick_device
+from raydfkd.teach import teach
+
+GALLERY_IMAGES = 12
+METRICS = "metrics.jsonl"
+
+
+def check(recipe: Recipe, *, student: bool = True) -> RealData | None:
+    """Find the user's mistakes before any work; writes nothing but a probe beside the transfer set.
+
+    Builds every part of the run once, on the CPU, with an untrained teacher.
+
+    Raises:
+        RecipeError: with key, value and remedy.
+    """
+    teacher = build_network(recipe.teacher, recipe.teacher, where="teacher", seed=0)
+    build_synthesizer(recipe, teacher, torch.device("cpu"))
+    data = None
+    if recipe.real_data is not None:
+        data = open_real_data(recipe.real_data, recipe.teacher.image_space, recipe.teacher.classes)
+    if student:
+        network = build_network(recipe.student, recipe.teacher, where="student", seed=0)
+        criterion = recipe.distill.criterion
+        CRITERIA.build(criterion.kind, criterion.options, where="distill.criterion")
+        build_augmentations(recipe.distill.augment, where="distill.augment")
+        build_optimizer(network, recipe.distill.optimizer, steps=1)
+    if weights_exist(recipe.teacher.weights):
+        teacher, weights = load_teacher(recipe)
+        transfer_set_of(recipe, recipe.digest(weights)).check()
+    elif recipe.teacher.train is None:
+        load_weights(teacher, recipe.teacher.weights, where="teacher.weights")
+    else:
+        check_teacher(recipe)
+    pick_device(recipe.runtime.device)
+    Store(recipe.transfer_set.uri, recipe.transfer_set.storage_options).probe()
+    return data
+
+
+def check_teacher(recipe: Recipe) -> None:
+    """Find mistakes in what it takes to train the teacher; the rest of the recipe may still be unfinished."""
+    if recipe.teacher.train is None or recipe.real_data is None:
+        raise RecipeError("teacher.train is missing, so there is nothing to teach; say how, or give teacher.weights")
+    build_network(recipe.teacher, recipe.teacher, where="teacher", seed=0)
+    build_augmentations(recipe.teacher.train.augment, where="teacher.train.augment")
+    open_real_data(recipe.real_data, recipe.teacher.image_space, recipe.teacher.classes)
+
+
+def ensure_teacher(recipe: Recipe, monitor: Monitor, *, again: bool = False) -> None:
+    """Train the teacher if its weights are not there yet and the recipe says how."""
+    if weights_exist(recipe.teacher.weights) and not again:
+        return
+    check_teacher(recipe)
+    spec, real = recipe.teacher.train, recipe.real_data
+    assert spec is not None
+    assert real is not None
+    data = open_real_data(real, recipe.teacher.image_space, recipe.teacher.classes)
+    started = time.monotonic()
+    device = pick_device(recipe.runtime.device)
+
+    def on_epoch(epoch: int, loss: float) -> None:
+        if epoch == spec.epochs or epoch % max(1, spec.epochs // 5) == 0:
+            monitor.say("teacher", f"epoch {epoch} of {spec.epochs}   loss {loss:.3f}")
+
+    teacher = teach(recipe, data, device, on_epoch)
+    path = recipe.teacher.weights
+    folder, _, name = path.rpartition("/")
+    Store(folder or ".").put(name, save_bytes(teacher, {"network": recipe.teacher.network}))
+    validation = data.load("validation")
+    pixels = PixelRange(recipe.teacher.image_space, device)
+    logits = predict(teacher, validation.images, pixels)
+    top1 = dict(judge(logits, logits, validation.labels))["teacher.top1"]
+    monitor.say(
+        "teacher",
+        f"{recipe.teacher.network} trained on real {real.kind} in {time.monotonic() - started:.0f} s, "
+        f"{top1:.1%} on the validation split   {path}",
+    )
+
+
+@contextlib.contextmanager
+def monitored(recipe: Recipe, console: Console) -> Iterator[Monitor]:
+    """A monitor that writes the run's metrics."""
+    folder = Path(recipe.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with Monitor(console, MetricsLog(folder / METRICS, fresh=False)) as monitor:
+        yield monitor
+
+
+def announce(job: Job, monitor: Monitor) -> None:
+    """Say what will be done and what is done already."""
+    recipe = job.recipe
+    done = job.snapshot()
+    student = count_parameters(job.fresh_student())
+    monitor.planned(
+        images=job.planned_images,
+        images_before=done.images,
+        units_before=len(done.commits),
+        student_steps=recipe.distill.steps,
+        training=job.student_digest[:8],
+    )
+    monitor.say(
+        "plan",
+        f"{recipe.teacher.classes} classes, {job.planned_images:,} images in {len(job.units)} units, "
+        f"student of {student:,} parameters",
+    )
+    if done.commits:
+        monitor.say("plan", f"{len(done.commits)} of {len(job.units)} units are there already; going on from them")
+
+
+def save_student(job: Job, state: Mapping[str, Tensor]) -> Path:
+    """Write student.safetensors with its recipe in the metadata."""
+    path = Path(job.recipe.run_dir) / "student.safetensors"
+    metadata = {"recipe": json.dumps(job.recipe.shown()), "digest": job.student_digest, "raydfkd": __version__}
+    plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    Store(str(path.parent)).put(path.name, safetensors.torch.save(plain, metadata))
+    return path
+
+
+def evaluate(recipe: Recipe, weights: str, data: RealData | None, *, split: Split = "test") -> dict[str, Any]:
+    """Judge a saved student: top-1 of teacher and student on real images, agreement there or on the transfer set."""
+    device = pick_device(recipe.runtime.device)
+    pixels = PixelRange(recipe.teacher.image_space, device)
+    teacher, _ = load_teacher(recipe)
+    student = build_network(recipe.student, recipe.teacher, where="student", seed=0)
+    load_weights(student, weights, where="student weights")
+    teacher, student = teacher.to(device), student.to(device)
+    labels: Tensor | None = None
+    if data is not None:
+        real = data.load(split)
+        images, labels = real.images, real.labels
+    else:
+        images = _some_rows(open_job(recipe), 5000).images
+    found = dict(judge(predict(student, images, pixels), predict(teacher, images, pixels), labels))
+    return {
+        "teacher": {"top1": found.get("teacher.top1"), "parameters": count_parameters(teacher)},
+        "student": {"top1": found.get("student.top1"), "parameters": count_parameters(student)},
+        "agreement": found["agreement"],
+        "judged_on": f"{recipe.real_data.kind} {split}" if recipe.real_data else "transfer set",
+    }
+
+
+def _some_rows(job: Job, count: int) -> StoredRows:
+    """The first rows of the transfer set, enough parts for ``count`` of them."""
+    pieces: list[StoredRows] = []
+    for commit in job.snapshot().commits:
+        for part in commit.parts:
+            if sum(len(piece.labels) for piece in pieces) < count:
+                pieces.append(job.transfer_set.read(part))
+    if not pieces:
+        raise RecipeError(f"transfer_set.uri is {job.recipe.transfer_set.uri}: there is no image yet; synthesize first")
+    return StoredRows(
+        images=torch.cat([piece.images for piece in pieces])[:count],
+        labels=torch.cat([piece.labels for piece in pieces])[:count],
+        teacher_logits=torch.cat([piece.teacher_logits for piece in pieces])[:count],
+    )
+
+
+def report(
+    job: Job, judged: Mapping[str, Any], monitor: Monitor, outcome: SynthesisOutcome, *, seconds: float, command: str
+) -> dict[str, Any]:
+    """Put the report together; :func:`write` saves it. Scripts rely on the keys."""
+    snapshot = job.snapshot()
+    return {
+        **judged,
+        "recipe": job.recipe.shown(),
+        "seed": job.recipe.seed,
+        "images": snapshot.images,
+        "images_per_second": round(monitor.images_per_second, 3),
+        "units": {
+            "planned": len(job.units),
+            "committed": len(snapshot.commits),
+            "attempted": outcome.attempted,
+            "quarantined": len(outcome.quarantined),
+        },
+        "failures": [
+            {"unit": failure.unit, "attempt": failure.attempt, "error": failure.error}
+            for failure in outcome.quarantined
+        ],
+        "seconds": {
+            "total": round(seconds, 1),
+            "synthesis": round(monitor.synthesis_seconds, 1),
+            "distillation": round(monitor.distillation_seconds, 1),
+        },
+        "content_digest": snapshot.content_digest(),
+        "recipe_digest": job.digest,
+        "versions": versions(),
+        "device": device_name(pick_device(job.recipe.runtime.device)),
+        "command": command,
+    }
+
+
+def write(job: Job, found: Mapping[str, Any], data: RealData | None) -> Path:
+    """Write report.json and report.html; returns the page's path."""
+    folder = Path(job.recipe.run_dir)
+    names = data.class_names if data is not None else tuple(str(label) for label in range(job.recipe.teacher.classes))
+    metrics = [
+        entry
+        for entry in read_metrics(folder / METRICS)
+        if entry["event"] != "student" or entry.get("training") == job.student_digest[:8]
+    ]
+    write_report(folder, found, metrics=metrics, gallery=gallery(job, names))
+    return folder / "report.html"
+
+
+def gallery(job: Job, class_names: tuple[str, ...], *, images: int = GALLERY_IMAGES) -> Gallery | None:
+    """Images of each class, from different units as far as there are some; None while a class has none."""
+    found: list[list[Tensor]] = [[] for _ in class_names]
+    sure: list[list[Tensor]] = [[] for _ in class_names]
+    for turn in range(images):
+        for commit in job.snapshot().commits:
+            if all(len(row) >= images for row in found):
+                break
+            rows = job.transfer_set.read(commit.parts[0])
+            probabilities = rows.teacher_logits.float().softmax(1)
+            for label in rows.labels.unique().tolist():
+                places = (rows.labels == label).nonzero().flatten()
+                if len(found[label]) < images and turn < len(places):
+                    place = places[turn]
+                    found[label].append(rows.images[place])
+                    sure[label].append(probabilities[place, label])
+    shortest = min(len(row) for row in found)
+    if not shortest:
+        return None
+    return Gallery(
+        images=torch.stack([torch.stack(row[:shortest]) for row in found]),
+        class_names=class_names,
+        teacher_confidence=torch.stack([torch.stack(row[:shortest]) for row in sure]),
+    )
+
+
+def versions() -> dict[str, str]:
+    """What ran, for provenance."""
+    found = {"raydfkd": __version__, "python": platform.python_version()}
+    for package in ("torch", "torchvision", "ray", "pyarrow"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{platform.machine()} CPU"
+
+
+def command_line() -> str:
+    """The command that started this process."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
