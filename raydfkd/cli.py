@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,6 +18,7 @@ from raydfkd.recipe import Recipe, load_recipe
 from raydfkd.registry import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
+    from raydfkd.bench.table import Row
     from raydfkd.job import Executor, SynthesisOutcome
     from raydfkd.progress import Monitor
 
@@ -293,4 +294,40 @@ def report(recipe: Source, overrides: Overrides = None, run_dir: RunDir = None, 
         console = _console(is_json=False)
         console.print(summary_table(found))
         console.print(f"report    {page}", highlight=False, soft_wrap=True)
+    return DONE
+
+
+@bench.command("synthesis")
+def bench_synthesis(
+    as_json: AsJson = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Alternating rounds; the median counts.")] = 7,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> int:
+    """Steps per second of pixel synthesis against the loop as published."""
+    from raydfkd.bench.synthesis import bench_synthesis as measure
+
+    return _print_rows(measure(rounds=rounds, device=device), is_json=as_json)
+
+
+@bench.command("shards")
+def bench_shards(
+    as_json: AsJson = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Alternating rounds; the median counts.")] = 7,
+) -> int:
+    """Rows per second of the transfer set against raw pyarrow."""
+    from raydfkd.bench.shards import bench_shards as measure
+
+    return _print_rows(measure(rounds=rounds), is_json=as_json)
+
+
+def _print_rows(rows: Iterable[Row], *, is_json: bool) -> int:
+    from raydfkd.bench.table import table
+
+    found = []
+    for row in rows:
+        found.append(row)
+        if is_json:
+            typer.echo(row.to_json())
+    if not is_json:
+        typer.echo(table(found))
     return DONE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib.resources
+import io
 import json
 import math
 import os
@@ -18,9 +19,9 @@ import numpy as np
 import torch
 import yaml
 from jinja2 import Environment, StrictUndefined
+from PIL import Image
 from rich.table import Table
 from torch import Tensor
-from torchvision.io import encode_jpeg, encode_png
 from torchvision.utils import make_grid
 
 JSON: TypeAlias = "None | bool | int | float | str | Sequence[JSON] | Mapping[str, JSON]"
@@ -121,7 +122,7 @@ def gallery_png(gallery: Gallery, path: Path, scale: int = 2) -> None:
     images = _showable(gallery.images)
     large = images.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
     sheet = make_grid(large.flatten(0, 1), nrow=images.shape[1], padding=scale, pad_value=255)
-    path.write_bytes(encode_png(sheet).numpy().tobytes())
+    _picture(sheet).save(path, "PNG")
 
 
 def percent(fraction: float | None) -> str:
@@ -195,8 +196,15 @@ def _showable(images: Tensor) -> Tensor:
 
 def _data_uri(image: Tensor) -> str:
     """PNG where single pixels are to be seen; JPEG for large images, whose noise would make PNGs of megabytes."""
-    kind, encoded = ("png", encode_png(image)) if max(image.shape) <= 96 else ("jpeg", encode_jpeg(image, 90))
-    return f"data:image/{kind};base64,{base64.b64encode(encoded.numpy().tobytes()).decode('ascii')}"
+    kind = "png" if max(image.shape) <= 96 else "jpeg"
+    buffer = io.BytesIO()
+    _picture(image).save(buffer, kind, quality=90)  # PNG ignores the quality
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def _picture(image: Tensor) -> Image.Image:
+    rows = image.cpu().permute(1, 2, 0).numpy()
+    return Image.fromarray(rows[..., 0] if len(image) == 1 else rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -87,7 +87,8 @@ class Store:
     def list(self, prefix: str) -> list[str]:
         """Sorted paths of the objects directly under folder ``prefix``, as they are now; [] if there is no folder."""
         with contextlib.suppress(FileNotFoundError):
-            return sorted(f"{prefix}/{name}" for name in self._folder.names(prefix) if not name.startswith("."))
+            within = f"{prefix}/" if prefix else ""
+            return sorted(f"{within}{name}" for name in self._folder.names(prefix) if not name.startswith("."))
         return []
 
     def delete(self, path: str) -> None:
@@ -240,8 +241,9 @@ class _ObjectFolder:
     def names(self, prefix: str) -> list[str]:
         fs, key = self._open(prefix)
         fs.invalidate_cache()
-        entries = fs.ls(key, detail=True, refresh=True)
-        return [entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file"]
+        entries = fs.ls(key.rstrip("/"), detail=True, refresh=True)
+        names = [entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file"]
+        return [name for name in names if name]  # some S3 servers keep an object that stands for the folder itself
 
     def delete(self, path: str) -> None:
         fs, key = self._open(path)

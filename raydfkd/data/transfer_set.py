@@ -21,8 +21,6 @@ from raydfkd.data.store import Store
 from raydfkd.registry import RecipeError
 from raydfkd.schedule import WorkUnit
 
-__all__ = ["Commit", "Part", "Snapshot", "TransferSet"]
-
 FORMAT = 1
 """Version of layout and records."""
 

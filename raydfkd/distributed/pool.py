@@ -61,6 +61,7 @@ class SynthesisPool:
         self._job = job
         self._monitor = monitor
         self._actors: list[Any] = []
+        self._idle: list[Any] = []
         self._starting: dict[Any, Any] = {}
         self._busy: dict[Any, tuple[Any, WorkUnit]] = {}
 
@@ -80,6 +81,9 @@ class SynthesisPool:
                         self._started(reference, queue)
                     else:
                         self._worked(reference, queue)
+                # A unit that failed or was lost elsewhere may have come back.
+                for actor in [self._idle.pop() for _ in range(len(self._idle))]:
+                    self._give_work(actor, queue)
                 on_tick()
         finally:
             self._dismiss()
@@ -136,10 +140,8 @@ class SynthesisPool:
         unit = queue.take()
         if unit is not None:
             self._busy[actor.run.remote(unit, queue.attempt_of(unit))] = (actor, unit)
-            return
-        # Nothing to give now, but a unit that is running elsewhere may still come back.
-        if not queue.is_drained:
-            self._starting[_later.remote(POLL_S)] = actor
+        else:
+            self._idle.append(actor)
 
     def _replace(self, actor: Any, error: Exception) -> None:
         if isinstance(error, ActorDiedError):
@@ -150,13 +152,6 @@ class SynthesisPool:
     def _dismiss(self) -> None:
         for actor in self._actors:
             ray.kill(actor)
-
-
-@ray.remote(num_cpus=0)
-def _later(seconds: float) -> None:
-    import time
-
-    time.sleep(seconds)
 
 
 def _cause(error: RayTaskError) -> Exception:

@@ -63,7 +63,7 @@ class _Training:
 
     def __init__(self, job: Job, monitor: Monitor) -> None:
         self._monitor = monitor
-        self._board = ray.remote(ProgressBoard).options(num_cpus=0).remote()
+        self._board: Any = ray.remote(ProgressBoard).options(num_cpus=0).remote()
         self._student: Mapping[str, Tensor] = {}
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, args=(job,), name="student", daemon=True)

