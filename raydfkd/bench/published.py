@@ -57,6 +57,6 @@ def published_loop(teacher: nn.Module, images: Tensor, targets: Tensor, *, lr: f
         optimizer.step()
         with torch.no_grad():
             pixels.clamp_(-3, 3)
-        return loss.item()
+        return float(loss.item())
 
     return step

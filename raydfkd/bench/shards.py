@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +52,9 @@ def _bench_size(folder: Path, size: int, count: int, rounds: int) -> Iterator[Ro
     raw = folder / "raw.parquet"
 
     def write_raw() -> int:
-        pq.write_table(_raw_table(batch), raw, row_group_size=2000, compression="none", use_dictionary=False)
+        with raw.open("wb") as file:
+            pq.write_table(_raw_table(batch), file, row_group_size=2000, compression="none", use_dictionary=False)
+            os.fsync(file.fileno())
         return count
 
     device = device_name(torch.device("cpu"))

@@ -16,7 +16,7 @@ RECORD = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
 
 UnitId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*$", max_length=128)]
 """Usable as a file name everywhere; no separator and no ``..``."""
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -32,7 +32,7 @@ class Part:
     """Images in it."""
     bytes: Count
     """Size of the file."""
-    sha256: Sha256
+    xxh3: Xxh3
     """Of the file."""
 
 
@@ -51,7 +51,7 @@ class Commit:
     """Rows of all parts."""
     parts: tuple[Part, ...]
     """In the order the rows were written."""
-    content: Sha256
+    content: Xxh3
     """``rows_digest`` of the rows: the same whoever made them, in whatever parts."""
     objective: float
     """Mean over images of the objective they were kept with."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 from uuid import uuid4
+
+import xxhash
 
 from raydfkd.batches import SyntheticBatch
 from raydfkd.data.commits import Commit, Part
@@ -128,7 +129,7 @@ class ParquetSink:
         path = f"{self._prefix}-{len(self._parts):04d}.parquet"
         self._paths.append(path)  # first, so that a write that fails half-way is deleted too
         self._store.put(path, data)
-        self._parts.append(Part(path=path, rows=rows, bytes=len(data), sha256=hashlib.sha256(data).hexdigest()))
+        self._parts.append(Part(path=path, rows=rows, bytes=len(data), xxh3=xxhash.xxh3_128_hexdigest(data)))
         self._buffer = []
 
     def _discard(self) -> None:

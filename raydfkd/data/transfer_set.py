@@ -8,10 +8,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import xxhash
 from pydantic import TypeAdapter
 
 from raydfkd.data.commits import RECORD, Commit, Part, Snapshot, UnitId, parse_record
@@ -107,11 +107,11 @@ class TransferSet:
             ValueError: its bytes or rows are not those that were committed; names it.
         """
         data = self.store.get(part.path)
-        found = hashlib.sha256(data).hexdigest()
-        if found != part.sha256:
+        found = xxhash.xxh3_128_hexdigest(data)
+        if found != part.xxh3:
             raise ValueError(
-                f"{self.store.uri}/{part.path} is damaged: {len(data)} bytes with SHA-256 {found[:12]}, "
-                f"but {part.bytes} with {part.sha256[:12]} were committed"
+                f"{self.store.uri}/{part.path} is damaged: {len(data)} bytes with XXH3 {found[:12]}, "
+                f"but {part.bytes} with {part.xxh3[:12]} were committed"
             )
         try:
             rows = decode_part(data)

@@ -255,7 +255,7 @@ def first_part(record, **changes):
         lambda record: first_part(record, path="/etc/passwd"),
         lambda record: first_part(record, path="parts/a/b.parquet"),
         lambda record: first_part(record, rows="4"),
-        lambda record: first_part(record, sha256=""),
+        lambda record: first_part(record, xxh3=""),
     ],
 )
 def test_garbage_commit_is_named_and_not_read(change, transfer_set, uri, make_batch):
