@@ -26,12 +26,13 @@ from raydfkd.distill.evaluate import judge, predict
 from raydfkd.distill.trainer import build_optimizer
 from raydfkd.images import PixelRange
 from raydfkd.job import Job, SynthesisOutcome, open_job, transfer_set_of
+from raydfkd.metrics import MetricsLog, read_metrics
 from raydfkd.networks import build_network, count_parameters, load_weights, save_bytes, weights_exist
 from raydfkd.progress import Monitor
 from raydfkd.real_data import RealData, Split, open_real_data
 from raydfkd.recipe import Recipe
 from raydfkd.registry import RecipeError
-from raydfkd.report import Gallery, MetricsLog, read_metrics, write_report
+from raydfkd.report import Gallery, write_report
 from raydfkd.synthesis.augment import build_augmentations
 from raydfkd.synthesis.worker import build_synthesizer, load_teacher, pick_device
 from raydfkd.teach import teach

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from raydfkd.data.commits import Commit
-from raydfkd.report import MetricsLog
+from raydfkd.metrics import MetricsLog
 from raydfkd.schedule import Failure
 
 PLAIN_EVERY_S = 5.0

@@ -185,6 +185,8 @@ class TransferSetSpec(Spec):
 
     uri: str = "${run_dir}/transfer_set"
     """Any fsspec URL or a local path."""
+    classes: Literal["all"] | tuple[Annotated[int, Field(ge=0)], ...] = "all"
+    """Which classes, by number."""
     images_per_class: Positive
     """Images of each class; synthesis ends when every class has them."""
     unit: UnitSpec
@@ -342,18 +344,30 @@ class Recipe(Spec):
             raise ValueError(f"name is {self.name!r}; use letters, digits, dash, dot and underscore")
         if self.teacher.train is not None and self.real_data is None:
             raise ValueError("teacher.train needs real_data; say which, or drop train and give weights")
-        if self.transfer_set.unit.classes > self.teacher.classes:
+        for label in self.classes:
+            if label >= self.teacher.classes or self.classes.count(label) > 1:
+                raise ValueError(
+                    f"transfer_set.classes has {label}, which is twice there or not a class of the teacher; "
+                    f"use each of 0 to {self.teacher.classes - 1} at most once"
+                )
+        if self.transfer_set.unit.classes > len(self.classes):
             raise ValueError(
-                f"transfer_set.unit.classes is {self.transfer_set.unit.classes}, but the teacher has "
-                f"{self.teacher.classes} classes; use at most that"
+                f"transfer_set.unit.classes is {self.transfer_set.unit.classes}, but there are only "
+                f"{len(self.classes)} classes; use at most that"
             )
         return self
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """The classes that images are made of."""
+        chosen = self.transfer_set.classes
+        return tuple(range(self.teacher.classes)) if chosen == "all" else chosen
 
     def plan(self) -> tuple[WorkUnit, ...]:
         """The units of work of this recipe, in order."""
         return plan_units(
             seed=self.seed,
-            num_classes=self.teacher.classes,
+            classes=self.classes,
             images_per_class=self.transfer_set.images_per_class,
             classes_per_unit=self.transfer_set.unit.classes,
             images_per_class_per_unit=self.transfer_set.unit.images_per_class,

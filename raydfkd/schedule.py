@@ -42,9 +42,9 @@ class WorkUnit:
 
 
 def plan_units(
-    *, seed: int, num_classes: int, images_per_class: int, classes_per_unit: int, images_per_class_per_unit: int
+    *, seed: int, classes: Sequence[int], images_per_class: int, classes_per_unit: int, images_per_class_per_unit: int
 ) -> tuple[WorkUnit, ...]:
-    """Split the transfer set into units: packs of consecutive classes, repeated until every class has its images.
+    """Split the transfer set into units: packs of classes, repeated until every class has its images.
 
     Repeats (``r000``, ``r001``, ...) come in the outer loop, so that early units already cover all classes and a
     student can start on them and a longer plan begins with the units of a shorter one.
@@ -52,17 +52,25 @@ def plan_units(
     assert images_per_class % images_per_class_per_unit == 0, "a unit's content must follow from its id alone"
     units = []
     for repeat in range(images_per_class // images_per_class_per_unit):
-        for first in range(0, num_classes, classes_per_unit):
-            classes = tuple(range(first, min(first + classes_per_unit, num_classes)))
-            unit_id = f"r{repeat:03d}-c{classes[0]:04d}-{classes[-1]:04d}"
+        for first in range(0, len(classes), classes_per_unit):
+            pack = tuple(classes[first : first + classes_per_unit])
+            unit_id = f"r{repeat:03d}-{_pack_name(pack)}"
             request = Request(
-                classes=classes,
+                classes=pack,
                 images_per_class=images_per_class_per_unit,
                 seed=derive_seed(seed, "repeat", repeat),
-                class_seeds=tuple(derive_seed(seed, "class", label, repeat) for label in classes),
+                class_seeds=tuple(derive_seed(seed, "class", label, repeat) for label in pack),
             )
             units.append(WorkUnit(id=unit_id, request=request))
     return tuple(units)
+
+
+def _pack_name(pack: tuple[int, ...]) -> str:
+    """Names the classes of a pack: as a range where they are one, else by first, last and a digest of them all."""
+    name = f"c{pack[0]:04d}-{pack[-1]:04d}"
+    if pack == tuple(range(pack[0], pack[-1] + 1)):
+        return name
+    return f"{name}-{derive_seed(*pack):016x}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,8 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from raydfkd.report import Gallery, MetricsLog, count, duration, gallery_png, read_metrics, summary_table, write_report
+from raydfkd.metrics import MetricsLog, read_metrics
+from raydfkd.report import Gallery, count, duration, gallery_png, summary_table, write_report
 
 METRICS = [
     {"event": "unit", "time": 1.0, "unit": "u0", "images": 20, "seconds": 2.5, "objective": 0.7, "attempt": 1},

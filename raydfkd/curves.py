@@ -1,0 +1,133 @@
+"""Curves of a run's metrics, laid out for inline SVG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+MAX_POINTS = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """A curve over steps, ready to draw in a box of ``SIZE`` whose origin is the upper left corner."""
+
+    title: str
+    first: str
+    last: str
+    log: bool
+    line: str
+    band: str
+    end: tuple[float, float]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+
+
+_LEFT, _RIGHT, _TOP, _BOTTOM = 42.0, 310.0, 8.0, 138.0
+
+
+def student_curves(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """Loss, agreement and size of the snapshot over the student's steps."""
+    # a student that resumes from a checkpoint repeats steps: the last word on a step counts
+    by_step = {event["step"]: event for event in metrics if event["event"] == "student"}
+    steps = _thin(sorted(by_step))
+    charts = []
+    for key, title, form in (
+        ("loss", "loss", _short),
+        ("agreement", "agreement with teacher", lambda value: f"{100 * value:.3g} %"),
+        ("snapshot_images", "images in the snapshot it reads", _short),
+    ):
+        values = [(step, by_step[step].get(key)) for step in steps]
+        charts += _chart(title, [(step, value, value, value) for step, value in values if value is not None], form)
+    return charts
+
+
+def objective_curves(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """Every part of the objective over the steps of a unit: median over units, and the middle half."""
+    latest = {(event["step"], event["unit"]): event for event in metrics if event["event"] == "objective"}
+    by_step: dict[int, list[Mapping[str, Any]]] = {}
+    for (step, _), event in latest.items():
+        by_step.setdefault(step, []).append(event)
+    steps = _thin(sorted(by_step))
+    keys = dict.fromkeys(key for step in steps for event in by_step[step] for key in event)
+    charts = []
+    for key in keys:
+        if key in ("event", "time", "unit", "step", "attempt"):
+            continue
+        points = []
+        for step in steps:
+            values = [event[key] for event in by_step[step] if event.get(key) is not None]
+            if values:
+                low, middle, high = np.percentile(values, (25, 50, 75)).tolist()
+                points.append((step, low, middle, high))
+        charts += _chart(key, points, _short)
+    return charts
+
+
+def _chart(title: str, points: Sequence[tuple[int, float, float, float]], form: Callable[[float], str]) -> list[Chart]:
+    """The curve of (step, low, middle, high), or nothing where there are no points."""
+    if not points:
+        return []
+    low, high = min(point[1] for point in points), max(point[3] for point in points)
+    log = low > 0 and high / low >= 100
+    place_x, x_ticks = _axis(points[0][0], points[-1][0], _LEFT, _RIGHT, log=False, tight=True)
+    place_y, y_ticks = _axis(low, high, _BOTTOM, _TOP, log=log, tight=False)
+    line = [(place_x(step), place_y(middle)) for step, _, middle, _ in points]
+    above = [(place_x(step), place_y(upper)) for step, _, _, upper in points]
+    below = [(place_x(step), place_y(lower)) for step, lower, _, _ in reversed(points)]
+    chart = Chart(
+        title=title,
+        first=form(points[0][2]),
+        last=form(points[-1][2]),
+        log=log,
+        line=_coordinates(line),
+        band="" if above == below[::-1] else _coordinates(above + below),
+        end=line[-1],
+        x_ticks=[(place_x(tick), _short(tick)) for tick in x_ticks],
+        y_ticks=[(place_y(tick), form(tick)) for tick in y_ticks],
+    )
+    return [chart]
+
+
+def _axis(
+    low: float, high: float, start: float, end: float, *, log: bool, tight: bool
+) -> tuple[Callable[[float], float], list[float]]:
+    """Where a value lies between ``start`` and ``end``, and round values to mark; a tight axis ends with the data."""
+    if log:
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        first, last = decades[0], decades[-1]
+        marked = decades[:: math.ceil(len(decades) / 5)]
+        return lambda value: start + (end - start) * (math.log10(value) - first) / (last - first), [
+            10.0**decade for decade in marked
+        ]
+    if low == high:
+        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+    magnitude = 10 ** math.floor(math.log10((high - low) / 4))
+    step = magnitude * next(factor for factor in (1, 2, 5, 10) if magnitude * factor >= (high - low) / 4)
+    ticks = [index * step for index in range(math.floor(low / step), math.ceil(high / step) + 1)]
+    if tight:
+        ticks = [tick for tick in ticks if low <= tick <= high]
+    else:
+        low, high = ticks[0], ticks[-1]
+    return lambda value: start + (end - start) * (value - low) / (high - low), ticks
+
+
+def _thin(steps: list[int]) -> list[int]:
+    """At most ``MAX_POINTS`` of them, the first and the last included: more cannot be seen."""
+    indices = np.linspace(0, len(steps) - 1, min(len(steps), MAX_POINTS)).round().astype(int)
+    return [steps[index] for index in indices]
+
+
+def _coordinates(points: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+
+
+def _short(value: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from toy import BATCHNORM_TAPS, batchnorm_teacher, plain_teacher, shipped, toy_images, toy_view, variants
+
+from raydfkd.losses.objective import TERMS, Term, View, build_objective
+from raydfkd.observed import Need, Observation, ObservedNetwork
+from raydfkd.recipe import TermSpec
+from raydfkd.registry import RecipeError
+
+CASES = [(name, options) for name in shipped(TERMS) for options in variants(TERMS, name)]
+MOMENTS = frozenset({Need.MOMENTS, Need.CLASS_MOMENTS})
+
+
+def build(name, options):
+    return TERMS.build(name, options, where="test")
+
+
+def label(case):
+    name, options = case
+    return "-".join([name, *options.values()])
+
+
+def cases(*, where=lambda term: True):
+    return pytest.mark.parametrize("case", [case for case in CASES if where(build(*case))], ids=label)
+
+
+def view_for(term, images=None, targets=None):
+    groups = 2 if Need.CLASS_MOMENTS in term.taps else 1
+    return toy_view(images, targets, taps=BATCHNORM_TAPS, groups=groups)
+
+
+@cases()
+def test_term_is_a_finite_scalar(case):
+    term = build(*case)
+    value = term(view_for(term))
+    assert value.shape == ()
+    assert value.dtype == torch.float32
+    assert value.isfinite()
+
+
+@cases()
+def test_term_has_a_finite_gradient_for_every_image(case):
+    term, images = build(*case), toy_images(6)
+    (gradient,) = torch.autograd.grad(term(view_for(term, images)), images)
+    assert gradient.isfinite().all()
+    assert (gradient.flatten(1).abs().amax(1) > 0).all()
+
+
+@cases()
+def test_term_is_finite_on_constant_images(case):
+    term, images = build(*case), torch.zeros(6, 1, 8, 8, requires_grad=True)
+    value = term(view_for(term, images))
+    (gradient,) = torch.autograd.grad(value, images)
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+
+
+@cases(where=lambda term: term.is_per_image)
+def test_doubling_the_batch_leaves_a_per_image_term_unchanged(case):
+    term, images = build(*case), toy_images(6)
+    targets = torch.tensor([0, 1, 2, 3, 0, 1])
+    once = term(view_for(term, images, targets))
+    twice = term(view_for(term, torch.cat([images, images]), torch.cat([targets, targets])))
+    torch.testing.assert_close(twice, once)
+
+
+@cases(where=lambda term: term.is_per_image)
+def test_per_image_term_is_the_mean_of_its_values_for_single_images(case):
+    term, images = build(*case), toy_images(4)
+    targets = torch.tensor([3, 1, 2, 0])
+    singles = [term(view_for(term, images[row : row + 1], targets[row : row + 1])) for row in range(4)]
+    torch.testing.assert_close(term(view_for(term, images, targets)), torch.stack(singles).mean())
+
+
+@cases(where=lambda term: Need.CLASS_MOMENTS not in term.taps)
+def test_order_of_the_images_does_not_matter(case):
+    term, images = build(*case), toy_images(6)
+    order = torch.tensor([4, 2, 0, 5, 1, 3])
+    targets = torch.tensor([0, 1, 2, 3, 0, 1])
+    torch.testing.assert_close(
+        term(view_for(term, images[order], targets[order])), term(view_for(term, images, targets))
+    )
+
+
+@cases(where=lambda term: not term.taps & MOMENTS)
+def test_gradient_agrees_with_finite_differences(case):
+    term = build(*case)
+    weights = torch.randn(16, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    def value(images):
+        features = images.flatten(1)
+        seen = Observation(logits=features @ weights, features=features)
+        return term(View(images=images, targets=torch.tensor([0, 1, 2]), teacher=seen, observe=lambda _: seen))
+
+    images = torch.randn(3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    assert torch.autograd.gradcheck(value, images.requires_grad_())
+
+
+def objective_of(name, **offers):
+    spec = TermSpec.model_validate({"term": name})
+    return build_objective([spec], **{"has_targets": True, "has_latents": True, "has_student": True, **offers})
+
+
+@pytest.mark.parametrize("name", [name for name in shipped(TERMS) if build(name, {}).needs_targets])
+def test_term_that_needs_targets_is_refused_where_there_are_none(name):
+    with pytest.raises(RecipeError, match=rf"objective\[0\]: {name} needs targets"):
+        objective_of(name, has_targets=False)
+
+
+@pytest.mark.parametrize("name", [name for name in shipped(TERMS) if not build(name, {}).needs_targets])
+def test_term_that_needs_no_targets_is_built_without_them(name):
+    assert list(objective_of(name, has_targets=False).terms) == [name]
+
+
+@pytest.mark.parametrize(("need", "offer"), [(Need.LATENTS, "has_latents"), (Need.STUDENT, "has_student")])
+def test_term_is_refused_where_the_pipeline_does_not_offer_what_it_reads(monkeypatch, need, offer):
+    class Reader(Term):
+        needs = frozenset({need})
+
+    monkeypatch.setitem(TERMS._factories, "reader", Reader)
+    assert objective_of("reader").needs == {need}
+    with pytest.raises(RecipeError, match=rf"objective\[0\]: reader needs .*{need.value[:6]}"):
+        objective_of("reader", **{offer: False})
+
+
+@cases(where=lambda term: bool(term.taps & MOMENTS))
+def test_term_that_needs_moments_is_refused_for_a_teacher_without_batchnorm(case):
+    with pytest.raises(RecipeError, match="BatchNorm"):
+        ObservedNetwork(plain_teacher(), taps=build(*case).taps, frozen=True)
+
+
+@cases()
+def test_term_declares_everything_it_reads(case):
+    """The observation holds no more than the declared taps, so an undeclared need would fail here."""
+    term, images = build(*case), toy_images(6)
+    observed = ObservedNetwork(batchnorm_teacher(), taps=term.taps, frozen=True)
+    targets = torch.arange(6) % 4 if term.needs_targets else None
+    groups = 2 if Need.CLASS_MOMENTS in term.taps else 1
+    seen = observed(images, groups=groups)
+    assert term(View(images=images, targets=targets, teacher=seen, observe=observed)).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("cross_entropy", {"temperature": 0.0}, "positive"),
+        ("bn_moments", {"form": "kl", "statistic": "std"}, "statistic is std"),
+        ("bn_moments", {"form": "l3"}, "form"),
+        ("total_variation", {"norm": "l3"}, "norm"),
+    ],
+)
+def test_option_that_makes_no_sense_is_refused_with_its_key(name, options, reason):
+    with pytest.raises(RecipeError, match=reason):
+        build(name, options)

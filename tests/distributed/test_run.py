@@ -1,0 +1,149 @@
+"""The real thing, once: actors and a Train job on a local Ray, with a worker killed in the middle."""
+
+import io
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from rich.console import Console
+
+from raydfkd import pipeline
+from raydfkd.cli import main
+from raydfkd.data.commits import Commit
+from raydfkd.job import open_job
+from raydfkd.local import LocalExecutor
+from raydfkd.progress import Monitor
+from raydfkd.recipe import Recipe, load_recipe
+from raydfkd.metrics import MetricsLog, read_metrics
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    import ray
+
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)  # more than there are: nothing is measured
+    yield
+    ray.shutdown()
+
+
+def small_recipe(run_dir: Path, *overrides: str) -> Recipe:
+    return load_recipe(
+        "digits-generators",
+        (
+            "name=small",
+            "teacher.options={widths: [4, 8]}",
+            "teacher.weights=random",
+            "teacher.train=null",
+            "real_data=null",
+            "student.options={widths: [4]}",
+            "synthesis.steps=40",
+            "synthesis.emissions=2",
+            "transfer_set.images_per_class=24",
+            "transfer_set.unit={classes: 5, images_per_class: 4}",
+            "distill.steps=40",
+            "distill.checkpoint_every=20",
+            "distill.log_every=10",
+            "distill.source.wait_for=40",
+            "runtime={workers: {min: 1, max: 2}, cpus_per_worker: 0.5, cpus_per_student_worker: 1}",
+            *overrides,
+        ),
+        str(run_dir),
+    )
+
+
+class KillsAWorkerAfterTheFirstCommit(Monitor):
+    """A spot machine that goes away under a unit."""
+
+    killed: int | None = None
+
+    def committed(self, commit: Commit, *, running: int) -> None:
+        super().committed(commit, running=running)
+        if self.killed is None:
+            for process in Path("/proc").glob("[0-9]*"):
+                if b"ray::SynthesisActor.run" in command_of(process):
+                    self.killed = int(process.name)
+                    os.kill(self.killed, signal.SIGKILL)
+                    return
+
+
+def command_of(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
+def test_a_run_survives_a_killed_worker_makes_the_set_that_one_process_makes_and_is_not_done_twice(
+    ray_cluster, tmp_path, monkeypatch, capsys
+):
+    from raydfkd.distributed.run import RayExecutor
+
+    job = open_job(small_recipe(tmp_path / "ray"))
+    metrics = tmp_path / "metrics.jsonl"
+    console = Console(file=io.StringIO())
+    with KillsAWorkerAfterTheFirstCommit(console, MetricsLog(metrics, fresh=True)) as monitor:
+        pipeline.announce(job, monitor)
+        outcome, student = RayExecutor().run(job, monitor)
+    assert monitor.killed is not None
+    assert "worker lost" in console.file.getvalue()
+    assert job.transfer_set.committed() == job.unit_ids
+    assert outcome.attempted >= len(job.units) + 1
+    assert outcome.quarantined == ()
+
+    committed = [entry["unit"] for entry in read_metrics(metrics) if entry["event"] == "unit"]
+    assert sorted(committed) == sorted(job.unit_ids)
+
+    alone = open_job(small_recipe(tmp_path / "local"))
+    with Monitor(console, MetricsLog(tmp_path / "local.jsonl", fresh=True)) as monitor:
+        LocalExecutor().synthesize(alone, monitor)
+    assert alone.snapshot().content_digest() == job.snapshot().content_digest()
+
+    steps = [entry["step"] for entry in read_metrics(metrics) if entry["event"] == "student"]
+    assert steps == [1, 10, 20, 30, 40]
+    fresh = job.fresh_student().state_dict()
+    assert student.keys() == fresh.keys()
+    assert any(not torch.equal(student[name], fresh[name]) for name in fresh)
+
+    again = tmp_path / "again.yaml"
+    again.write_text(json.dumps(job.recipe.model_dump(mode="json")))
+    monkeypatch.setattr("sys.argv", ["raydfkd", "run", str(again), "--json"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["units"] == {"planned": 12, "committed": 12, "attempted": 0, "quarantined": 0}
+    assert report["content_digest"] == job.snapshot().content_digest()
+    assert report["student"]["top1"] is None
+    assert 0 <= report["agreement"] <= 1
+    saved = safetensors.torch.load_file(job.recipe.run_dir + "/student.safetensors")
+    assert all(torch.equal(saved[name], student[name]) for name in student)
+
+
+def test_asking_for_more_workers_than_fit_is_said(ray_cluster, tmp_path):
+    from raydfkd.distributed.pool import warn_of_workers_without_room
+
+    recipe = small_recipe(tmp_path, "runtime.workers.max=64")
+    console = Console(file=io.StringIO(), width=500)
+    monitor = Monitor(console, MetricsLog(tmp_path / "metrics.jsonl", fresh=True))
+    warn_of_workers_without_room(recipe, monitor)
+    assert "runtime.workers.max is 64, but Ray has 4 CPUs and 0 GPUs, room for 8" in console.file.getvalue()
+
+
+def test_a_mistake_that_only_a_worker_can_see_reaches_the_user_as_it_is(ray_cluster, tmp_path):
+    from raydfkd.distributed.run import RayExecutor
+    from raydfkd.registry import RecipeError
+
+    job = open_job(small_recipe(tmp_path))
+    wrong = job.recipe.model_copy(update={"runtime": job.recipe.runtime.model_copy(update={"device": "cuda"})})
+    job = type(job)(recipe=wrong, digest=job.digest, units=job.units, transfer_set=job.transfer_set)
+    monitor = Monitor(Console(file=io.StringIO()), MetricsLog(tmp_path / "metrics.jsonl", fresh=True))
+    with pytest.raises(RecipeError, match=r"runtime.device is 'cuda', but this machine has no CUDA device"):
+        RayExecutor().synthesize(job, monitor)

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+from toy import batchnorm_teacher, toy_images, toy_view, variants
+
+from raydfkd.losses.objective import TERMS, View
+from raydfkd.observed import LayerMoments, Observation
+
+OPTIONS = list(variants(TERMS, "bn_moments"))
+
+
+def term(**options):
+    return TERMS.build("bn_moments", options, where="test")
+
+
+def layer(seed, *, groups, channels):
+    rng = torch.Generator().manual_seed(seed)
+    return LayerMoments(
+        mean=torch.randn(groups, channels, generator=rng),
+        var=torch.rand(groups, channels, generator=rng) + 0.2,
+        running_mean=torch.randn(channels, generator=rng),
+        running_var=torch.rand(channels, generator=rng) + 0.2,
+    )
+
+
+def value_of(layers, **options):
+    seen = Observation(logits=torch.zeros(4, 3), moments=tuple(layers))
+    view = View(images=torch.zeros(4, 1, 2, 2), targets=None, teacher=seen, observe=lambda _: seen)
+    return term(**options)(view).item()
+
+
+def spread(layer, statistic):
+    """Batch and stored spread as the statistic has them."""
+    pair = layer.var.numpy(), layer.running_var.numpy()
+    return pair if statistic == "var" else tuple(np.sqrt(var) for var in pair)
+
+
+@pytest.mark.parametrize("statistic", ["var", "std"])
+def test_norm_is_the_sum_over_layers_of_the_two_norms_over_channels(statistic):
+    layers = [layer(0, groups=1, channels=5), layer(1, groups=1, channels=3)]
+    expected = 0.0
+    for one in layers:
+        batch, stored = spread(one, statistic)
+        expected += np.linalg.norm(one.mean.numpy()[0] - one.running_mean.numpy())
+        expected += np.linalg.norm(batch[0] - stored)
+    assert value_of(layers, form="norm", statistic=statistic) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("statistic", ["var", "std"])
+def test_squared_is_the_sum_over_layers_of_mean_squared_differences(statistic):
+    layers = [layer(0, groups=1, channels=5), layer(1, groups=1, channels=3)]
+    expected = 0.0
+    for one in layers:
+        batch, stored = spread(one, statistic)
+        expected += np.square(one.mean.numpy()[0] - one.running_mean.numpy()).mean() + np.square(batch - stored).mean()
+    assert value_of(layers, form="squared", statistic=statistic) == pytest.approx(expected, rel=1e-6)
+
+
+def test_kl_is_the_gaussian_divergence_of_batch_from_stored_averaged_over_channels_and_layers():
+    layers = [layer(0, groups=1, channels=5), layer(1, groups=1, channels=3)]
+    divergences = []
+    for one in layers:
+        floor = 1e-3 * one.running_var.mean()
+        batch = Normal(one.mean, (one.var + floor).sqrt())
+        stored = Normal(one.running_mean, (one.running_var + floor).sqrt())
+        divergences.append(kl_divergence(batch, stored).mean().item())
+    assert value_of(layers, form="kl") == pytest.approx(np.mean(divergences), rel=1e-5)
+
+
+def test_kl_does_not_change_with_the_scale_of_a_layer():
+    one = layer(0, groups=1, channels=5)
+    large = LayerMoments(
+        mean=100 * one.mean, var=1e4 * one.var, running_mean=100 * one.running_mean, running_var=1e4 * one.running_var
+    )
+    assert value_of([large], form="kl") == pytest.approx(value_of([one], form="kl"), rel=1e-4)
+
+
+def test_kl_stays_moderate_for_a_channel_that_training_left_dead():
+    alive = layer(0, groups=1, channels=5)
+    dead = LayerMoments(
+        mean=torch.cat([alive.mean, torch.tensor([[0.02]])], 1),
+        var=torch.cat([alive.var, torch.tensor([[1e-3]])], 1),
+        running_mean=torch.cat([alive.running_mean, torch.zeros(1)]),
+        running_var=torch.cat([alive.running_var, torch.tensor([1e-12])]),
+    )
+    assert value_of([dead], form="kl") < 2 * value_of([alive], form="kl")
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options.values()))
+def test_batch_with_the_stored_moments_has_distance_zero(options):
+    one = layer(0, groups=1, channels=5)
+    equal = LayerMoments(
+        mean=one.running_mean[None],
+        var=one.running_var[None],
+        running_mean=one.running_mean,
+        running_var=one.running_var,
+    )
+    assert value_of([equal], **options) == pytest.approx(0, abs=1e-6)
+    assert value_of([one], **options) > 0.1
+
+
+@pytest.mark.parametrize("form", ["norm", "squared", "kl"])
+def test_scope_class_is_the_mean_over_classes_of_each_class_by_itself(form):
+    both = [layer(0, groups=2, channels=5), layer(1, groups=2, channels=3)]
+    alone = [
+        value_of(
+            [
+                LayerMoments(
+                    mean=one.mean[group : group + 1],
+                    var=one.var[group : group + 1],
+                    running_mean=one.running_mean,
+                    running_var=one.running_var,
+                )
+                for one in both
+            ],
+            form=form,
+            scope="class",
+        )
+        for group in range(2)
+    ]
+    assert value_of(both, form=form, scope="class") == pytest.approx(np.mean(alone), rel=1e-6)
+
+
+@pytest.mark.parametrize("form", ["norm", "squared", "kl"])
+def test_scope_batch_is_the_same_however_the_batch_was_grouped(form):
+    images = toy_images(6)
+    expected = term(form=form)(toy_view(images))
+    for groups in (2, 3, 6):
+        torch.testing.assert_close(term(form=form)(toy_view(images, groups=groups)), expected, rtol=1e-5, atol=0)
+
+
+def test_scope_class_and_scope_batch_differ_where_classes_differ():
+    view = toy_view(torch.cat([toy_images(3), toy_images(3, seed=1) + 1]), groups=2)
+    assert term(scope="class")(view) > 1.05 * term(scope="batch")(view)
+
+
+@pytest.mark.parametrize("form", ["norm", "squared"])
+def test_first_layer_scale_multiplies_the_first_layer_alone(form):
+    layers = [layer(0, groups=1, channels=5), layer(1, groups=1, channels=3)]
+    first, second = (value_of([one], form=form) for one in layers)
+    assert value_of(layers, form=form, first_layer_scale=10.0) == pytest.approx(10 * first + second, rel=1e-6)
+
+
+def test_first_layer_scale_applies_to_the_mean_over_layers_too():
+    layers = [layer(0, groups=1, channels=5), layer(1, groups=1, channels=3)]
+    first, second = (value_of([one], form="kl") for one in layers)
+    expected = (10 * first + second) / 2
+    assert value_of(layers, form="kl", first_layer_scale=10.0) == pytest.approx(expected, rel=1e-6)
+
+
+def reference(teacher, images, groups, *, form, statistic, scope):
+    """The term written down again from the layers' real inputs, in float64 and with autograd's own derivatives."""
+    inputs = []
+    norms = [module for module in teacher.modules() if isinstance(module, nn.BatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(lambda _, given: inputs.append(given[0])) for norm in norms]
+    teacher(images)
+    for hook in hooks:
+        hook.remove()
+    distances = []
+    for norm, x in zip(norms, inputs, strict=True):
+        for part in x.chunk(groups) if scope == "class" else [x]:
+            var, mean = torch.var_mean(part, (0, 2, 3), correction=0)
+            stored = norm.running_var
+            if form == "kl":
+                floor = 1e-3 * stored.mean()
+                batch, trained = Normal(mean, (var + floor).sqrt()), Normal(norm.running_mean, (stored + floor).sqrt())
+                distances.append(kl_divergence(batch, trained).mean() / len(norms))
+                continue
+            if statistic == "std":
+                var, stored = var.sqrt(), stored.sqrt()
+            pair = (mean - norm.running_mean, var - stored)
+            distances.append(sum(one.norm() if form == "norm" else one.square().mean() for one in pair))
+    return torch.stack(distances).sum() / (groups if scope == "class" else 1)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options.values()))
+def test_value_and_gradient_agree_with_autograd_in_float64(options):
+    teacher, images, groups = batchnorm_teacher(), toy_images(6), 2
+    view = toy_view(images, teacher=teacher, groups=groups)
+    value = term(**options)(view)
+    (gradient,) = torch.autograd.grad(value, images)
+
+    exact = images.detach().double().requires_grad_()
+    expected = reference(copy.deepcopy(teacher).double(), exact, groups, **options)
+    (expected_gradient,) = torch.autograd.grad(expected, exact)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
+    error = (gradient - expected_gradient).norm() / expected_gradient.norm()
+    assert error < 1e-5

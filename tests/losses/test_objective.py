@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from toy import SPACE, PlainNet, batchnorm_teacher, toy_images, toy_recipe, toy_view
+
+from raydfkd.images import PixelRange
+from raydfkd.losses.objective import Objective, Term, build_objective
+from raydfkd.observed import Need, ObservedNetwork
+from raydfkd.recipe import TermSpec
+from raydfkd.registry import RecipeError
+from raydfkd.synthesis.synthesizer import Judge
+
+
+def objective_of(*specs):
+    terms = [TermSpec.model_validate(spec) for spec in specs]
+    return build_objective(terms, has_targets=True, has_latents=True, has_student=True)
+
+
+def test_parts_are_unweighted_and_the_total_is_weighted():
+    view = toy_view()
+    objective = objective_of({"term": "cross_entropy", "weight": 3.0}, {"term": "image_l2", "weight": 0.5}, "one_hot")
+    value = objective(view)
+    alone = {name: objective_of(name)(view).total for name in ("cross_entropy", "image_l2", "one_hot")}
+    assert value.parts.keys() == alone.keys()
+    for name, part in value.parts.items():
+        torch.testing.assert_close(part, alone[name].detach())
+    expected = 3 * alone["cross_entropy"] + 0.5 * alone["image_l2"] + alone["one_hot"]
+    torch.testing.assert_close(value.total, expected)
+
+
+def test_only_the_total_carries_a_gradient():
+    value = objective_of("cross_entropy", "image_l2")(toy_view())
+    assert value.total.requires_grad
+    assert not any(part.requires_grad for part in value.parts.values())
+
+
+def test_term_of_weight_zero_is_logged_and_moves_nothing():
+    images = toy_images(6)
+    weightless = objective_of("cross_entropy", {"term": "image_l2", "weight": 0.0})(toy_view(images))
+    bare = objective_of("cross_entropy")(toy_view(images))
+    assert weightless.parts["image_l2"] > 0
+    (found,) = torch.autograd.grad(weightless.total, images)
+    (expected,) = torch.autograd.grad(bare.total, images)
+    torch.testing.assert_close(found, expected)
+
+
+def test_needs_are_the_union_over_the_terms():
+    objective = objective_of("cross_entropy", "activation", {"term": "bn_moments", "scope": "class"})
+    assert objective.needs == {Need.FEATURES, Need.CLASS_MOMENTS}
+
+
+def test_two_terms_of_one_name_are_refused_by_the_recipe(tmp_path):
+    with pytest.raises(RecipeError, match="two terms are called image_l2; give one of them another `name:`"):
+        toy_recipe(tmp_path, ["synthesis.objective=[image_l2, {term: image_l2, weight: 2}]"])
+
+
+def test_one_term_can_stand_twice_under_two_names(tmp_path):
+    recipe = toy_recipe(
+        tmp_path, ["synthesis.objective=[bn_moments, {term: bn_moments, name: by_class, scope: class}]"]
+    )
+    objective = build_objective(recipe.synthesis.objective, has_targets=True, has_latents=False, has_student=False)
+    assert list(objective(toy_view(groups=2)).parts) == ["bn_moments", "by_class"]
+
+
+def test_unknown_option_is_refused_with_its_place_in_the_recipe():
+    with pytest.raises(RecipeError, match=r"synthesis.objective\[1\].*wieght.*unknown key"):
+        objective_of("cross_entropy", {"term": "one_hot", "wieght": 2})
+
+
+def test_committing_a_batch_tells_every_term():
+    class Remembers(Term):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def commit(self, view):
+            self.seen.append(view)
+
+    terms = [Remembers(), Remembers()]
+    view = toy_view()
+    Objective([("one", 1.0, terms[0]), ("two", 1.0, terms[1])]).commit(view)
+    assert [term.seen for term in terms] == [[view], [view]]
+
+
+def judge(*specs, teacher=None):
+    objective = objective_of(*specs)
+    observed = ObservedNetwork(teacher or batchnorm_teacher(), taps=objective.needs, frozen=True)
+    return Judge(teacher=observed, objective=objective, pixels=PixelRange(SPACE))
+
+
+def test_batch_moments_are_the_same_beside_class_moments_as_alone():
+    by_class = {"term": "bn_moments", "name": "by_class", "scope": "class"}
+    images, targets = toy_images(6), torch.tensor([0, 0, 0, 1, 1, 1])
+    _, alone = judge("bn_moments")(images, targets, groups=2)
+    _, beside = judge("bn_moments", by_class)(images, targets, groups=2)
+    _, class_alone = judge(by_class)(images, targets, groups=2)
+    torch.testing.assert_close(beside.parts["bn_moments"], alone.parts["bn_moments"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(beside.parts["by_class"], class_alone.parts["by_class"], rtol=0, atol=0)
+
+
+def test_kept_logits_are_the_teacher_s_answer_to_exactly_the_stored_pixels():
+    teacher = batchnorm_teacher()
+    kept = judge("cross_entropy", teacher=teacher).keep(toy_images(5).detach() * 3, torch.tensor([0, 1, 2, 3, 0]), 1.5)
+    stored = (kept.images.float() / 255 - 0.4) / 0.3
+    with torch.no_grad():
+        expected = teacher(stored)
+    torch.testing.assert_close(kept.teacher_logits.float(), expected, rtol=2e-3, atol=2e-3)
+    assert kept.labels.tolist() == [0, 1, 2, 3, 0]
+    assert (kept.objective, kept.student_version) == (1.5, -1)
+
+
+def test_unconditional_images_are_labelled_with_the_teacher_s_answer():
+    kept = judge("one_hot").keep(toy_images(8).detach(), None, 0.0)
+    assert kept.labels.tolist() == kept.teacher_logits.argmax(1).tolist()
+
+
+def test_judge_of_a_teacher_without_batchnorm_works_where_no_term_asks_for_moments():
+    _, value = judge("cross_entropy", "activation", teacher=PlainNet())(toy_images(4), torch.tensor([0, 1, 2, 3]))
+    assert value.total.isfinite()

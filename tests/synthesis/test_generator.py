@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+from toy import CLASSES, batches_of, batchnorm_teacher, joined, toy_recipe
+
+from raydfkd.registry import RecipeError
+from raydfkd.schedule import Request, WorkUnit
+from raydfkd.synthesis.augment import AUGMENTATIONS
+from raydfkd.synthesis.worker import build_synthesizer, load_teacher
+
+
+def unit_of(classes, images_per_class, seed=1):
+    request = Request(
+        classes=classes,
+        images_per_class=images_per_class,
+        seed=seed,
+        class_seeds=tuple(100 * seed + label for label in classes),
+    )
+    return WorkUnit(id="test", request=request)
+
+
+def recipe_with(tmp_path, *overrides):
+    return toy_recipe(tmp_path, [f"synthesis.{override}" for override in overrides], synthesizer="generator")
+
+
+@pytest.mark.parametrize(
+    ("images_per_class", "emissions", "sizes"),
+    [(4, 1, [4, 4]), (5, 1, [4, 4, 2]), (5, 2, [4, 4, 2]), (7, 3, [4, 4, 2, 4]), (1, 3, [2])],
+)
+def test_every_class_gets_exactly_its_images(tmp_path, images_per_class, emissions, sizes):
+    recipe = recipe_with(tmp_path, f"emissions={emissions}")
+    batches = batches_of(recipe, unit_of((3, 1), images_per_class))
+    assert sorted(len(batch) for batch in batches) == sorted(sizes)
+    assert joined(batches).labels.bincount(minlength=CLASSES).tolist() == [0, images_per_class, 0, images_per_class]
+    for batch in batches:
+        assert batch.labels.tolist() == [3] * (len(batch) // 2) + [1] * (len(batch) // 2)
+
+
+def test_the_teacher_comes_to_see_the_classes_that_were_asked_for(tmp_path):
+    recipe = recipe_with(tmp_path, "objective=[cross_entropy]", "steps=80", "lr=0.02", "augment=[]", "emissions=1")
+    made = joined(batches_of(recipe, unit_of(tuple(range(CLASSES)), 6)))
+    assert (made.teacher_logits.argmax(1) == made.labels).float().mean() > 0.9
+    with torch.no_grad():
+        noise = F.cross_entropy(batchnorm_teacher()(torch.randn(len(made), 1, 8, 8)), made.labels)
+    assert F.cross_entropy(made.teacher_logits.float(), made.labels) < 0.3 * noise
+
+
+@pytest.mark.parametrize(("emissions", "at"), [(1, [6]), (2, [3, 6]), (3, [3, 4, 6])])
+def test_images_are_drawn_at_even_times_from_the_middle_of_training_to_its_end(tmp_path, monkeypatch, emissions, at):
+    steps = []
+    monkeypatch.setitem(AUGMENTATIONS._factories, "count", lambda: lambda images, rng: steps.append(1) or images)
+    recipe = recipe_with(tmp_path, f"emissions={emissions}", "augment=[count]")
+    teacher, _ = load_teacher(recipe)
+    synthesizer = build_synthesizer(recipe, teacher, torch.device("cpu"))
+    stream = synthesizer.produce(unit_of((0, 1), 2 * emissions).request, lambda _: None)
+    assert [len(steps) for _ in stream] == at
+
+
+def test_more_draws_than_half_the_steps_are_refused(tmp_path):
+    with pytest.raises(RecipeError, match="emissions is 4, but half of 6 steps are fewer; use at most 3"):
+        batches_of(recipe_with(tmp_path, "emissions=4"))
+
+
+def test_mistake_in_the_generator_s_options_is_found_before_any_work(tmp_path):
+    with pytest.raises(RecipeError, match=r"synthesis.generator.*widht.*did you mean width"):
+        batches_of(recipe_with(tmp_path, "generator={kind: conv, widht: 4}"))
+
+
+def test_loop_and_vmap_make_the_same_set_to_the_rounding_of_pixels(tmp_path):
+    unit = unit_of((0, 1, 2), 3)
+    made = {form: joined(batches_of(recipe_with(tmp_path, f"form={form}"), unit)) for form in ("loop", "vmap", "auto")}
+    assert torch.equal(made["auto"].images, made["loop"].images)
+    difference = (made["vmap"].images.int() - made["loop"].images.int()).abs()
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() < 0.01
+
+
+def test_unconditional_synthesis_trains_one_generator_and_labels_its_images_by_the_teacher(tmp_path):
+    recipe = recipe_with(tmp_path, "targets=none", "objective=[one_hot, class_balance, activation]", "emissions=1")
+    made = joined(batches_of(recipe, unit_of((0, 1, 2), 3)))
+    assert len(made) == 9
+    assert made.labels.tolist() == made.teacher_logits.argmax(1).tolist()
+
+
+def test_unconditional_images_do_not_depend_on_the_labels_of_the_unit(tmp_path):
+    recipe = recipe_with(tmp_path, "targets=none", "objective=[one_hot, class_balance]")
+    one, other = (
+        joined(
+            batches_of(
+                recipe,
+                WorkUnit(
+                    id="test", request=Request(classes=classes, images_per_class=3, seed=1, class_seeds=(5, 6 + extra))
+                ),
+            )
+        )
+        for extra, classes in enumerate([(0, 1), (2, 3)])
+    )
+    assert torch.equal(one.images, other.images)
+
+
+def test_term_that_needs_targets_is_refused_for_unconditional_synthesis(tmp_path):
+    with pytest.raises(RecipeError, match=r"objective\[0\]: cross_entropy needs targets"):
+        batches_of(recipe_with(tmp_path, "targets=none"))
+
+
+def test_objective_falls_while_the_generators_train(tmp_path):
+    logged = []
+    batches_of(recipe_with(tmp_path, "steps=60", "lr=0.02", "augment=[]"), unit_of((0, 1), 2), logged.append)
+    assert [entry["step"] for entry in logged] == [1, 50, 60]
+    assert logged[-1]["total"] < 0.7 * logged[0]["total"]
+
+
+def test_repeats_of_a_class_come_from_different_generators(tmp_path):
+    recipe = recipe_with(tmp_path)
+    one, other = (joined(batches_of(recipe, unit_of((0, 1), 3, seed=seed))) for seed in (1, 2))
+    assert (one.images != other.images).float().mean() > 0.5

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from toy import CLASSES, assert_same_rows, batches_of, batchnorm_teacher, joined, toy_recipe
+
+from raydfkd.registry import RecipeError
+from raydfkd.schedule import Request, WorkUnit
+from raydfkd.synthesis.synthesizer import rng_from, warmup_cosine
+
+WIDE = ["teacher.image_space.mean=[0.5]", "teacher.image_space.std=[0.1]"]
+"""An image space in which unit noise hardly ever reaches black or white, so that stored pixels tell every change."""
+
+
+def unit_of(classes, images_per_class, seed=1):
+    request = Request(
+        classes=classes,
+        images_per_class=images_per_class,
+        seed=seed,
+        class_seeds=tuple(100 * seed + label for label in classes),
+    )
+    return WorkUnit(id="test", request=request)
+
+
+def noise_of(unit):
+    """What the optimisation of each class starts from, [N, 1, 8, 8]."""
+    request = unit.request
+    shape = (request.images_per_class, 1, 8, 8)
+    return torch.cat([torch.randn(shape, generator=rng_from(seed)) for seed in request.class_seeds])
+
+
+def normalized(batch):
+    """Stored pixels in the WIDE image space."""
+    return (batch.images.float() / 255 - 0.5) / 0.1
+
+
+LEVEL = 1 / 255 / 0.1
+"""One level of a stored pixel, in normalised units of the WIDE image space."""
+
+
+@pytest.mark.parametrize(
+    ("images_per_class", "batch_size", "sizes"),
+    [(3, 6, [6]), (5, 4, [4, 4, 2]), (4, 1, [2, 2, 2, 2]), (1, 100, [2])],
+)
+def test_every_class_gets_exactly_its_images_in_batches_of_the_recipe_s_size(
+    tmp_path, images_per_class, batch_size, sizes
+):
+    recipe = toy_recipe(tmp_path, [f"synthesis.batch_size={batch_size}"])
+    batches = batches_of(recipe, unit_of((3, 1), images_per_class))
+    assert [len(batch) for batch in batches] == sizes
+    assert joined(batches).labels.bincount(minlength=CLASSES).tolist() == [0, images_per_class, 0, images_per_class]
+    for batch in batches:
+        assert batch.labels.tolist() == [3] * (len(batch) // 2) + [1] * (len(batch) // 2)
+
+
+def test_the_teacher_comes_to_see_the_classes_that_were_asked_for(tmp_path):
+    settings = ["synthesis.objective=[cross_entropy]", "synthesis.stages=[{steps: 60}]", "synthesis.augment=[]"]
+    recipe = toy_recipe(tmp_path, [*settings, "synthesis.batch_size=100"])
+    unit = unit_of(tuple(range(CLASSES)), 5)
+    made = joined(batches_of(recipe, unit))
+    with torch.no_grad():
+        before = F.cross_entropy(batchnorm_teacher()(noise_of(unit)), made.labels)
+    after = F.cross_entropy(made.teacher_logits.float(), made.labels)
+    assert made.teacher_logits.argmax(1).tolist() == made.labels.tolist()
+    assert after < 0.2 * before
+
+
+def test_first_step_of_adam_moves_each_pixel_by_the_learning_rate_against_its_gradient(tmp_path):
+    """The kept image is the last iterate: here the start would have had the lower objective."""
+    settings = ["synthesis.objective=[image_l2]", "synthesis.stages=[{steps: 1}]", "synthesis.augment=[]"]
+    recipe = toy_recipe(tmp_path, [*WIDE, *settings, "synthesis.warmup=0", "synthesis.lr=3.0"])
+    unit = unit_of((0,), 4)
+    noise = noise_of(unit)
+    expected = (noise - 3 * noise.sign()).clamp(-5, 5)
+    made = normalized(joined(batches_of(recipe, unit)))
+    torch.testing.assert_close(made, expected, rtol=0, atol=0.51 * LEVEL)
+    assert made.norm() > noise.norm()
+
+
+def test_warmup_shortens_the_first_step(tmp_path):
+    settings = ["synthesis.objective=[image_l2]", "synthesis.stages=[{steps: 1}]", "synthesis.augment=[]"]
+    recipe = toy_recipe(tmp_path, [*WIDE, *settings, "synthesis.warmup=5", "synthesis.lr=2.0"])
+    unit = unit_of((0,), 4)
+    noise = noise_of(unit)
+    expected = (noise - 0.4 * noise.sign()).clamp(-5, 5)
+    torch.testing.assert_close(normalized(joined(batches_of(recipe, unit))), expected, rtol=0, atol=0.51 * LEVEL)
+
+
+def test_learning_rate_warms_up_and_then_falls_to_zero_as_half_a_cosine():
+    factors = [warmup_cosine(step, steps=10, warmup=4) for step in range(11)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[7] == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
+    assert factors[10] == pytest.approx(0)
+
+
+def test_stage_that_pools_moves_all_pixels_of_a_square_alike(tmp_path):
+    settings = ["synthesis.stages=[{pool: 2, steps: 4}]", "synthesis.clip=false", "synthesis.objective=[cross_entropy]"]
+    recipe = toy_recipe(tmp_path, [*WIDE, *settings, "synthesis.augment=[]"])
+    unit = unit_of((0, 1), 2)
+    moved = normalized(joined(batches_of(recipe, unit))) - noise_of(unit)
+    squares = moved.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
+    assert (squares.amax(4) - squares.amin(4)).max() <= 1.01 * LEVEL
+    means = squares.mean(4).flatten()
+    assert means.max() - means.min() > 5 * LEVEL
+
+
+def test_stage_without_pooling_moves_pixels_of_a_square_apart(tmp_path):
+    settings = ["synthesis.stages=[{pool: 2, steps: 4}, {steps: 4}]", "synthesis.clip=false"]
+    recipe = toy_recipe(tmp_path, [*WIDE, *settings, "synthesis.objective=[cross_entropy]", "synthesis.augment=[]"])
+    unit = unit_of((0, 1), 2)
+    moved = normalized(joined(batches_of(recipe, unit))) - noise_of(unit)
+    squares = moved.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
+    assert (squares.amax(4) - squares.amin(4)).max() > 5 * LEVEL
+
+
+def test_pooling_that_does_not_divide_the_image_is_refused(tmp_path):
+    recipe = toy_recipe(tmp_path, ["synthesis.stages=[{pool: 3, steps: 4}]"])
+    with pytest.raises(RecipeError, match="pool is 3, which does not divide image size 8"):
+        batches_of(recipe)
+
+
+@pytest.mark.parametrize(("clip", "stays_inside"), [("true", True), ("false", False)])
+def test_clip_keeps_what_the_teacher_sees_between_black_and_white(tmp_path, clip, stays_inside):
+    white = (1 - 0.4) / 0.3
+    largest = math.sqrt(64) * white
+    logged = []
+    settings = ["synthesis.lr=5.0", f"synthesis.clip={clip}", "synthesis.stages=[{steps: 6}]", "synthesis.warmup=1"]
+    objective = "synthesis.objective=[cross_entropy, {term: image_l2, weight: 0.0}]"
+    batches_of(toy_recipe(tmp_path, [*settings, objective]), unit_of((0, 1), 2), logged.append)
+    assert (logged[-1]["image_l2"] <= largest) is stays_inside
+
+
+def test_the_log_holds_the_first_and_last_step_of_each_stage_with_unweighted_parts(tmp_path):
+    logged = []
+    settings = ["synthesis.stages=[{pool: 2, steps: 3}, {steps: 4}]", "synthesis.batch_size=100"]
+    objective = "synthesis.objective=[{term: cross_entropy, weight: 2.0}, {term: image_l2, weight: 0.5}]"
+    batches_of(toy_recipe(tmp_path, [*settings, objective]), unit_of((0, 1), 2), logged.append)
+    assert [entry["step"] for entry in logged] == [1, 3, 7]
+    for entry in logged:
+        assert entry["total"] == pytest.approx(2 * entry["cross_entropy"] + 0.5 * entry["image_l2"], rel=1e-5)
+
+
+def test_objective_falls_over_a_stage(tmp_path):
+    logged = []
+    recipe = toy_recipe(tmp_path, ["synthesis.stages=[{steps: 40}]", "synthesis.augment=[]"])
+    batches_of(recipe, unit_of((0, 1), 2), logged.append)
+    assert logged[-1]["total"] < 0.5 * logged[0]["total"]
+
+
+def test_two_batches_of_a_class_differ(tmp_path):
+    first, second = batches_of(toy_recipe(tmp_path), unit_of((0, 1), 4))
+    assert not torch.equal(first.images, second.images)
+
+
+def test_images_of_a_class_in_one_batch_differ(tmp_path):
+    (made,) = batches_of(toy_recipe(tmp_path, ["synthesis.batch_size=8"]), unit_of((0, 1), 4))
+    assert len({image.numpy().tobytes() for image in made.images}) == 8
+
+
+def test_bfloat16_makes_other_images_and_the_same_ones_each_time(tmp_path):
+    unit = unit_of((0, 1), 2)
+    recipe = toy_recipe(tmp_path, ["synthesis.precision=bfloat16"])
+    one, again = joined(batches_of(recipe, unit)), joined(batches_of(recipe, unit))
+    assert_same_rows(one, again)
+    assert not torch.equal(one.images, joined(batches_of(toy_recipe(tmp_path), unit)).images)

@@ -1,0 +1,193 @@
+"""Toy networks, recipes and views that the tests share: 4 classes of 8x8 grey images, milliseconds a step."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from raydfkd.batches import SyntheticBatch
+from raydfkd.losses.objective import View
+from raydfkd.networks import ConvNet, save_bytes
+from raydfkd.observed import Need, Observation, ObservedNetwork
+from raydfkd.progress import Monitor
+from raydfkd.recipe import ImageSpace, Recipe, load_recipe
+from raydfkd.registry import RecipeError, Registry
+from raydfkd.report import MetricsLog
+from raydfkd.schedule import WorkUnit
+from raydfkd.synthesis.worker import build_synthesizer, load_teacher
+
+CLASSES = 4
+SPACE = ImageSpace(channels=1, size=8, mean=(0.4,), std=(0.3,))
+BATCHNORM_TAPS = frozenset({Need.FEATURES, Need.MOMENTS})
+
+_RECIPE = """
+name: toy
+seed: 7
+teacher:
+  network: convnet
+  options: {widths: [8, 12]}
+  classes: 4
+  image_space: {channels: 1, size: 8, mean: [0.4], std: [0.3]}
+student:
+  network: convnet
+  options: {widths: [4, 6]}
+transfer_set:
+  images_per_class: 6
+  unit: {classes: 2, images_per_class: 3}
+distill:
+  steps: 6
+  batch_size: 8
+  criterion: logit_l1
+  optimizer: {kind: adam, lr: 1e-2}
+  log_every: 1
+runtime: {executor: local, device: cpu}
+synthesis:
+"""
+_SYNTHESIS = {
+    "pixels": """
+  synthesizer: pixels
+  batch_size: 4
+  stages: [{pool: 2, steps: 3}, {steps: 4}]
+  warmup: 2
+  augment: [{kind: jitter, pixels: 1}]
+  objective: [cross_entropy, {term: bn_moments, form: kl}, {term: total_variation, weight: 1e-2}]
+""",
+    "generator": """
+  synthesizer: generator
+  steps: 6
+  batch_per_class: 2
+  emissions: 2
+  generator: {kind: conv, latent: 4, width: 4, doublings: 1}
+  augment: [{kind: jitter, pixels: 1}]
+  objective: [cross_entropy, {term: bn_moments, form: kl}]
+""",
+}
+SYNTHESIZERS_UNDER_TEST = tuple(_SYNTHESIS)
+
+
+class PlainNet(nn.Module):
+    """A network without BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2, padding=1), nn.Tanh(), nn.Flatten())
+        self.head = nn.Linear(6 * 16, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.body(images))
+        return logits
+
+
+def batchnorm_teacher(seed: int = 0) -> ConvNet:
+    """A network whose BatchNorm layers have running statistics and affine weights unlike those of a fresh one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = ConvNet(CLASSES, 1, widths=(8, 12))
+        for layer in network.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                nn.init.uniform_(layer.weight, 0.5, 1.5)
+                nn.init.normal_(layer.bias, std=0.3)
+        with torch.no_grad():
+            network.head.weight *= 4
+            for _ in range(20):
+                network(1.5 * torch.randn(32, 1, 8, 8) + 0.3)
+    return network.eval()
+
+
+def plain_teacher(seed: int = 0) -> PlainNet:
+    """A teacher without BatchNorm."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return PlainNet().eval()
+
+
+def toy_images(count: int, seed: int = 0) -> Tensor:
+    """Normalised images [N, 1, 8, 8] that want a gradient."""
+    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def toy_view(
+    images: Tensor | None = None,
+    targets: Tensor | None = None,
+    *,
+    teacher: nn.Module | None = None,
+    taps: frozenset[Need] = BATCHNORM_TAPS,
+    groups: int = 1,
+) -> View:
+    """A view that offers everything a term may read."""
+    images = toy_images(6) if images is None else images
+    targets = torch.arange(len(images)) % CLASSES if targets is None else targets
+    observed = ObservedNetwork(batchnorm_teacher() if teacher is None else teacher, taps=taps, frozen=True)
+    return View(
+        images=images,
+        targets=targets,
+        teacher=observed(images, groups=groups),
+        observe=observed,
+        student=Observation(logits=plain_teacher(seed=1)(images)),
+        latents=images.flatten(1)[:, :5],
+    )
+
+
+def toy_recipe(folder: Path, overrides: Sequence[str] = (), *, synthesizer: str = "pixels") -> Recipe:
+    """A recipe that lives in ``folder``, whose teacher is ``batchnorm_teacher()``; four units of six images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / "teacher.safetensors"
+    weights.write_bytes(save_bytes(batchnorm_teacher()))
+    source = folder / "toy.yaml"
+    source.write_text(_RECIPE + _SYNTHESIS[synthesizer])
+    return load_recipe(source, [f"teacher.weights={weights}", *overrides], run_dir=str(folder / "run"))
+
+
+def batches_of(recipe: Recipe, unit: WorkUnit | None = None, log: Any = lambda _: None) -> list[SyntheticBatch]:
+    """What the recipe's synthesizer makes of ``unit``, the first one unless given."""
+    teacher, _ = load_teacher(recipe)
+    synthesizer = build_synthesizer(recipe, teacher, torch.device("cpu"))
+    return list(synthesizer.produce((unit or recipe.plan()[0]).request, log))
+
+
+def joined(batches: Sequence[SyntheticBatch]) -> SyntheticBatch:
+    """All rows of ``batches`` as one."""
+    return SyntheticBatch(
+        images=torch.cat([batch.images for batch in batches]),
+        labels=torch.cat([batch.labels for batch in batches]),
+        teacher_logits=torch.cat([batch.teacher_logits for batch in batches]),
+        objective=batches[-1].objective,
+    )
+
+
+def assert_same_rows(one: SyntheticBatch, other: SyntheticBatch) -> None:
+    """Bit for bit."""
+    for name in ("images", "labels", "teacher_logits"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0)
+
+
+def quiet_monitor(folder: Path) -> Monitor:
+    """A monitor that shows nothing and writes ``metrics.jsonl``."""
+    return Monitor(Console(file=io.StringIO()), MetricsLog(folder / "metrics.jsonl", fresh=False))
+
+
+def shipped(registry: Registry[Any]) -> list[str]:
+    """Plug-ins of the package, without those that tests register."""
+    return [name for name in registry.names() if registry.get(name, where="test").__module__.startswith("raydfkd.")]
+
+
+def variants(registry: Registry[Any], name: str, *supplied: Any) -> Iterator[dict[str, Any]]:
+    """Options of plug-in ``name``: every combination of its closed choices that it accepts."""
+    factory = registry.get(name, where="test")
+    hints = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)  # type: ignore[misc]
+    choices = {option: get_args(hint) for option, hint in hints.items() if get_origin(hint) is Literal}
+    for values in itertools.product(*choices.values()):
+        options = dict(zip(choices, values, strict=True))
+        try:
+            registry.build(name, options, *supplied, where="test")
+        except RecipeError:
+            continue
+        yield options
