@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -46,16 +47,14 @@ On = Annotated[str | None, typer.Option("--on", metavar="ray|local", help="Where
 
 def main() -> None:
     """Entry point of the console script: turns what went wrong into one line and an exit code."""
-    sys.path.insert(0, "")  # module:callable means modules beside the recipe's user, as with `python -m`
+    sys.path.insert(0, os.getcwd())  # module:callable finds modules of the current folder, as with `python -m`
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         result = app(standalone_mode=False)
     except RecipeError as error:
-        _complain(str(error))
+        _complain(" ".join(str(error).splitlines()))
         sys.exit(WRONG_INPUT)
-    except typer.Abort:
-        sys.exit(INTERRUPTED)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         _complain("interrupted; what was committed stays, and the same command goes on from there")
         sys.exit(INTERRUPTED)
     except typer.TyperException as error:
@@ -119,6 +118,10 @@ def run(
         monitor.say("teacher", "from here on no real image is read")
         pipeline.announce(job, monitor)
         outcome, state = _executor(plan).run(job, monitor)
+    if not job.snapshot().images:
+        _explain_incomplete(outcome, len(job.units))
+        _complain("no image was made, so there is no student and no report")
+        return INCOMPLETE
     student = pipeline.save_student(job, state)
     judged = pipeline.evaluate(plan, str(student), data)
     found = pipeline.report(

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raydfkd.recipe import ImageSpace, StudentSpec, TeacherSpec
+from raydfkd.recipe import ImageSpace, Positive, StudentSpec, TeacherSpec
 from raydfkd.registry import RecipeError, Registry, did_you_mean
 
 NETWORKS: Registry[nn.Module] = Registry("network", [])
+REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
+"""What networks raise on images of a size or channel count that they cannot take."""
 
 
 def _conv_norm_relu(inputs: int, outputs: int, stride: int) -> nn.Sequential:
@@ -33,7 +35,7 @@ class ConvNet(nn.Module):
         widths: output channels of each convolution.
     """
 
-    def __init__(self, classes: int, channels: int, *, widths: tuple[int, ...] = (32, 64, 128)) -> None:
+    def __init__(self, classes: int, channels: int, *, widths: tuple[Positive, ...] = (32, 64, 128)) -> None:
         super().__init__()
         sizes = [channels, *widths]
         self.body = nn.Sequential(*(_conv_norm_relu(a, b, 2) for a, b in zip(sizes, sizes[1:], strict=False)))
@@ -68,7 +70,7 @@ class SmallResNet(nn.Module):
         width: channels of the first stage.
     """
 
-    def __init__(self, classes: int, channels: int, *, depth: int = 20, width: int = 16) -> None:
+    def __init__(self, classes: int, channels: int, *, depth: int = 20, width: Positive = 16) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth is {depth}; it must be 6n + 2, such as 8 or 20")
@@ -93,11 +95,13 @@ class LeNet5(nn.Module):
     """LeNet-5 for 32-pixel images, ReLU and max pooling, no BatchNorm; ``shrink: 2`` halves every layer.
 
     Args:
-        shrink: divides the width of every hidden layer.
+        shrink: divides the width of every hidden layer; at most 6.
     """
 
-    def __init__(self, classes: int, channels: int, *, shrink: int = 1) -> None:
+    def __init__(self, classes: int, channels: int, *, shrink: Positive = 1) -> None:
         super().__init__()
+        if shrink > 6:
+            raise ValueError(f"shrink is {shrink}, but the first layer has 6 channels; use at most 6")
         six, sixteen, hidden, features = (width // shrink for width in (6, 16, 120, 84))
         self.body = nn.Sequential(
             *(nn.Conv2d(channels, six, 5), nn.ReLU(), nn.MaxPool2d(2)),
@@ -129,8 +133,9 @@ def build_network(spec: TeacherSpec | StudentSpec, teacher: TeacherSpec, *, wher
 def _construct(spec: TeacherSpec | StudentSpec, teacher: TeacherSpec, where: str) -> nn.Module:
     family, colon, name = spec.network.partition(":")
     if not colon:
+        NETWORKS.get(spec.network, where=f"{where}.network")
         return NETWORKS.build(
-            spec.network, spec.options, teacher.classes, teacher.image_space.channels, where=f"{where}.network"
+            spec.network, spec.options, teacher.classes, teacher.image_space.channels, where=f"{where}.options"
         )
     if family == "torchvision":
         from torchvision import models  # heavy, and only needed here
@@ -142,7 +147,7 @@ def _construct(spec: TeacherSpec | StudentSpec, teacher: TeacherSpec, where: str
         return _call(lambda **options: models.get_model(name, **options), spec, where, num_classes=teacher.classes)
     try:
         factory = getattr(importlib.import_module(family), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: no absolute module name
         raise RecipeError(f"{where}.network is {spec.network!r}, which cannot be imported: {error}") from error
     return _call(factory, spec, where)
 
@@ -150,7 +155,7 @@ def _construct(spec: TeacherSpec | StudentSpec, teacher: TeacherSpec, where: str
 def _call(factory: Any, spec: TeacherSpec | StudentSpec, where: str, **supplied: Any) -> nn.Module:
     try:
         network = factory(**supplied, **spec.options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise RecipeError(f"{where}.options do not suit {spec.network}: {error}") from error
     if not isinstance(network, nn.Module):
         raise RecipeError(f"{where}.network: {spec.network} returned {type(network).__name__}, not a torch.nn.Module")
@@ -161,8 +166,8 @@ def _try(network: nn.Module, name: str, teacher: TeacherSpec, where: str) -> Non
     space = teacher.image_space
     try:
         logits = _blank_logits(network, space)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except REFUSALS as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         sizes = [size for size in (28, 32, 64, 96, 112, 128, 224, 256, 299) if _takes(network, space, size)]
         remedy = f"sizes that work: {', '.join(map(str, sizes))}" if sizes else "check channels and network"
         raise RecipeError(
@@ -190,17 +195,24 @@ def _blank_logits(network: nn.Module, space: ImageSpace, size: int | None = None
 def _takes(network: nn.Module, space: ImageSpace, size: int) -> bool:
     try:
         _blank_logits(network, space, size)
-    except (RuntimeError, ValueError):
+    except REFUSALS:
         return False
     return True
 
 
-def weights_exist(uri: str) -> bool:
-    """Whether there is a file at ``uri``."""
+def weights_exist(uri: str, *, where: str) -> bool:
+    """Whether there is a file at ``uri``.
+
+    Raises:
+        RecipeError: nobody can say, because its file system does not answer.
+    """
     if uri == "random":
         return True
-    filesystem, path = fsspec.url_to_fs(uri)
-    return bool(filesystem.exists(path))
+    try:
+        filesystem, path = fsspec.url_to_fs(uri)
+        return bool(filesystem.exists(path))
+    except Exception as error:  # every file system has errors of its own; here they become the user's line
+        raise _unreadable(uri, error, where) from None
 
 
 def load_weights(network: nn.Module, uri: str, *, where: str) -> str:
@@ -214,10 +226,12 @@ def load_weights(network: nn.Module, uri: str, *, where: str) -> str:
     try:
         with fsspec.open(uri, "rb") as file:
             content: bytes = file.read()
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise RecipeError(
             f"{where} is {uri!r}: no such file; give trained weights, or teacher.train to train them"
         ) from None
+    except Exception as error:  # every file system has errors of its own; here they become the user's line
+        raise _unreadable(uri, error, where) from None
     state = _parse_weights(content, uri, where)
     own = network.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -233,6 +247,11 @@ def load_weights(network: nn.Module, uri: str, *, where: str) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def _unreadable(uri: str, error: Exception, where: str) -> RecipeError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return RecipeError(f"{where} is {uri!r}: cannot be read ({reason}); give a file that this machine can read")
+
+
 def _parse_weights(content: bytes, uri: str, where: str) -> Mapping[str, Tensor]:
     refusal = RecipeError(
         f"{where} is {uri!r}: not a state dict of tensors; give a .safetensors file or torch.save(net.state_dict())"
@@ -243,7 +262,9 @@ def _parse_weights(content: bytes, uri: str, where: str) -> Mapping[str, Tensor]
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception:  # any parser's complaint means the same to the user
         raise refusal from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict):
+        raise refusal
+    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         raise refusal
     return state
 

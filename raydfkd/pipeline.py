@@ -42,7 +42,7 @@ METRICS = "metrics.jsonl"
 
 
 def check(recipe: Recipe, *, student: bool = True) -> RealData | None:
-    """Find the user's mistakes before any work; writes nothing but a probe beside the transfer set.
+    """Find the user's mistakes before any work; writes nothing but probes, and removes those.
 
     Builds every part of the run once, on the CPU, with an untrained teacher.
 
@@ -60,30 +60,41 @@ def check(recipe: Recipe, *, student: bool = True) -> RealData | None:
         CRITERIA.build(criterion.kind, criterion.options, where="distill.criterion")
         build_augmentations(recipe.distill.augment, where="distill.augment")
         build_optimizer(network, recipe.distill.optimizer, steps=1)
-    if weights_exist(recipe.teacher.weights):
+    pick_device(recipe.runtime.device)
+    _probe("run_dir", recipe.run_dir)
+    _probe("transfer_set.uri", recipe.transfer_set.uri, recipe.transfer_set.storage_options)
+    if weights_exist(recipe.teacher.weights, where="teacher.weights"):
         teacher, weights = load_teacher(recipe)
         transfer_set_of(recipe, recipe.digest(weights)).check()
     elif recipe.teacher.train is None:
         load_weights(teacher, recipe.teacher.weights, where="teacher.weights")
     else:
         check_teacher(recipe)
-    pick_device(recipe.runtime.device)
-    Store(recipe.transfer_set.uri, recipe.transfer_set.storage_options).probe()
     return data
+
+
+def _probe(key: str, uri: str, storage_options: Mapping[str, Any] | None = None) -> None:
+    try:
+        Store(uri, storage_options).probe()
+    except RecipeError as error:
+        raise RecipeError(str(error).replace("transfer_set.uri", key, 1)) from None
 
 
 def check_teacher(recipe: Recipe) -> None:
     """Find mistakes in what it takes to train the teacher; the rest of the recipe may still be unfinished."""
     if recipe.teacher.train is None or recipe.real_data is None:
         raise RecipeError("teacher.train is missing, so there is nothing to teach; say how, or give teacher.weights")
+    if recipe.teacher.weights == "random":
+        raise RecipeError('teacher.weights is "random", which nothing is trained for; give the file to write')
     build_network(recipe.teacher, recipe.teacher, where="teacher", seed=0)
     build_augmentations(recipe.teacher.train.augment, where="teacher.train.augment")
     open_real_data(recipe.real_data, recipe.teacher.image_space, recipe.teacher.classes)
+    _probe("the folder of teacher.weights", _split(recipe.teacher.weights)[0])
 
 
 def ensure_teacher(recipe: Recipe, monitor: Monitor, *, again: bool = False) -> None:
     """Train the teacher if its weights are not there yet and the recipe says how."""
-    if weights_exist(recipe.teacher.weights) and not again:
+    if weights_exist(recipe.teacher.weights, where="teacher.weights") and not again:
         return
     check_teacher(recipe)
     spec, real = recipe.teacher.train, recipe.real_data
@@ -99,8 +110,8 @@ def ensure_teacher(recipe: Recipe, monitor: Monitor, *, again: bool = False) -> 
 
     teacher = teach(recipe, data, device, on_epoch)
     path = recipe.teacher.weights
-    folder, _, name = path.rpartition("/")
-    Store(folder or ".").put(name, save_bytes(teacher, {"network": recipe.teacher.network}))
+    folder, name = _split(path)
+    Store(folder).put(name, save_bytes(teacher, {"network": recipe.teacher.network}))
     validation = data.load("validation")
     pixels = PixelRange(recipe.teacher.image_space, device)
     logits = predict(teacher, validation.images, pixels)
@@ -110,6 +121,12 @@ def ensure_teacher(recipe: Recipe, monitor: Monitor, *, again: bool = False) -> 
         f"{recipe.teacher.network} trained on real {real.kind} in {time.monotonic() - started:.0f} s, "
         f"{top1:.1%} on the validation split   {path}",
     )
+
+
+def _split(path: str) -> tuple[str, str]:
+    """Folder and name of a file at a path or URL."""
+    folder, slash, name = path.rpartition("/")
+    return folder or slash or ".", name
 
 
 @contextlib.contextmanager
@@ -153,11 +170,13 @@ def save_student(job: Job, state: Mapping[str, Tensor]) -> Path:
 
 def evaluate(recipe: Recipe, weights: str, data: RealData | None, *, split: Split = "test") -> dict[str, Any]:
     """Judge a saved student: top-1 of teacher and student on real images, agreement there or on the transfer set."""
+    if not weights_exist(weights, where="--student"):
+        raise RecipeError(f"--student is {weights!r}: no such file; `raydfkd run` or `distill` writes it")
     device = pick_device(recipe.runtime.device)
     pixels = PixelRange(recipe.teacher.image_space, device)
     teacher, _ = load_teacher(recipe)
     student = build_network(recipe.student, recipe.teacher, where="student", seed=0)
-    load_weights(student, weights, where="student weights")
+    load_weights(student, weights, where="--student")
     teacher, student = teacher.to(device), student.to(device)
     labels: Tensor | None = None
     if data is not None:
@@ -238,28 +257,28 @@ def write(job: Job, found: Mapping[str, Any], data: RealData | None) -> Path:
 
 
 def gallery(job: Job, class_names: tuple[str, ...], *, images: int = GALLERY_IMAGES) -> Gallery | None:
-    """Images of each class, from different units as far as there are some; None while a class has none."""
-    found: list[list[Tensor]] = [[] for _ in class_names]
-    sure: list[list[Tensor]] = [[] for _ in class_names]
+    """Images of each class of the plan, from different units as far as there are some; None while a class has none."""
+    found: dict[int, list[Tensor]] = {label: [] for label in job.recipe.classes}
+    sure: dict[int, list[Tensor]] = {label: [] for label in job.recipe.classes}
     for turn in range(images):
         for commit in job.snapshot().commits:
-            if all(len(row) >= images for row in found):
+            if all(len(row) >= images for row in found.values()):
                 break
             rows = job.transfer_set.read(commit.parts[0])
             probabilities = rows.teacher_logits.float().softmax(1)
-            for label in rows.labels.unique().tolist():
+            for label in found.keys() & set(rows.labels.tolist()):
                 places = (rows.labels == label).nonzero().flatten()
                 if len(found[label]) < images and turn < len(places):
                     place = places[turn]
                     found[label].append(rows.images[place])
                     sure[label].append(probabilities[place, label])
-    shortest = min(len(row) for row in found)
+    shortest = min(len(row) for row in found.values())
     if not shortest:
         return None
     return Gallery(
-        images=torch.stack([torch.stack(row[:shortest]) for row in found]),
-        class_names=class_names,
-        teacher_confidence=torch.stack([torch.stack(row[:shortest]) for row in sure]),
+        images=torch.stack([torch.stack(row[:shortest]) for row in found.values()]),
+        class_names=tuple(class_names[label] for label in found),
+        teacher_confidence=torch.stack([torch.stack(row[:shortest]) for row in sure.values()]),
     )
 
 

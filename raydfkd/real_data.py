@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,9 +134,12 @@ def _idx_file(root: str, name: str) -> Path | None:
 def _read_idx(root: str, name: str) -> Tensor:
     path = _idx_file(root, name)
     assert path is not None, "presence was checked when the data set was opened"
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    if content[:3] != b"\0\0\x08":
-        raise RecipeError(f"real_data.root: {path} is not an idx file of bytes; fetch it again")
-    shape = np.frombuffer(content, ">u4", count=content[3], offset=4).astype(int).tolist()
-    pixels = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])
-    return torch.from_numpy(pixels.reshape(shape).copy())
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        if content[:3] != b"\0\0\x08":
+            raise ValueError("it does not begin like one")
+        shape = np.frombuffer(content, ">u4", count=content[3], offset=4).astype(int).tolist()
+        pixels = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])
+        return torch.from_numpy(pixels.reshape(shape).copy())
+    except (ValueError, IndexError, EOFError, OSError, zlib.error) as error:
+        raise RecipeError(f"real_data.root: {path} is not an idx file of bytes ({error}); fetch it again") from None

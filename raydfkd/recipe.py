@@ -16,13 +16,18 @@ from raydfkd.registry import RecipeError, did_you_mean, explain
 from raydfkd.schedule import WorkUnit, plan_units
 
 Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class Spec(BaseModel):
-    """Base of every section: frozen, strict, unknown keys refused."""
+    """Base of every section: frozen, strict, unknown keys and non-finite numbers refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class PluginSpec(Spec):
@@ -78,7 +83,7 @@ class ImageSpace(Spec):
     """Height and width in pixels."""
     mean: tuple[float, ...]
     """Mean per channel that normalisation subtracts."""
-    std: tuple[Annotated[float, Field(gt=0)], ...]
+    std: tuple[PositiveFloat, ...]
     """Standard deviation per channel that normalisation divides by."""
 
     @model_validator(mode="after")
@@ -103,9 +108,9 @@ class TeachSpec(Spec):
     """Passes over the real training split."""
     batch_size: Positive = 64
     """Images per step."""
-    lr: float = 0.01
+    lr: PositiveFloat = 0.01
     """Peak learning rate of AdamW on a one-cycle schedule."""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
     """AdamW's weight decay."""
     augment: tuple[PluginSpec, ...] = ()
     """Augmentations of the real images."""
@@ -124,7 +129,7 @@ class TeacherSpec(Spec):
     """Number of classes, the width of its output."""
     image_space: ImageSpace
     """Its input."""
-    weights: str = "${run_dir}/teacher.safetensors"
+    weights: Text = "${run_dir}/teacher.safetensors"
     """Path or URL of a .safetensors or .pt state dict, or "random" (for benchmarks and tests)."""
     train: TeachSpec | None = None
     """How `raydfkd teach` trains it; `run` does so first where the weights are not there yet."""
@@ -183,9 +188,9 @@ class UnitSpec(Spec):
 class TransferSetSpec(Spec):
     """Where the synthetic images live and how many there are."""
 
-    uri: str = "${run_dir}/transfer_set"
+    uri: Text = "${run_dir}/transfer_set"
     """Any fsspec URL or a local path."""
-    classes: Literal["all"] | tuple[Annotated[int, Field(ge=0)], ...] = "all"
+    classes: Literal["all"] | tuple[int, ...] = "all"
     """Which classes, by number."""
     images_per_class: Positive
     """Images of each class; synthesis ends when every class has them."""
@@ -227,14 +232,20 @@ class OptimizerSpec(Spec):
 
     kind: Literal["adam", "sgd"] = "adam"
     """Adam, or SGD with Nesterov momentum."""
-    lr: float
+    lr: PositiveFloat
     """Peak learning rate."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Weight decay (AdamW's form for adam)."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum of sgd; first beta of adam."""
     schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
     """Learning rate over the steps."""
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> OptimizerSpec:
+        if self.kind == "sgd" and not self.momentum:
+            raise ValueError("momentum is 0, but sgd's is Nesterov's; give one above 0, such as 0.9")
+        return self
 
 
 class DistillSpec(Spec):
@@ -321,7 +332,7 @@ class Recipe(Spec):
     """Names the run; letters, digits, dash, dot and underscore."""
     seed: int = 0
     """Every other seed derives from this one."""
-    run_dir: str = "runs/${name}"
+    run_dir: Text = "runs/${name}"
     """Folder of reports, student and checkpoints."""
     teacher: TeacherSpec
     """The network to invert."""
@@ -345,7 +356,7 @@ class Recipe(Spec):
         if self.teacher.train is not None and self.real_data is None:
             raise ValueError("teacher.train needs real_data; say which, or drop train and give weights")
         for label in self.classes:
-            if label >= self.teacher.classes or self.classes.count(label) > 1:
+            if not 0 <= label < self.teacher.classes or self.classes.count(label) > 1:
                 raise ValueError(
                     f"transfer_set.classes has {label}, which is twice there or not a class of the teacher; "
                     f"use each of 0 to {self.teacher.classes - 1} at most once"
@@ -398,7 +409,7 @@ class Recipe(Spec):
     def shown(self) -> dict[str, Any]:
         """The recipe as plain data without secrets, for reports and logs."""
         data = self.model_dump(mode="json")
-        data["transfer_set"]["storage_options"] = sorted(self.transfer_set.storage_options)
+        data["transfer_set"]["storage_options"] = dict.fromkeys(self.transfer_set.storage_options, "***")
         return data
 
 
@@ -407,13 +418,21 @@ def _located(path: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number and a key given twice is an error."""
+    """Safe YAML in which 1e-4 is a number, a date is text and a key given twice is an error."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise RecipeError(f"{key}: given twice{node.start_mark}; keep one of them".replace("\n", " "))
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                line = key.start_mark.line + 1
+                raise RecipeError(f"{key.value}: given twice, again in line {line}; keep one of them")
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -445,6 +464,8 @@ def load_recipe(source: str | Path, overrides: tuple[str, ...] | list[str] = (),
     _expand(data)
     try:
         return Recipe.model_validate_json(json.dumps(data))
+    except TypeError as error:
+        raise RecipeError(f"{source} has a value that is not plain data: {error}") from None
     except ValidationError as error:
         raise RecipeError(explain(error, "", Recipe)) from None
 
@@ -454,7 +475,7 @@ def _read(source: str, seen: tuple[str, ...]) -> dict[str, Any]:
         raise RecipeError(f"recipe: {' -> '.join((*seen, source))} goes in a circle; name another base")
     path = Path(source)
     if path.is_file():
-        text = path.read_text()
+        text = _text(path)
     elif source in packaged_recipes():
         text = (importlib.resources.files("raydfkd") / "recipes" / f"{source}.yaml").read_text()
     elif path.suffix in (".yaml", ".yml") or "/" in source:
@@ -471,14 +492,25 @@ def _read(source: str, seen: tuple[str, ...]) -> dict[str, Any]:
     return data if base is None else _merge(_read(str(base), (*seen, source)), data)
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise RecipeError(f"{path} cannot be read as a recipe: {reason}") from None
+
+
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """``base`` with ``changes`` in it: mappings merge, everything else is replaced.
 
-    A mapping that names another plug-in replaces the old one whole, whose options would not suit it.
+    A mapping that names another plug-in replaces the old one whole, whose options would not suit it; another network
+    has none of the old one's options.
     """
     if any(base.get(key, name) != name for key, name in changes.items() if key in ("kind", "synthesizer")):
         return changes
     merged = dict(base)
+    if base.get("network") != changes.get("network", base.get("network")):
+        merged.pop("options", None)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
@@ -498,7 +530,7 @@ def _override(data: dict[str, Any], override: str) -> None:
     for depth, part in enumerate(parts):
         key: Any = part
         if isinstance(place, list):
-            names = [_entry_name(entry) for entry in place]
+            names = [_entry_name(entry, index) for index, entry in enumerate(place)]
             if part.isdigit() and int(part) < len(place):
                 key = int(part)
             elif part in names:
@@ -518,9 +550,9 @@ def _override(data: dict[str, Any], override: str) -> None:
             place = place[key]
 
 
-def _entry_name(entry: Any) -> str:
+def _entry_name(entry: Any, index: int) -> str:
     if isinstance(entry, dict):
-        return str(entry.get("name") or entry.get("term") or entry.get("kind"))
+        return str(entry.get("name") or entry.get("term") or entry.get("kind") or index)
     return str(entry)
 
 

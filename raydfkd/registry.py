@@ -135,13 +135,13 @@ def _options_model(factory: Callable[..., Any]) -> type[BaseModel]:
         if isinstance(annotation, str):
             annotation = eval(annotation, namespace)  # noqa: S307 - our own source's annotation, not user input
         fields[parameter.name] = (annotation, ... if parameter.default is parameter.empty else parameter.default)
-    return create_model("Options", __config__=ConfigDict(extra="forbid"), **fields)
+    return create_model("Options", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
 
 
 def explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
     """Put the first finding of a pydantic ``error`` into one line with key, value and remedy."""
     finding = error.errors(include_url=False)[0]
-    path = [str(part) for part in finding["loc"] if not str(part).startswith(("function-", "tagged-"))]
+    path = [str(part) for part in finding["loc"] if not str(part).startswith(("function-", "tagged-", "literal["))]
     key = ".".join([*([where] if where else []), *path])
     if finding["type"] == "extra_forbidden":
         return f"{key}: unknown key; {did_you_mean(path[-1], _known_keys(model, path[:-1]))}"

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from raydfkd.batches import SyntheticBatch
 from raydfkd.losses.objective import View
+from raydfkd.metrics import MetricsLog
 from raydfkd.networks import ConvNet, save_bytes
 from raydfkd.observed import Need, Observation, ObservedNetwork
 from raydfkd.progress import Monitor
 from raydfkd.recipe import ImageSpace, Recipe, load_recipe
 from raydfkd.registry import RecipeError, Registry
-from raydfkd.report import MetricsLog
 from raydfkd.schedule import WorkUnit
 from raydfkd.synthesis.worker import build_synthesizer, load_teacher
 

@@ -166,17 +166,24 @@ class TransferSetSource:
             share = self._step / (self._spec.complete_by * self._steps)
         return min(self._planned_images, max(self._spec.wait_for, int(share * self._planned_images)))
 
-    def _windows(self, snapshot: Snapshot) -> Iterator[list[Part]]:
+    def _windows(self, snapshot: Snapshot) -> list[list[Part]]:
+        """The parts in this pass's order, cut where a window is full.
+
+        A rest too small for a batch joins the window before it: it would make a step of a few images, and none at all
+        on some ranks.
+        """
         parts = [part for commit in snapshot.commits for part in commit.parts]
         order = torch.randperm(len(parts), generator=self._rng("parts")).tolist()
-        window: list[Part] = []
+        full = max(self._spec.window_rows, self._batch_size)
+        windows: list[list[Part]] = [[]]
         for index in order:
-            window.append(parts[index])
-            if sum(part.rows for part in window) >= self._spec.window_rows:
-                yield window
-                window = []
-        if window:
-            yield window
+            if sum(part.rows for part in windows[-1]) >= full:
+                windows.append([])
+            windows[-1].append(parts[index])
+        if len(windows) > 1 and sum(part.rows for part in windows[-1]) < self._batch_size:
+            rest = windows.pop()
+            windows[-1] += rest
+        return windows
 
     def _batches(
         self, window: list[Part], steps: int, skip: int, number: int, snapshot_images: int

@@ -107,6 +107,7 @@ class StudentTrainer:
                 break
 
     def _train_step(self, batch: StudentBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(derive_seed(self._seed, "student", self.step, self._rank))  # what a student's dropout draws
         rng = rng_from(derive_seed(self._seed, "augment", self.step, self._rank))
         images = self._augment(self._pixels.from_uint8(batch.images.to(self._device)), rng)
         with torch.no_grad():

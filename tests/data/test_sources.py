@@ -118,20 +118,15 @@ def test_shares_of_the_ranks_average_to_one_and_weigh_every_image_alike(tmp_path
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_step_has_at_least_the_batch_size_and_less_than_twice_of_it(tmp_path, ranks):
-    rows = Rows(tmp_path)
-    rows.write(20, 30, 13)
-    for steps in passes(rows.sources(ranks, batch_size=8), 2):
+@pytest.mark.parametrize("window_rows", [1, 12, 65536])
+def test_every_step_is_a_whole_batch_to_rounding_and_every_rank_has_a_part_of_it(tmp_path, ranks, window_rows):
+    """A window of a few rows, such as the last one of a pass, would make a step that is mostly noise."""
+    rows = Rows(tmp_path, part_rows=5)
+    rows.write(20, 30, 13, 1, 2)
+    for steps in passes(rows.sources(ranks, batch_size=8, window_rows=window_rows), 4):
         for step in steps:
-            assert 8 <= sum(len(batch.labels) for batch in step) < 16
-
-
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="known: a rank without a row in a window cannot read it")
-def test_last_window_may_have_fewer_rows_than_there_are_ranks(tmp_path):
-    rows = Rows(tmp_path)
-    written = rows.write(12, 2)
-    for steps in passes(rows.sources(3, window_rows=12), 4):
-        assert sorted(numbers_of(steps)) == written
+            assert 8 - ranks < sum(len(batch.labels) for batch in step) < 16 + ranks
+            assert min(len(batch.labels) for batch in step) >= 8 // ranks
 
 
 def test_columns_of_a_row_stay_together(tmp_path):
@@ -287,7 +282,6 @@ def test_student_keeps_pace_with_a_synthesis_that_is_slower(tmp_path, complete_b
         share = min(1.0, begun / (complete_by * steps)) if complete_by else 1.0
         wanted = min(planned, max(4, int(share * planned)))
         assert wanted <= batch.snapshot_images <= wanted + 4, "enough images, and no longer waited than for them"
-    assert batch.snapshot_images == planned or complete_by == 1.0
 
 
 def test_closed_set_is_good_enough_however_small(tmp_path):
@@ -326,7 +320,8 @@ def test_units_outside_the_plan_are_never_seen(tmp_path):
     rows = Rows(tmp_path)
     planned = rows.write(8)
     (source,) = rows.sources()
-    rows.units = [*rows.units]
+    rows.units = []  # the source keeps the list it was given
+    rows.units += ["u000"]
     rows.write(8)
     for steps in passes([source], 3):
         assert sorted(numbers_of(steps)) == planned
@@ -339,16 +334,10 @@ def test_rank_reads_only_the_parts_that_hold_its_rows(tmp_path, ranks, monkeypat
     reads = []
     read = TransferSet.read
     monkeypatch.setattr(TransferSet, "read", lambda self, part: reads.append(part.path) or read(self, part))
-    for source in reversed(rows.sources(ranks)):
-        if ranks == 1:
-            next(iter(source))
-            assert len(set(reads)) == 12
-            return
-    sources_of_ranks = rows.sources(ranks)
-    for rank, source in enumerate(sources_of_ranks):
+    for source in rows.sources(ranks):
         reads.clear()
         next(iter(source))
-        assert len(set(reads)) == 12 // ranks, f"rank {rank}"
+        assert len(reads) == len(set(reads)) == 12 // ranks
 
 
 def test_source_holds_no_more_rows_than_a_window_while_it_passes_over_a_larger_set(tmp_path):

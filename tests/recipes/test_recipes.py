@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+from toy import quiet_monitor
+
+from raydfkd.job import open_job
+from raydfkd.local import LocalExecutor
+from raydfkd.metrics import read_metrics
+from raydfkd.pipeline import check
+from raydfkd.recipe import load_recipe, packaged_recipes
+
+NO_DATA = ["real_data=null", "teacher.train=null", "teacher.weights=random"]
+HERE = ["runtime.executor=local", "runtime.device=cpu"]
+SHORT = {
+    "generator": ["synthesis.steps=2", "synthesis.batch_per_class=2", "synthesis.emissions=1"],
+    "pixels": ["synthesis.stages=[{pool: 2, steps: 2}, {steps: 2}]", "synthesis.batch_size=20"],
+}
+"""What makes each synthesizer quick."""
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_packaged_recipe_is_named_after_its_file_and_can_be_planned(name, tmp_path):
+    recipe = load_recipe(name, run_dir=str(tmp_path))
+    assert recipe.name == name
+    units = recipe.plan()
+    images = sum(unit.request.count for unit in units)
+    assert images == recipe.transfer_set.images_per_class * len(recipe.classes)
+    assert recipe.distill.source.wait_for <= images
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_every_part_of_a_packaged_recipe_can_be_built(name, tmp_path):
+    check(load_recipe(name, NO_DATA, run_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_packaged_recipe_makes_images_and_five_steps(name, tmp_path):
+    synthesizer = load_recipe(name).synthesis.synthesizer
+    short = [
+        *SHORT[synthesizer],
+        "transfer_set.images_per_class=2",
+        "transfer_set.unit.images_per_class=2",
+        "distill.steps=5",
+        "distill.batch_size=8",
+        "distill.log_every=1",
+    ]
+    job = open_job(load_recipe(name, [*NO_DATA, *HERE, *short], run_dir=str(tmp_path)))
+    outcome, _ = LocalExecutor().run(job, quiet_monitor(tmp_path))
+    assert outcome.quarantined == ()
+    assert job.snapshot().images == job.planned_images == 2 * len(job.recipe.classes)
+    steps = [entry for entry in read_metrics(tmp_path / "metrics.jsonl") if entry["event"] == "student"]
+    assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5]
+    assert all(entry["loss"] is not None for entry in steps)
