@@ -55,11 +55,12 @@ def main() -> None:
         _complain(" ".join(str(error).splitlines()))
         sys.exit(WRONG_INPUT)
     except (KeyboardInterrupt, typer.Abort):
-        _complain("interrupted; what was committed stays, and the same command goes on from there")
-        sys.exit(INTERRUPTED)
+        result = INTERRUPTED
     except typer.TyperException as error:
         _complain(error.format_message())
         sys.exit(WRONG_INPUT)
+    if result == INTERRUPTED:  # also what typer makes of Ctrl-C, depending on its version
+        _complain("interrupted; what was committed stays, and the same command goes on from there")
     sys.exit(result if isinstance(result, int) else DONE)
 
 

@@ -206,9 +206,10 @@ class TransferSetSpec(Spec):
         if self.images_per_class % self.unit.images_per_class:
             below = self.images_per_class // self.unit.images_per_class * self.unit.images_per_class
             above = below + self.unit.images_per_class
+            remedy = f"{below} or {above}" if below else f"{above}"
             raise ValueError(
                 f"images_per_class {self.images_per_class} is not a multiple of unit.images_per_class "
-                f"{self.unit.images_per_class}; try {below or above} or {above}"
+                f"{self.unit.images_per_class}; try {remedy}"
             )
         return self
 
@@ -355,6 +356,11 @@ class Recipe(Spec):
             raise ValueError(f"name is {self.name!r}; use letters, digits, dash, dot and underscore")
         if self.teacher.train is not None and self.real_data is None:
             raise ValueError("teacher.train needs real_data; say which, or drop train and give weights")
+        if self.distill.batch_size < self.runtime.student_workers.max:
+            raise ValueError(
+                f"distill.batch_size is {self.distill.batch_size}, but runtime.student_workers.max is "
+                f"{self.runtime.student_workers.max}; give each worker an image a step"
+            )
         for label in self.classes:
             if not 0 <= label < self.teacher.classes or self.classes.count(label) > 1:
                 raise ValueError(

@@ -139,8 +139,12 @@ def _options_model(factory: Callable[..., Any]) -> type[BaseModel]:
 
 
 def explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
-    """Put the first finding of a pydantic ``error`` into one line with key, value and remedy."""
-    finding = error.errors(include_url=False)[0]
+    """Put one finding of a pydantic ``error`` into a line with key, value and remedy.
+
+    An unknown key goes first, because it is often a missing one misspelled.
+    """
+    findings = error.errors(include_url=False)
+    finding = next((finding for finding in findings if finding["type"] == "extra_forbidden"), findings[0])
     path = [str(part) for part in finding["loc"] if not str(part).startswith(("function-", "tagged-", "literal["))]
     key = ".".join([*([where] if where else []), *path])
     if finding["type"] == "extra_forbidden":

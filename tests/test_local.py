@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
+from rich.console import Console
 from toy import SYNTHESIZERS_UNDER_TEST, quiet_monitor, toy_recipe
 
 from raydfkd.batches import SyntheticBatch
@@ -9,7 +12,8 @@ from raydfkd.data.sink import ParquetSink
 from raydfkd.distill.training import StudentTraining
 from raydfkd.job import open_job
 from raydfkd.local import LocalExecutor
-from raydfkd.metrics import read_metrics
+from raydfkd.metrics import MetricsLog, read_metrics
+from raydfkd.progress import Monitor
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS
 from raydfkd.synthesis.worker import SynthesisWorker
 
@@ -118,6 +122,16 @@ def test_every_failure_is_recorded(tmp_path, break_classes):
     recorded = [(entry["unit"], entry["attempt"], entry["error"]) for entry in events(tmp_path, "failure")]
     error = "RuntimeError: class 3 cannot be made"
     assert recorded == [("r000-c0002-0003", 1, error), ("r000-c0002-0003", 2, error)]
+
+
+def test_failure_is_said_to_be_tried_again_until_the_unit_is_set_aside(tmp_path, break_classes):
+    break_classes(3)
+    job = grey_job(tmp_path, "transfer_set.images_per_class=3", "runtime.max_attempts=2")
+    said = io.StringIO()
+    LocalExecutor().synthesize(job, Monitor(Console(file=said), MetricsLog(tmp_path / "metrics.jsonl", fresh=True)))
+    failures = [line for line in said.getvalue().splitlines() if "failed" in line]
+    assert [line.partition("; ")[2] for line in failures] == ["will be tried again", "set aside"]
+    assert "r000-c0002-0003" in failures[0]
 
 
 def test_student_is_trained_on_what_there_is_when_units_were_set_aside(tmp_path, break_classes):

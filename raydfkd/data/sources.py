@@ -112,6 +112,8 @@ class TransferSetSource:
             snapshot = self._pinned()
             if not snapshot.images:
                 return
+            if snapshot.images < self._world_size:
+                raise ValueError(f"{snapshot.images} images cannot be shared by {self._world_size} training workers")
             skip = self._step_in_pass
             for number, window in enumerate(self._windows(snapshot)):
                 steps = max(1, sum(part.rows for part in window) // self._batch_size)

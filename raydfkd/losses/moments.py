@@ -22,7 +22,8 @@ class BatchNormMoments(Term):
     free of scale, so one weight serves every architecture.
 
     A scalar in [0, inf). With ``scope: class`` each class is matched by itself and the value is the mean over
-    classes: a class then yields the same whoever shares its pack.
+    classes: a class then yields the same whoever shares its pack, as long as augmentations draw once for the whole batch
+    (jitter and flip do).
 
     Args:
         form: norm, squared or kl.

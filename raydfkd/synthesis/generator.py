@@ -63,7 +63,9 @@ class GeneratorSynthesizer:
         form: StackForm = "auto",
     ) -> None:
         if emissions > max(1, steps // 2):
-            raise ValueError(f"emissions is {emissions}, but half of {steps} steps are fewer; use at most {steps // 2}")
+            raise ValueError(
+                f"emissions is {emissions}, but half of {steps} steps are fewer; use at most {max(1, steps // 2)}"
+            )
         GENERATORS.build(generator.kind, generator.options, setting.space, where="synthesis.generator")
         self._setting = setting
         self._steps = steps

@@ -54,6 +54,7 @@ class PixelSynthesizer:
         for stage in stages:
             if setting.space.size % stage.pool:
                 raise ValueError(f"stages: pool is {stage.pool}, which does not divide image size {setting.space.size}")
+            _try_teacher(setting, stage.pool)
         self._setting = setting
         self._batch_size = batch_size
         self._stages = stages
@@ -100,3 +101,15 @@ class PixelSynthesizer:
                 progress(done, value)
                 total = value.total
         return judge.keep(images.detach(), targets, total.item())
+
+
+def _try_teacher(setting: Setting, pool: int) -> None:
+    size = setting.space.size // pool
+    try:
+        with torch.no_grad():
+            setting.judge.teacher(torch.zeros(2, setting.space.channels, size, size, device=setting.device))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"stages: pool is {pool}, but the teacher cannot take {size} pixels ({reason}); use pool 1"
+        ) from None

@@ -24,7 +24,7 @@ from raydfkd.schedule import plan_units
 pytestmark = pytest.mark.cluster
 
 KEY, SECRET = "raydfkd-test-key", "raydfkd-test-secret"
-(UNIT,) = plan_units(seed=1, num_classes=2, images_per_class=4, classes_per_unit=2, images_per_class_per_unit=4)
+(UNIT,) = plan_units(seed=1, classes=range(2), images_per_class=4, classes_per_unit=2, images_per_class_per_unit=4)
 
 
 def options_for(endpoint):

@@ -45,14 +45,15 @@ class Rows:
             written += numbers.tolist()
         return written
 
-    def sources(self, ranks=1, *, steps=1000, batch_size=8, seed=3, planned=None, on_poll=None, **spec):
-        """One source a rank; rank 0 must be asked first in every step."""
+    def sources(self, ranks=1, *, steps=1000, batch_size=8, seed=3, planned=None, on_wait=None, **spec):
+        """One source a rank; rank 0 must be asked first in every step. It calls ``on_wait`` instead of waiting."""
         agreed = []
 
         def agree(snapshot):
             agreed.append(snapshot)
-            if snapshot is None and on_poll is not None:
-                on_poll()
+            if snapshot is None:
+                assert on_wait is not None, "waits for images that nobody makes"
+                on_wait()
             return snapshot
 
         return [
@@ -241,7 +242,7 @@ def test_growing_source_waits_until_there_are_the_images_it_wants_first(tmp_path
         polls.append(rows.set.snapshot().images)
         rows.write(4)
 
-    (source,) = rows.sources(kind="growing", wait_for=11, planned=100, on_poll=commit_another)
+    (source,) = rows.sources(kind="growing", wait_for=11, planned=100, on_wait=commit_another)
     assert next(iter(source)).snapshot_images == 12
     assert polls == [4, 8]
 
@@ -271,7 +272,7 @@ def test_student_keeps_pace_with_a_synthesis_that_is_slower(tmp_path, complete_b
         steps=steps,
         batch_size=4,
         complete_by=complete_by,
-        on_poll=lambda: rows.write(4),
+        on_wait=lambda: rows.write(4),
     )
     stream = iter(source)
     begun = 0
@@ -303,7 +304,7 @@ def test_closed_set_without_an_image_ends_the_iteration(tmp_path):
 def test_snapshot_source_waits_for_the_whole_plan(tmp_path):
     rows = Rows(tmp_path)
     rows.write(4)
-    (source,) = rows.sources(kind="snapshot", planned=12, on_poll=lambda: rows.write(4))
+    (source,) = rows.sources(kind="snapshot", planned=12, on_wait=lambda: rows.write(4))
     assert next(iter(source)).snapshot_images == 12
 
 

@@ -17,7 +17,7 @@ from raydfkd.data.transfer_set import TransferSet
 from raydfkd.registry import RecipeError
 from raydfkd.schedule import plan_units
 
-UNITS = plan_units(seed=1, num_classes=3, images_per_class=4, classes_per_unit=1, images_per_class_per_unit=4)
+UNITS = plan_units(seed=1, classes=range(3), images_per_class=4, classes_per_unit=1, images_per_class_per_unit=4)
 DIGEST, OTHER = "d" * 64, "e" * 64
 
 

@@ -17,9 +17,9 @@ from raydfkd.cli import main
 from raydfkd.data.commits import Commit
 from raydfkd.job import open_job
 from raydfkd.local import LocalExecutor
+from raydfkd.metrics import MetricsLog, read_metrics
 from raydfkd.progress import Monitor
 from raydfkd.recipe import Recipe, load_recipe
-from raydfkd.metrics import MetricsLog, read_metrics
 
 pytestmark = pytest.mark.ray
 

@@ -58,6 +58,14 @@ def test_images_are_drawn_at_even_times_from_the_middle_of_training_to_its_end(t
     assert [len(steps) for _ in stream] == at
 
 
+def test_odd_image_out_is_made_in_a_whole_batch(tmp_path):
+    """A generator's BatchNorm makes an image depend on its batch; by itself it would look unlike all others."""
+    recipe = recipe_with(tmp_path, "emissions=1")
+    three, four = (joined(batches_of(recipe, unit_of((0, 1), count))) for count in (3, 4))
+    for label in (0, 1):
+        assert torch.equal(three.images[three.labels == label], four.images[four.labels == label][:3])
+
+
 def test_more_draws_than_half_the_steps_are_refused(tmp_path):
     with pytest.raises(RecipeError, match="emissions is 4, but half of 6 steps are fewer; use at most 3"):
         batches_of(recipe_with(tmp_path, "emissions=4"))
