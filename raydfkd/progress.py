@@ -27,7 +27,6 @@ class Monitor:
         self._lock = threading.RLock()
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._status: dict[str, str] = {}
         self._last_plain = time.monotonic()
         self._planned_images = 0
         self._images_before = 0
@@ -73,6 +72,12 @@ class Monitor:
         """The first unit is about to be worked on."""
         with self._lock:
             self._synthesis_began = self._synthesis_began or time.monotonic()
+            self._begin("synthesis", f"{self._images:,}/{self._planned_images:,} images   starting")
+
+    def student_started(self) -> None:
+        """Training is being set up, and will wait for images."""
+        with self._lock:
+            self._begin("student", "starting")
 
     def committed(self, commit: Commit, *, running: int) -> None:
         """A unit is done; ``running`` others are under way."""
@@ -145,8 +150,13 @@ class Monitor:
             return 0.0
         return self._student_ended - self._student_began[0]
 
+    def _begin(self, topic: str, status: str) -> None:
+        if self._bars is not None:
+            self._show(topic, status, 0, 1)
+        else:
+            self.say(topic, status)
+
     def _show(self, topic: str, status: str, done: int, total: int, *, is_last: bool = False) -> None:
-        self._status[topic] = status
         if self._bars is not None:
             if topic not in self._tasks:
                 self._tasks[topic] = self._bars.add_task(topic, total=total, status="")

@@ -63,6 +63,7 @@ class _Training:
 
     def __init__(self, job: Job, monitor: Monitor) -> None:
         self._monitor = monitor
+        monitor.student_started()
         self._board: Any = ray.remote(ProgressBoard).options(num_cpus=0).remote()
         self._student: Mapping[str, Tensor] = {}
         self._error: Exception | None = None

@@ -1,0 +1,699 @@
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from raydfkd.catalog import FAMILIES
+from raydfkd.cli import main
+from raydfkd.recipe import load_recipe, packaged_recipes
+from raydfkd.synthesis.worker import SynthesisWorker
+
+TOY = """
+recipe: digits-generators
+name: toy
+run_dir: out
+teacher:
+  options: {widths: [4, 8]}
+  image_space: {size: 8}
+  train: {epochs: 1, batch_size: 256}
+student: {options: {widths: [4]}}
+synthesis:
+  steps: 4
+  batch_per_class: 2
+  emissions: 1
+  generator: {latent: 4, width: 4, doublings: 1}
+transfer_set:
+  images_per_class: 4
+  unit: {images_per_class: 2}
+distill:
+  steps: 3
+  batch_size: 8
+  source: {wait_for: 1}
+runtime: {device: cpu}
+"""
+UNITS = ("r000-c0000-0009", "r001-c0000-0009")
+NO_BATCHNORM = ("teacher.network=lenet5", "teacher.options={}", "teacher.image_space.size=32")
+NO_TRAINING = "teacher.train=null"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a command left in the terminal."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        return json.loads(self.out.splitlines()[-1])
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """Runs commands in a folder that holds ``toy.yaml``, in this process."""
+
+    folder: Path
+
+    def __call__(self, *args):
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            contextlib.chdir(self.folder),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            patch.setattr(sys, "argv", ["raydfkd", *args])
+            patch.setattr(sys, "path", [*sys.path])
+            with pytest.raises(SystemExit) as stop:
+                main()
+        return Answer(code=stop.value.code, out=out.getvalue(), err=err.getvalue())
+
+    def run(self, *overrides, command="run"):
+        """Run the toy here and now."""
+        return self(command, "toy.yaml", "--on", "local", "--json", *sets(*overrides))
+
+    def files(self):
+        """Everything in the folder but what Python keeps of an imported module, and when it was written."""
+        paths = (path for path in self.folder.rglob("*") if "__pycache__" not in path.parts)
+        return {path: path.stat().st_mtime_ns if path.is_file() else None for path in paths}
+
+
+def sets(*overrides):
+    return [part for override in overrides for part in ("--set", override)]
+
+
+def new_terminal(folder):
+    (folder / "toy.yaml").write_text(TOY)
+    return Terminal(folder)
+
+
+@pytest.fixture
+def raydfkd(tmp_path):
+    return new_terminal(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def _finished(tmp_path_factory):
+    terminal = new_terminal(tmp_path_factory.mktemp("finished"))
+    answer = terminal.run()
+    assert answer.code == 0, answer.err
+    return terminal, answer
+
+
+@pytest.fixture
+def finished(_finished, tmp_path):
+    """A terminal in a copy of the folder of a finished run, and that run's report."""
+    terminal, answer = _finished
+    folder = tmp_path / "copy"
+    shutil.copytree(terminal.folder, folder)
+    return Terminal(folder), answer.json
+
+
+@contextlib.contextmanager
+def raising_at(name, error):
+    """Whenever the worker comes to the unit of that name, ``error`` is raised."""
+    work = SynthesisWorker.run
+
+    def run(self, unit, attempt=1):
+        if unit.id == name:
+            raise error
+        return work(self, unit, attempt)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SynthesisWorker, "run", run)
+        yield
+
+
+# A run
+
+
+def test_run_reports_everything_that_scripts_rely_on(finished):
+    _, report = finished
+    assert report["recipe"]["name"] == "toy"
+    assert report["seed"] == 0
+    assert 0 <= report["teacher"]["top1"] <= 1
+    assert 0 <= report["student"]["top1"] <= 1
+    assert 0 <= report["agreement"] <= 1
+    assert report["judged_on"] == "digits test"
+    assert report["images"] == 40
+    assert report["images_per_second"] > 0
+    assert report["units"] == {"planned": 2, "committed": 2, "attempted": 2, "quarantined": 0}
+    assert report["failures"] == []
+    assert report["seconds"].keys() == {"total", "synthesis", "distillation"}
+    assert report["seconds"]["total"] >= report["seconds"]["synthesis"] >= 0
+    assert all(re.fullmatch("[0-9a-f]{64}", report[key]) for key in ("content_digest", "recipe_digest"))
+    assert report["versions"].keys() >= {"raydfkd", "python", "torch", "torchvision", "ray", "pyarrow"}
+    assert report["command"] == "raydfkd run toy.yaml --on local --json"
+
+
+def test_run_leaves_report_student_and_transfer_set(finished):
+    terminal, report = finished
+    out = terminal.folder / "out"
+    assert json.loads((out / "report.json").read_text()) == report
+    assert "<html" in (out / "report.html").read_text()
+    assert sorted(path.stem for path in (out / "transfer_set/commits").iterdir()) == list(UNITS)
+    student = safetensors.torch.load_file(out / "student.safetensors")
+    assert (
+        sum(value.numel() for key, value in student.items() if "running" not in key and "num" not in key)
+        == (report["student"]["parameters"])
+    )
+
+
+def test_run_says_on_standard_error_what_it_does(raydfkd):
+    answer = raydfkd.run()
+    assert answer.code == 0
+    assert len(answer.out.splitlines()) == 1
+    for said in ("trained on real digits", "no real image is read", "40 images in 2 units", "40/40 images", "step 3/3"):
+        assert said in answer.err
+
+
+def test_run_for_people_ends_with_a_table_and_where_to_look(raydfkd):
+    answer = raydfkd("run", "toy.yaml", "--on", "local")
+    assert answer.code == 0
+    assert "agreement with teacher" in answer.out
+    assert answer.out.splitlines()[-2:] == ["report    out/report.html", "student   out/student.safetensors"]
+
+
+def test_evaluate_agrees_with_the_report(finished):
+    terminal, report = finished
+    answer = terminal("evaluate", "toy.yaml", "--json")
+    assert answer.code == 0
+    assert answer.json == {key: report[key] for key in ("teacher", "student", "agreement", "judged_on")}
+
+
+def test_evaluate_judges_other_weights_on_another_split(finished):
+    terminal, report = finished
+    (terminal.folder / "out/student.safetensors").rename(terminal.folder / "moved.safetensors")
+    answer = terminal("evaluate", "toy.yaml", "--student", "moved.safetensors", "--split", "validation")
+    assert answer.code == 0
+    assert "digits validation" in answer.out
+    assert "student" in answer.out
+
+
+def test_same_command_goes_on_from_a_finished_run_without_making_an_image(finished):
+    terminal, report = finished
+    before = terminal.files()
+    again = terminal.run()
+    assert again.code == 0
+    assert again.json["units"] == {"planned": 2, "committed": 2, "attempted": 0, "quarantined": 0}
+    same = ("content_digest", "recipe_digest", "teacher", "student", "agreement", "images")
+    assert {key: again.json[key] for key in same} == {key: report[key] for key in same}
+    parts = [path for path in terminal.files() if path.suffix == ".parquet"]
+    assert all(terminal.files()[path] == before[path] for path in parts)
+    assert "2 of 2 units are there already" in again.err
+    assert "going on from step 3" in again.err
+
+
+def test_longer_plan_makes_only_what_is_missing(finished):
+    terminal, report = finished
+    longer = terminal.run("transfer_set.images_per_class=6")
+    assert longer.code == 0
+    assert longer.json["units"] == {"planned": 3, "committed": 3, "attempted": 1, "quarantined": 0}
+    assert longer.json["recipe_digest"] == report["recipe_digest"]
+    assert longer.json["content_digest"] != report["content_digest"]
+
+
+def test_another_student_learns_from_the_images_that_are_there(finished):
+    terminal, report = finished
+    other = terminal.run("student.options.widths=[6]")
+    assert other.code == 0
+    assert other.json["units"]["attempted"] == 0
+    assert other.json["content_digest"] == report["content_digest"]
+    assert other.json["student"]["parameters"] > report["student"]["parameters"]
+
+
+def test_report_writes_the_page_anew(finished):
+    terminal, report = finished
+    page = terminal.folder / "out/report.html"
+    before = page.read_text()
+    page.unlink()
+    answer = terminal("report", "toy.yaml", "--json")
+    assert answer.code == 0
+    assert answer.json == report
+    assert page.read_text() == before
+
+
+def test_synthesizing_and_distilling_one_after_the_other_makes_the_same_student(finished, tmp_path):
+    terminal, report = finished
+    apart = new_terminal(tmp_path)
+    made = apart.run(command="synthesize")
+    assert made.code == 0
+    assert (made.json["images"], made.json["units"]) == (40, "2/2")
+    assert made.json["content_digest"] == report["content_digest"]
+    taught = apart.run(command="distill")
+    assert taught.code == 0
+    assert taught.json == {"student": "out/student.safetensors", "images": 40}
+    one, other = (safetensors.torch.load_file(t.folder / "out/student.safetensors") for t in (terminal, apart))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_teach_trains_the_teacher_anew_and_the_same_from_the_same_seed(raydfkd):
+    first = raydfkd("teach", "toy.yaml", "--json")
+    assert (first.code, first.json) == (0, {"weights": "out/teacher.safetensors"})
+    weights = raydfkd.folder / "out/teacher.safetensors"
+    before = weights.read_bytes()
+    weights.unlink()
+    assert raydfkd("teach", "toy.yaml").code == 0
+    assert weights.read_bytes() == before
+    assert raydfkd("teach", "toy.yaml", *sets("seed=1")).code == 0
+    assert weights.read_bytes() != before
+
+
+def test_run_with_some_classes_only_shows_those_in_its_report(raydfkd):
+    answer = raydfkd.run("transfer_set.classes=[7, 2]", "transfer_set.unit.classes=2")
+    assert (answer.code, answer.json["images"]) == (0, 8)
+    page = (raydfkd.folder / "out/report.html").read_text()
+    shown = re.findall(r"<h3>(\w+)</h3>", page)
+    assert shown == ["7", "2"]
+
+
+def test_run_dir_option_moves_everything(raydfkd):
+    assert raydfkd.run(command="teach").code == 2, "teach has no --on"
+    assert raydfkd("teach", "toy.yaml", "--run-dir", "elsewhere").code == 0
+    assert (raydfkd.folder / "elsewhere/teacher.safetensors").is_file()
+    assert not (raydfkd.folder / "out").exists()
+
+
+# Checking and showing
+
+
+def test_check_prints_the_resolved_recipe_which_is_a_recipe(raydfkd):
+    before = raydfkd.files()
+    answer = raydfkd("check", "toy.yaml", *sets("seed=3", "synthesis.objective.bn_moments.weight=1e-4"))
+    assert (answer.code, answer.err) == (0, "")
+    assert answer.out.splitlines()[-1] == "# sound: 2 units, 40 images"
+    assert raydfkd.files() == before, "check writes nothing"
+    resolved = raydfkd.folder / "resolved.yaml"
+    resolved.write_text(answer.out)
+    overrides = ["seed=3", "synthesis.objective.bn_moments.weight=1e-4"]
+    assert load_recipe(resolved) == load_recipe(raydfkd.folder / "toy.yaml", overrides)
+    again = raydfkd("check", "resolved.yaml")
+    assert again.out == answer.out
+
+
+def test_check_prints_json_which_is_a_recipe_too(raydfkd):
+    answer = raydfkd("check", "toy.yaml", "--json")
+    assert answer.json["name"] == "toy"
+    (raydfkd.folder / "resolved.yaml").write_text(answer.out)
+    assert load_recipe(raydfkd.folder / "resolved.yaml") == load_recipe(raydfkd.folder / "toy.yaml")
+
+
+def test_show_lists_every_recipe_family_and_plugin(raydfkd):
+    answer = raydfkd("show")
+    assert answer.code == 0
+    lines = [line.strip() for line in answer.out.splitlines()]
+    assert {"recipes", *FAMILIES} <= set(lines)
+    words = {line.partition(" ")[0] for line in lines}
+    assert {*packaged_recipes(), *(name for family in FAMILIES.values() for name in family.names())} <= words
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_show_lists_one_family(raydfkd, family):
+    lines = raydfkd("show", family).out.splitlines()
+    assert lines[0] == family
+    assert {line.split()[0] for line in lines[1:] if line[2] != " "} == set(FAMILIES[family].names())
+
+
+def test_show_explains_a_plugin_and_its_options(raydfkd):
+    lines = raydfkd("show", "bn_moments").out.splitlines()
+    assert lines[0].split()[0] == "bn_moments"
+    options = {line.split()[0]: line for line in lines[1:]}
+    assert options.keys() == {"form", "statistic", "scope", "first_layer_scale"}
+    assert "norm, squared or kl." in options["form"]
+    assert 'default "norm"]' in options["form"]
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_show_prints_a_recipe_as_it_is(raydfkd, name):
+    shown = raydfkd("show", name).out
+    (raydfkd.folder / "shown.yaml").write_text(shown)
+    assert load_recipe(raydfkd.folder / "shown.yaml") == load_recipe(name)
+    assert shown.partition("\n")[0].lstrip("# ") in raydfkd("show", "recipes").out
+
+
+def test_show_of_a_misspelled_name_suggests_the_closest_one(raydfkd):
+    answer = raydfkd("show", "bn_momets")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err == "there is nothing called 'bn_momets'; did you mean bn_moments?\n"
+
+
+# Wrong input
+
+
+@pytest.fixture
+def cluttered(raydfkd):
+    """A terminal in a folder with things that are not what a recipe may take them for."""
+    folder = raydfkd.folder
+    torch.save(torch.nn.Linear(2, 2).state_dict(), folder / "other.pt")
+    (folder / "text.safetensors").write_text("not weights")
+    (folder / "code.pt").write_bytes(pickle.dumps(Crater(str(folder / "crater")), protocol=2))
+    (folder / "file").write_text("in the way")
+    (folder / "list.yaml").write_text("- a\n")
+    (folder / "twice.yaml").write_text("name: a\nname: b\n")
+    (folder / "users_own.py").write_text("def nothing(): return 3")
+    return raydfkd
+
+
+@dataclass
+class Crater:
+    """Makes a folder when it is unpickled."""
+
+    path: str
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+WRONG = {
+    "unknown key": (["sed=1"], "sed: unknown key; did you mean seed?"),
+    "misspelled key of a section": (["teacher.clases=4"], "teacher.clases: unknown key; did you mean classes?"),
+    "value of the wrong type": (["distill.steps=many"], 'distill.steps is "many": input should be a valid integer'),
+    "value out of range": (["distill.optimizer.lr=-1"], "distill.optimizer.lr is -1: input should be greater than 0"),
+    "override without a value": (["seed"], "--set seed: write it as key=value, such as seed=1"),
+    "misspelled term": (
+        ["synthesis.objective=[bn_momets]"],
+        "synthesis.objective[0]: unknown term 'bn_momets'; did you mean bn_moments?",
+    ),
+    "misspelled option of a term": (
+        ["synthesis.objective.bn_moments.fom=kl"],
+        "synthesis.objective[1].fom: unknown key; did you mean form?",
+    ),
+    "wrong option of a term": (
+        ["synthesis.objective.bn_moments.form=l1"],
+        "synthesis.objective[1].form is \"l1\": input should be 'norm', 'squared' or 'kl'",
+    ),
+    "weight that is no number": (
+        ["synthesis.objective.bn_moments.weight=.nan"],
+        "synthesis.objective.1.weight is NaN: input should be a finite number",
+    ),
+    "term without targets": (
+        ["synthesis.targets=none"],
+        "synthesis.objective[0]: cross_entropy needs targets, but targets is none; use `targets: balanced`",
+    ),
+    "misspelled synthesizer": (
+        ["synthesis.synthesizer=generators"],
+        "synthesis: unknown synthesizer 'generators'; did you mean generator?",
+    ),
+    "misspelled option of the synthesizer": (["synthesis.step=4"], "synthesis.step: unknown key; did you mean steps?"),
+    "option of the synthesizer out of range": (
+        ["synthesis.emissions=9"],
+        "synthesis: emissions is 9, but half of 4 steps are fewer; use at most 2",
+    ),
+    "generator that does not fit": (
+        ["synthesis.generator.doublings=4"],
+        "synthesis.generator: doublings is 4, but image size 8 is not divisible by 16",
+    ),
+    "misspelled augmentation": (
+        ["distill.augment=[jiter]"],
+        "distill.augment[0]: unknown augmentation 'jiter'; did you mean jitter?",
+    ),
+    "misspelled augmentation of the teacher": (
+        ["teacher.train.augment=[jiter]"],
+        "teacher.train.augment[0]: unknown augmentation 'jiter'; did you mean jitter?",
+    ),
+    "misspelled criterion": (
+        ["distill.criterion=soft_k"],
+        "distill.criterion: unknown criterion 'soft_k'; did you mean soft_kl?",
+    ),
+    "misspelled network": (
+        ["student.network=lenet"],
+        "student.network: unknown network 'lenet'; did you mean lenet5?",
+    ),
+    "network that is no network": (
+        ["student.network=users_own:nothing", "student.options={}"],
+        "student.network: users_own:nothing returned int, not a torch.nn.Module",
+    ),
+    "misspelled data set": (["real_data=digit"], "real_data: unknown real data set 'digit'; did you mean digits?"),
+    "data set that is not there": (
+        ["real_data={kind: fashion_mnist, root: nowhere}"],
+        "real_data.root is 'nowhere': no train-images idx file there; apt-get install dataset-fashion-mnist, "
+        "or set real_data.download=true",
+    ),
+    "missing weights": (
+        [NO_TRAINING, "teacher.weights=no.pt"],
+        "teacher.weights is 'no.pt': no such file; give trained weights, or teacher.train to train them",
+    ),
+    "weights of another network": (
+        ["teacher.weights=other.pt"],
+        "teacher.weights is 'other.pt': weights of another network (body.0.0.weight is missing); "
+        "check network and options",
+    ),
+    "no weights at all": (
+        ["teacher.weights=text.safetensors"],
+        "teacher.weights is 'text.safetensors': not a state dict of tensors; "
+        "give a .safetensors file or torch.save(net.state_dict())",
+    ),
+    "code instead of weights": (
+        ["teacher.weights=code.pt"],
+        "teacher.weights is 'code.pt': not a state dict of tensors; "
+        "give a .safetensors file or torch.save(net.state_dict())",
+    ),
+    "weights that cannot be looked for": (
+        ["teacher.weights=nosuch://a/b.pt"],
+        "teacher.weights is 'nosuch://a/b.pt': cannot be read (Protocol not known: nosuch); "
+        "give a file that this machine can read",
+    ),
+    "weights that could not be saved": (
+        ["teacher.weights=file/teacher.pt"],
+        "the folder of teacher.weights is {folder}/file: cannot be written ({folder}/file is a file); "
+        "give a URI this machine can write to",
+    ),
+    "image size that the network cannot take": (
+        [*NO_BATCHNORM, "teacher.image_space.size=16"],
+        "teacher.image_space.size is 16, but teacher.network lenet5 cannot take 1x16x16 images (Calculated padded "
+        "input size per channel: (1 x 1). Kernel size: (5 x 5). Kernel size can't be greater than actual input "
+        "size); sizes that work: 32",
+    ),
+    "class count of another data set": (
+        ["teacher.classes=11"],
+        "teacher.classes is 11, but digits has 10 classes",
+    ),
+    "class out of range": (
+        ["transfer_set.classes=[0, 10]", "transfer_set.unit.classes=2"],
+        "transfer_set.classes has 10, which is twice there or not a class of the teacher; "
+        "use each of 0 to 9 at most once",
+    ),
+    "broken units": (
+        ["transfer_set.images_per_class=5"],
+        "transfer_set: images_per_class 5 is not a multiple of unit.images_per_class 2; try 4 or 6",
+    ),
+    "unknown protocol": (
+        ["transfer_set.uri=nosuch://bucket/set"],
+        "transfer_set.uri is nosuch://bucket/set: cannot be written (Protocol not known: nosuch); "
+        "give a URI this machine can write to",
+    ),
+    "unknown protocol and weights that are there": (
+        ["transfer_set.uri=nosuch://bucket/set", "teacher.weights=random"],
+        "transfer_set.uri is nosuch://bucket/set: cannot be written (Protocol not known: nosuch); "
+        "give a URI this machine can write to",
+    ),
+    "file in the way of the transfer set": (
+        ["transfer_set.uri=file/set", "teacher.weights=random"],
+        "transfer_set.uri is {folder}/file/set: cannot be written ({folder}/file is a file); "
+        "give a URI this machine can write to",
+    ),
+    "file in the way of the run": (
+        ["run_dir=file", "transfer_set.uri=elsewhere", "teacher.weights=random"],
+        "run_dir is {folder}/file: cannot be written ({folder}/file is a file); give a URI this machine can write to",
+    ),
+    "device that is not there": (
+        ["runtime.device=cuda"],
+        "runtime.device is 'cuda', but this machine has no CUDA device; use auto or cpu",
+    ),
+    "unknown placeholder": (
+        ["transfer_set.uri=${run_dri}/set"],
+        "transfer_set.uri is '${{run_dri}}/set': unknown placeholder; did you mean run_dir?",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+@pytest.mark.parametrize(("overrides", "message"), WRONG.values(), ids=list(WRONG))
+def test_wrong_input_gets_one_line_and_nothing_is_written(cluttered, monkeypatch, command, overrides, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = cluttered.files()
+    answer = cluttered(command, "toy.yaml", *sets(*overrides))
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err == message.format(folder=cluttered.folder) + "\n"
+    assert cluttered.files() == before
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_matching_moments_of_a_teacher_without_batchnorm_is_refused(cluttered, command):
+    before = cluttered.files()
+    answer = cluttered(command, "toy.yaml", *sets(*NO_BATCHNORM))
+    assert (answer.code, answer.out) == (2, "")
+    assert "teacher has no BatchNorm layer" in answer.err
+    assert answer.err.count("\n") == 1
+    assert cluttered.files() == before
+
+
+@pytest.mark.parametrize("command", ["check", "run", "teach", "synthesize", "distill", "evaluate", "report"])
+def test_every_command_refuses_a_misspelled_key(raydfkd, command):
+    before = raydfkd.files()
+    answer = raydfkd(command, "toy.yaml", *sets("studnt.network=convnet"))
+    assert (answer.code, answer.out, answer.err) == (2, "", "studnt: unknown key; did you mean student?\n")
+    assert raydfkd.files() == before
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["rnu", "toy.yaml"], "No such command 'rnu'. Did you mean 'run'?"),
+        (["run", "toy.yaml", "--run-dri", "x"], "No such option: --run-dri (Possible options: --run-dir)"),
+        (["run"], "Missing argument 'RECIPE'."),
+        (["run", "toi.yaml"], "toi.yaml: no such file; give a recipe file or one of: digits-deepinversion"),
+        (["run", "digit-generators"], "digit-generators: no such recipe; did you mean digits-generators?"),
+        (["run", "list.yaml"], "list.yaml is not a recipe: the top of the file must be keys like `teacher:`"),
+        (["run", "twice.yaml"], "name: given twice, again in line 2; keep one of them"),
+        (["run", "other.pt"], "other.pt cannot be read as a recipe: it is not text"),
+        (["run", "toy.yaml", "--on", "lokal"], "--on is 'lokal'; did you mean local?"),
+        (["evaluate", "toy.yaml", "--split", "tset"], "--split is 'tset'; did you mean test?"),
+        (["report", "toy.yaml"], "run_dir is 'out': there is no report.json; `raydfkd run` writes it"),
+        (["teach", "toy.yaml", "--set", NO_TRAINING], "teacher.train is missing, so there is nothing to teach; "),
+        (["teach", "toy.yaml", "--set", "teacher.weights=random"], 'teacher.weights is "random", which nothing is '),
+    ],
+    ids=str,
+)
+def test_wrong_command_line_gets_one_line_and_nothing_is_written(cluttered, args, message):
+    before = cluttered.files()
+    answer = cluttered(*args)
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith(message)
+    assert answer.err.count("\n") == 1
+    assert cluttered.files() == before
+
+
+def test_evaluating_a_student_that_is_not_there_says_what_makes_one(finished):
+    terminal, _ = finished
+    answer = terminal("evaluate", "toy.yaml", "--student", "no.safetensors")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err == "--student is 'no.safetensors': no such file; `raydfkd run` or `distill` writes it\n"
+
+
+def test_evaluating_weights_of_another_network_is_refused(finished):
+    terminal, _ = finished
+    answer = terminal("evaluate", "toy.yaml", "--student", "out/teacher.safetensors")
+    assert answer.code == 2
+    assert answer.err.startswith("--student is 'out/teacher.safetensors': weights of another network (body.1.0.weight")
+
+
+@pytest.mark.parametrize("change", ["seed=1", "synthesis.lr=1e-3", "transfer_set.unit.images_per_class=1"])
+def test_transfer_set_of_another_recipe_is_refused_and_left_alone(finished, change):
+    terminal, report = finished
+    before = terminal.files()
+    answer = terminal.run(change)
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith(
+        f"transfer_set.uri is {terminal.folder}/out/transfer_set: holds a set of another recipe (digest "
+        f"{report['recipe_digest'][:12]} instead of "
+    )
+    assert answer.err.count("\n") == 1
+    assert terminal.files() == before
+
+
+# Failure and interruption
+
+
+@pytest.mark.parametrize("overrides", [[], ["real_data=null", NO_TRAINING, "teacher.weights=random"]], ids=str)
+def test_run_of_which_every_unit_fails_ends_with_a_clear_message(raydfkd, overrides):
+    answer = raydfkd.run("synthesis.lr=1e30", *overrides)
+    assert (answer.code, answer.out) == (1, "")
+    for unit in UNITS:
+        reason = "ObjectiveNotFiniteError: objective is nan at step 4 (total, cross_entropy, bn_moments)"
+        assert f"unit {unit} failed 3 times ({reason}); set aside\n" in answer.err
+        assert answer.err.count(f"synthesis unit {unit} failed (attempt ") == 3
+    assert answer.err.endswith(
+        "0 of 2 units are done; the same command tries the others again\n"
+        "no image was made, so there is no student and no report\n"
+    )
+    assert not (raydfkd.folder / "out/student.safetensors").exists()
+
+
+def test_synthesis_of_which_every_unit_fails_ends_with_a_clear_message(raydfkd):
+    answer = raydfkd.run("synthesis.lr=1e30", command="synthesize")
+    assert answer.code == 1
+    assert (answer.json["images"], answer.json["units"]) == (0, "0/2")
+    assert "0 of 2 units are done; the same command tries the others again" in answer.err
+
+
+def test_unit_that_fails_is_set_aside_and_reported_and_the_same_command_tries_it_again(finished, raydfkd):
+    with raising_at(UNITS[1], RuntimeError("no luck")):
+        answer = raydfkd.run()
+    assert answer.code == 1
+    assert answer.json["units"] == {"planned": 2, "committed": 1, "attempted": 4, "quarantined": 1}
+    assert answer.json["images"] == 20
+    assert answer.json["failures"] == [{"unit": UNITS[1], "attempt": 3, "error": "RuntimeError: no luck"}]
+    assert f"unit {UNITS[1]} failed 3 times (RuntimeError: no luck); set aside\n1 of 2 units are done" in answer.err
+    assert "no luck" in (raydfkd.folder / "out/report.html").read_text()
+
+    again = raydfkd.run()
+    assert again.code == 0
+    assert again.json["units"] == {"planned": 2, "committed": 2, "attempted": 1, "quarantined": 0}
+    assert again.json["content_digest"] == finished[1]["content_digest"]
+
+
+def test_interrupted_run_says_how_to_go_on_and_goes_on(finished, raydfkd):
+    with raising_at(UNITS[1], KeyboardInterrupt()):
+        answer = raydfkd.run()
+    assert (answer.code, answer.out) == (130, "")
+    assert answer.err.splitlines()[-1] == (
+        "interrupted; what was committed stays, and the same command goes on from there"
+    )
+    assert [path.stem for path in (raydfkd.folder / "out/transfer_set/commits").iterdir()] == [UNITS[0]]
+
+    again = raydfkd.run()
+    assert again.code == 0
+    assert again.json["units"] == {"planned": 2, "committed": 2, "attempted": 1, "quarantined": 0}
+    assert again.json["content_digest"] == finished[1]["content_digest"]
+    assert "1 of 2 units are there already; going on from them" in again.err
+
+
+# Imports
+
+
+REPORT_IMPORTS = """
+import sys
+from raydfkd.cli import main
+sys.argv = ["raydfkd", *sys.argv[1:]]
+try:
+    main()
+finally:
+    print("imported", *[name for name in ("torch", "ray", "sklearn") if name in sys.modules], file=sys.stderr)
+"""
+
+
+def in_another_process(folder, *args):
+    command = [sys.executable, "-c", REPORT_IMPORTS, *args]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=120)
+
+
+def test_help_is_instant_because_it_imports_neither_torch_nor_ray(tmp_path):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    answer = in_another_process(tmp_path, "--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert answer.stderr.splitlines()[-1] == "imported"
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+    for command in ("run", "teach", "synthesize", "distill", "evaluate", "check", "show", "report", "bench"):
+        assert f"  {command} " in answer.stdout
+
+
+def test_run_in_this_process_does_not_import_ray(raydfkd):
+    answer = in_another_process(raydfkd.folder, "run", "toy.yaml", "--on", "local", "--json")
+    assert answer.stderr.splitlines()[-1] == "imported torch sklearn"
+    assert json.loads(answer.stdout)["images"] == 40
