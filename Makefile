@@ -17,7 +17,7 @@ test: .venv/installed-dev
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pytest -m "not cluster"
 
-test-cluster: .venv/installed-dev
+test-cluster: .venv/installed-cluster
 	$(BIN)/pytest -m "ray or cluster"
 
 .venv/bin/python:
@@ -33,6 +33,10 @@ test-cluster: .venv/installed-dev
 
 .venv/installed-dev: .venv/installed
 	@$(PIP) -e '.[s3,dev]'
+	@touch $@
+
+.venv/installed-cluster: .venv/installed-dev
+	@$(PIP) -e '.[s3,dev,cluster-tests]'
 	@touch $@
 
 clean:

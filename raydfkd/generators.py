@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from raydfkd.recipe import ImageSpace
+from raydfkd.recipe import Count, ImageSpace, Positive
 from raydfkd.registry import Registry
 
 GENERATORS: Registry[nn.Module] = Registry("generator", [])
@@ -28,7 +28,7 @@ class ConvGenerator(nn.Module):
         doublings: times the image grows by two; the image size must be divisible by 2 to this power.
     """
 
-    def __init__(self, space: ImageSpace, *, latent: int = 32, width: int = 16, doublings: int = 2) -> None:
+    def __init__(self, space: ImageSpace, *, latent: Positive = 32, width: Positive = 16, doublings: Count = 2) -> None:
         super().__init__()
         if space.size % (1 << doublings):
             raise ValueError(

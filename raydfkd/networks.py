@@ -12,7 +12,6 @@ import fsspec
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from raydfkd.recipe import ImageSpace, Positive, StudentSpec, TeacherSpec
 from raydfkd.registry import RecipeError, Registry, did_you_mean
@@ -56,9 +55,11 @@ class _Residual(nn.Module):
         if stride != 1 or inputs != outputs:
             projection = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
             self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(outputs))
+        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.second(self.first(x)) + self.shortcut(x))
+        summed: Tensor = self.relu(self.second(self.first(x)) + self.shortcut(x))
+        return summed
 
 
 @NETWORKS.register("resnet_small")

@@ -18,6 +18,8 @@ from raydfkd.schedule import WorkUnit, plan_units
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 
@@ -354,6 +356,8 @@ class Recipe(Spec):
     def _consistent(self) -> Recipe:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ValueError(f"name is {self.name!r}; use letters, digits, dash, dot and underscore")
+        if "://" in self.run_dir:
+            raise ValueError(f"run_dir is {self.run_dir!r}; it must be a folder, only transfer_set.uri may be a URL")
         if self.teacher.train is not None and self.real_data is None:
             raise ValueError("teacher.train needs real_data; say which, or drop train and give weights")
         if self.distill.batch_size < self.runtime.student_workers.max:
@@ -495,7 +499,10 @@ def _read(source: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise RecipeError(f"{source} is not a recipe: the top of the file must be keys like `teacher:`")
     base = data.pop("recipe", None)
-    return data if base is None else _merge(_read(str(base), (*seen, source)), data)
+    if base is None:
+        return data
+    beside = path.parent / str(base)
+    return _merge(_read(str(beside if beside.is_file() else base), (*seen, source)), data)
 
 
 def _text(path: Path) -> str:

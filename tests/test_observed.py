@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from toy import CLASSES, PlainNet, batchnorm_teacher, toy_images
 
+from raydfkd.frozen import LayerMoments, StemConvolution, specialize
 from raydfkd.networks import SmallResNet
-from raydfkd.observed import LayerMoments, Need, ObservedNetwork
+from raydfkd.observed import Need, ObservedNetwork
 from raydfkd.registry import RecipeError
 
 MOMENTS = frozenset({Need.MOMENTS})
@@ -250,3 +251,23 @@ def test_live_student_with_batch_statistics_trains_as_usual():
     assert not torch.equal(student.body[0][1].running_mean, before)
     seen.logits.sum().backward()
     assert all(parameter.grad is not None for parameter in student.parameters())
+
+
+def test_stem_of_a_frozen_network_has_the_input_gradient_of_the_plain_convolution():
+    torch.manual_seed(0)
+    for channels, stride, padding, dilation in ((1, 2, 1, 1), (3, 1, 0, 1), (3, 2, 3, 2)):
+        layer = nn.Conv2d(channels, 5, 3, stride=stride, padding=padding, dilation=dilation).double()
+        images = torch.randn(2, channels, 12, 11, dtype=torch.float64)
+        weights = torch.randn_like(layer(images))
+        gradients = []
+        for network in (layer, StemConvolution(layer.requires_grad_(False))):
+            leaf = images.clone().requires_grad_()
+            (network(leaf) * weights).sum().backward()
+            gradients.append(leaf.grad)
+        torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_only_plain_convolutions_of_few_channels_are_replaced():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 8, 3, padding="same"))
+    special = specialize(network, moments=None)
+    assert [type(layer) for layer in special] == [StemConvolution, nn.Conv2d, nn.Conv2d]

@@ -499,3 +499,16 @@ def sections(model, path="recipe"):
 def test_every_field_of_a_recipe_is_described(path, model):
     assert model.__doc__
     assert [name for name, field in model.model_fields.items() if not field.description] == []
+
+
+def test_base_recipe_is_looked_for_beside_the_file_that_names_it(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "base.yaml").write_text("recipe: digits-generators\nseed: 5\n")
+    (tmp_path / "folder" / "mine.yaml").write_text("recipe: base.yaml\nname: mine\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("folder/mine.yaml").seed == 5
+
+
+def test_run_dir_that_is_a_url_is_refused():
+    with pytest.raises(RecipeError, match=r"run_dir is 's3://bucket/run'; it must be a folder"):
+        load_recipe("digits-generators", (), "s3://bucket/run")

@@ -7,8 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from raydfkd.frozen import LayerMoments
 from raydfkd.losses.objective import TERMS, Term, View
-from raydfkd.observed import LayerMoments, Need
+from raydfkd.observed import Need
 
 
 @TERMS.register("bn_moments")
@@ -22,8 +23,8 @@ class BatchNormMoments(Term):
     free of scale, so one weight serves every architecture.
 
     A scalar in [0, inf). With ``scope: class`` each class is matched by itself and the value is the mean over
-    classes: a class then yields the same whoever shares its pack, as long as augmentations draw once for the whole batch
-    (jitter and flip do).
+    classes: a class then yields the same whoever shares its pack, as long as augmentations draw once for the whole
+    batch (jitter and flip do).
 
     Args:
         form: norm, squared or kl.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from raydfkd.recipe import PluginSpec
+from raydfkd.recipe import BelowOne, Count, Fraction, NotNegative, PluginSpec, PositiveFloat
 from raydfkd.registry import Registry
 
 
@@ -35,7 +35,7 @@ class Jitter:
         pixels: largest offset along each axis.
     """
 
-    def __init__(self, *, pixels: int) -> None:
+    def __init__(self, *, pixels: Count) -> None:
         self._pixels = pixels
 
     def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:
@@ -52,7 +52,7 @@ class Flip:
         probability: of mirroring.
     """
 
-    def __init__(self, *, probability: float = 0.5) -> None:
+    def __init__(self, *, probability: Fraction = 0.5) -> None:
         self._probability = probability
 
     def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:
@@ -70,7 +70,7 @@ class Affine:
         shift: largest shift along each axis, as a share of the image.
     """
 
-    def __init__(self, *, degrees: float = 0.0, scale: float = 0.0, shift: float = 0.0) -> None:
+    def __init__(self, *, degrees: NotNegative = 0.0, scale: BelowOne = 0.0, shift: Fraction = 0.0) -> None:
         self._radians = math.radians(degrees)
         self._scale = scale
         self._shift = shift
@@ -93,7 +93,7 @@ class Noise:
         std: largest standard deviation, in teacher-normalised units.
     """
 
-    def __init__(self, *, std: float) -> None:
+    def __init__(self, *, std: NotNegative) -> None:
         self._std = std
 
     def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:
@@ -111,7 +111,7 @@ class Mixup:
         alpha: both parameters of the Beta distribution of the share.
     """
 
-    def __init__(self, *, alpha: float = 1.0) -> None:
+    def __init__(self, *, alpha: PositiveFloat = 1.0) -> None:
         self._alpha = alpha
 
     def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:

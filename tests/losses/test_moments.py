@@ -9,8 +9,9 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 from toy import batchnorm_teacher, toy_images, toy_view, variants
 
+from raydfkd.frozen import LayerMoments
 from raydfkd.losses.objective import TERMS, View
-from raydfkd.observed import LayerMoments, Observation
+from raydfkd.observed import Observation
 
 OPTIONS = list(variants(TERMS, "bn_moments"))
 
