@@ -216,8 +216,13 @@ def distill(
     from raydfkd import pipeline
 
     def work(executor: Executor, job: Any, monitor: Monitor) -> dict[str, Any]:
-        student = pipeline.save_student(job, executor.distill(job, monitor))
-        return {"student": str(student), "images": job.snapshot().images}
+        if job.snapshot().images < job.planned_images and not job.transfer_set.is_closed():
+            monitor.say("student", "the set is not complete yet; training keeps pace with whoever makes it")
+        state = executor.distill(job, monitor)
+        images = job.snapshot().images
+        if not images:
+            raise RecipeError(f"transfer_set.uri is {job.recipe.transfer_set.uri}: no image came of its synthesis")
+        return {"student": str(pipeline.save_student(job, state)), "images": images}
 
     return _with_job(recipe, overrides, run_dir, on, as_json, work)
 

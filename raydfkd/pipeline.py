@@ -41,7 +41,7 @@ GALLERY_IMAGES = 12
 METRICS = "metrics.jsonl"
 
 
-def check(recipe: Recipe, *, student: bool = True) -> RealData | None:
+def check(recipe: Recipe) -> RealData | None:
     """Find the user's mistakes before any work; writes nothing but probes, and removes those.
 
     Builds every part of the run once, on the CPU, with an untrained teacher.
@@ -54,15 +54,14 @@ def check(recipe: Recipe, *, student: bool = True) -> RealData | None:
     data = None
     if recipe.real_data is not None:
         data = open_real_data(recipe.real_data, recipe.teacher.image_space, recipe.teacher.classes)
-    if student:
-        network = build_network(recipe.student, recipe.teacher, where="student", seed=0)
-        criterion = recipe.distill.criterion
-        CRITERIA.build(criterion.kind, criterion.options, where="distill.criterion")
-        build_augmentations(recipe.distill.augment, where="distill.augment")
-        build_optimizer(network, recipe.distill.optimizer, steps=1)
+    network = build_network(recipe.student, recipe.teacher, where="student", seed=0)
+    criterion = recipe.distill.criterion
+    CRITERIA.build(criterion.kind, criterion.options, where="distill.criterion")
+    build_augmentations(recipe.distill.augment, where="distill.augment")
+    build_optimizer(network, recipe.distill.optimizer, steps=1)
     pick_device(recipe.runtime.device)
-    _probe("run_dir", recipe.run_dir)
-    _probe("transfer_set.uri", recipe.transfer_set.uri, recipe.transfer_set.storage_options)
+    Store(recipe.run_dir).probe("run_dir")
+    Store(recipe.transfer_set.uri, recipe.transfer_set.storage_options).probe()
     if weights_exist(recipe.teacher.weights, where="teacher.weights"):
         teacher, weights = load_teacher(recipe)
         transfer_set_of(recipe, recipe.digest(weights)).check()
@@ -71,13 +70,6 @@ def check(recipe: Recipe, *, student: bool = True) -> RealData | None:
     else:
         check_teacher(recipe)
     return data
-
-
-def _probe(key: str, uri: str, storage_options: Mapping[str, Any] | None = None) -> None:
-    try:
-        Store(uri, storage_options).probe()
-    except RecipeError as error:
-        raise RecipeError(str(error).replace("transfer_set.uri", key, 1)) from None
 
 
 def check_teacher(recipe: Recipe) -> None:
@@ -89,7 +81,7 @@ def check_teacher(recipe: Recipe) -> None:
     build_network(recipe.teacher, recipe.teacher, where="teacher", seed=0)
     build_augmentations(recipe.teacher.train.augment, where="teacher.train.augment")
     open_real_data(recipe.real_data, recipe.teacher.image_space, recipe.teacher.classes)
-    _probe("the folder of teacher.weights", _split(recipe.teacher.weights)[0])
+    Store(_split(recipe.teacher.weights)[0]).probe("the folder of teacher.weights")
 
 
 def ensure_teacher(recipe: Recipe, monitor: Monitor, *, again: bool = False) -> None:
@@ -269,7 +261,7 @@ def gallery(job: Job, class_names: tuple[str, ...], *, images: int = GALLERY_IMA
             for label in found.keys() & set(rows.labels.tolist()):
                 places = (rows.labels == label).nonzero().flatten()
                 if len(found[label]) < images and turn < len(places):
-                    place = places[turn]
+                    place = places[-1 - turn]  # a unit's last images are those of the longest training
                     found[label].append(rows.images[place])
                     sure[label].append(probabilities[place, label])
     shortest = min(len(row) for row in found.values())

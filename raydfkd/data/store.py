@@ -96,8 +96,8 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             self._folder.delete(path)
 
-    def probe(self) -> None:
-        """Make sure that objects can be created here, once each, and leave nothing behind.
+    def probe(self, key: str = "transfer_set.uri") -> None:
+        """Make sure that objects can be created here, once each, and leave nothing behind; ``key`` is blamed if not.
 
         Raises:
             RecipeError: with the reason, in one line that shows no storage option.
@@ -111,14 +111,14 @@ class Store:
             finally:
                 folder.delete(name)
         except Exception as error:  # every file system has errors of its own; here they become the user's line
-            raise self._refusal(error) from None
+            raise self._refusal(error, key) from None
         if not is_exclusive:
             raise RecipeError(
-                f"transfer_set.uri is {self.uri}: ignores create-only writes, so two workers could commit the same "
+                f"{key} is {self.uri}: ignores create-only writes, so two workers could commit the same "
                 "unit; give a URI on a local disk, S3 or Google Cloud Storage"
             )
 
-    def _refusal(self, error: Exception) -> RecipeError:
+    def _refusal(self, error: Exception, key: str) -> RecipeError:
         problem, remedy = "cannot be written", "give a URI this machine can write to"
         protocol = get_protocol(self._location)
         if isinstance(error, ImportError):
@@ -129,7 +129,7 @@ class Store:
         reason = " ".join(reason.split()) or type(error).__name__
         for secret in sorted(_secrets(self._storage_options), key=len, reverse=True):
             reason = reason.replace(secret, "***")
-        return RecipeError(f"transfer_set.uri is {self.uri}: {problem} ({reason}); {remedy}")
+        return RecipeError(f"{key} is {self.uri}: {problem} ({reason}); {remedy}")
 
 
 def _secrets(options: Mapping[str, object], within: str = "") -> Iterator[str]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from toy import quiet_monitor
 
@@ -51,3 +53,11 @@ def test_packaged_recipe_makes_images_and_five_steps(name, tmp_path):
     steps = [entry for entry in read_metrics(tmp_path / "metrics.jsonl") if entry["event"] == "student"]
     assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5]
     assert all(entry["loss"] is not None for entry in steps)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "jobs").glob("*.yaml")), ids=lambda path: path.name
+)
+def test_job_is_a_recipe_whose_header_says_its_command(path):
+    assert load_recipe(path).plan()
+    assert f"raydfkd run jobs/{path.name}" in path.read_text()
