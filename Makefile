@@ -1,4 +1,4 @@
-# make quickstart   from nothing to a distilled student, about four minutes after installation
+# make quickstart   from nothing to a distilled student, about two minutes after installation
 # make test         set-up, style, types, import contract, tests
 # make test-cluster the slow ones: several nodes, object stores, minutes
 PYTHON ?= python3
