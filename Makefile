@@ -28,7 +28,7 @@ test-cluster: .venv/installed-cluster
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt
 	@echo "installing into .venv, once; about two minutes"
 	@$(PIP) -e .
-	@$(BIN)/python -c 'from importlib.metadata import version as v; print(f".venv ready (torch {v(\"torch\")}, ray {v(\"ray\")})")'
+	@$(BIN)/python -c 'from importlib.metadata import version; print(".venv ready (torch", version("torch") + ", ray", version("ray") + ")")'
 	@touch $@
 
 .venv/installed-dev: .venv/installed
