@@ -15,7 +15,7 @@ from raydfkd.data.transfer_set import TransferSet
 from raydfkd.networks import build_network
 from raydfkd.progress import Monitor
 from raydfkd.recipe import Recipe
-from raydfkd.schedule import Failure, WorkUnit, derive_seed
+from raydfkd.schedule import Failure, UnitQueue, WorkUnit, derive_seed
 from raydfkd.synthesis.worker import load_teacher
 
 
@@ -54,6 +54,18 @@ class Job:
         """What is committed of the plan."""
         return self.transfer_set.snapshot(within=self.unit_ids)
 
+    def begin_synthesis(self) -> UnitQueue:
+        """Start the set or go on with it; returns the units that are left to make."""
+        self.transfer_set.create()
+        self.transfer_set.reopen()
+        done = self.transfer_set.committed()
+        return UnitQueue(self.units, done=done, max_attempts=self.recipe.runtime.max_attempts)
+
+    def end_synthesis(self, queue: UnitQueue) -> SynthesisOutcome:
+        """Say in the set that no more units will come."""
+        self.transfer_set.close([failure.unit for failure in queue.quarantined])
+        return SynthesisOutcome(attempted=queue.attempted, quarantined=queue.quarantined)
+
     def fresh_student(self) -> nn.Module:
         """The student before training."""
         seed = derive_seed(self.recipe.seed, "student")
@@ -84,7 +96,11 @@ class Executor(Protocol):
 def open_job(recipe: Recipe) -> Job:
     """Fix the plan and the set that it fills; the teacher's weights must be there."""
     _, weights = load_teacher(recipe)
-    digest = recipe.digest(weights)
+    return job_of(recipe, recipe.digest(weights))
+
+
+def job_of(recipe: Recipe, digest: str) -> Job:
+    """The job of a digest that somebody else has taken; the weights are not looked at."""
     return Job(recipe=recipe, digest=digest, units=recipe.plan(), transfer_set=transfer_set_of(recipe, digest))
 
 

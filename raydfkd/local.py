@@ -11,7 +11,6 @@ from torch import Tensor
 from raydfkd.distill.training import StudentCheckpoint, StudentTraining
 from raydfkd.job import Job, SynthesisOutcome
 from raydfkd.progress import Monitor
-from raydfkd.schedule import UnitQueue
 from raydfkd.synthesis.worker import SynthesisWorker, pick_device
 
 logger = logging.getLogger(__name__)
@@ -22,12 +21,9 @@ class LocalExecutor:
 
     def synthesize(self, job: Job, monitor: Monitor) -> SynthesisOutcome:
         """See Executor."""
-        runtime = job.recipe.runtime
-        queue = UnitQueue(job.units, done=job.transfer_set.committed(), max_attempts=runtime.max_attempts)
-        job.transfer_set.create()
-        job.transfer_set.reopen()
+        queue = job.begin_synthesis()
         if not queue.is_drained:
-            worker = SynthesisWorker(job.recipe, job.transfer_set, device=pick_device(runtime.device))
+            worker = SynthesisWorker(job.recipe, job.transfer_set, device=pick_device(job.recipe.runtime.device))
             monitor.synthesis_started()
         while (unit := queue.take()) is not None:
             try:
@@ -39,8 +35,7 @@ class LocalExecutor:
             else:
                 queue.finished(unit)
                 monitor.committed(commit, running=queue.num_running)
-        job.transfer_set.close([failure.unit for failure in queue.quarantined])
-        return SynthesisOutcome(attempted=queue.attempted, quarantined=queue.quarantined)
+        return job.end_synthesis(queue)
 
     def distill(self, job: Job, monitor: Monitor) -> Mapping[str, Tensor]:
         """See Executor."""

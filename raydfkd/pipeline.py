@@ -19,7 +19,6 @@ from rich.console import Console
 from torch import Tensor
 
 from raydfkd import __version__
-from raydfkd.data.shards import StoredRows
 from raydfkd.data.store import Store
 from raydfkd.distill.criteria import CRITERIA
 from raydfkd.distill.evaluate import judge, predict
@@ -175,7 +174,7 @@ def evaluate(recipe: Recipe, weights: str, data: RealData | None, *, split: Spli
         real = data.load(split)
         images, labels = real.images, real.labels
     else:
-        images = _some_rows(open_job(recipe), 5000).images
+        images = _some_images(open_job(recipe), 5000)
     found = dict(judge(predict(student, images, pixels), predict(teacher, images, pixels), labels))
     return {
         "teacher": {"top1": found.get("teacher.top1"), "parameters": count_parameters(teacher)},
@@ -185,20 +184,16 @@ def evaluate(recipe: Recipe, weights: str, data: RealData | None, *, split: Spli
     }
 
 
-def _some_rows(job: Job, count: int) -> StoredRows:
-    """The first rows of the transfer set, enough parts for ``count`` of them."""
-    pieces: list[StoredRows] = []
+def _some_images(job: Job, count: int) -> Tensor:
+    """The first images of the transfer set, enough parts for ``count`` of them."""
+    pieces: list[Tensor] = []
     for commit in job.snapshot().commits:
         for part in commit.parts:
-            if sum(len(piece.labels) for piece in pieces) < count:
-                pieces.append(job.transfer_set.read(part))
+            if sum(map(len, pieces)) < count:
+                pieces.append(job.transfer_set.read(part).images)
     if not pieces:
         raise RecipeError(f"transfer_set.uri is {job.recipe.transfer_set.uri}: there is no image yet; synthesize first")
-    return StoredRows(
-        images=torch.cat([piece.images for piece in pieces])[:count],
-        labels=torch.cat([piece.labels for piece in pieces])[:count],
-        teacher_logits=torch.cat([piece.teacher_logits for piece in pieces])[:count],
-    )
+    return torch.cat(pieces)[:count]
 
 
 def report(

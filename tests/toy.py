@@ -21,7 +21,7 @@ from raydfkd.observed import Need, Observation, ObservedNetwork
 from raydfkd.progress import Monitor
 from raydfkd.recipe import ImageSpace, Recipe, load_recipe
 from raydfkd.registry import RecipeError, Registry
-from raydfkd.schedule import WorkUnit
+from raydfkd.schedule import Request, WorkUnit
 from raydfkd.synthesis.worker import build_synthesizer, load_teacher
 
 CLASSES = 4
@@ -191,3 +191,14 @@ def variants(registry: Registry[Any], name: str, *supplied: Any) -> Iterator[dic
         except RecipeError:
             continue
         yield options
+
+
+def unit_of(classes: tuple[int, ...], images_per_class: int, seed: int = 1) -> WorkUnit:
+    """A unit whose seeds are easy to tell apart."""
+    request = Request(
+        classes=classes,
+        images_per_class=images_per_class,
+        seed=seed,
+        class_seeds=tuple(100 * seed + label for label in classes),
+    )
+    return WorkUnit(id="test", request=request)

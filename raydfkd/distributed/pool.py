@@ -17,7 +17,7 @@ from ray.exceptions import (
 )
 
 from raydfkd.data.commits import Commit
-from raydfkd.job import Job, open_job
+from raydfkd.job import Job, transfer_set_of
 from raydfkd.progress import Monitor
 from raydfkd.recipe import Recipe
 from raydfkd.schedule import UnitQueue, WorkUnit
@@ -33,15 +33,17 @@ LOST = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
 class SynthesisActor:
     """A worker in a process of its own; builds everything at the first call, so that a mistake reaches the driver."""
 
-    def __init__(self, recipe: str) -> None:
+    def __init__(self, recipe: str, digest: str) -> None:
         self._recipe = Recipe.model_validate_json(recipe)
+        self._digest = digest
         self._worker: SynthesisWorker | None = None
 
     def ready(self) -> None:
         """Build the worker: teacher, objective, synthesizer."""
         if self._worker is None:
             device = pick_device(self._recipe.runtime.device)
-            self._worker = SynthesisWorker(self._recipe, open_job(self._recipe).transfer_set, device=device)
+            transfer_set = transfer_set_of(self._recipe, self._digest)
+            self._worker = SynthesisWorker(self._recipe, transfer_set, device=device)
 
     def run(self, unit: WorkUnit, attempt: int) -> bytes:
         """Commit ``unit``; only the commit's record travels, never pixels."""
@@ -98,7 +100,7 @@ class SynthesisPool:
                 max_restarts=-1,
                 max_task_retries=0,
             )
-            .remote(self._job.recipe.located().model_dump_json())
+            .remote(self._job.recipe.located().model_dump_json(), self._job.digest)
         )
         self._actors.append(actor)
         return actor

@@ -27,7 +27,7 @@ class RayExecutor:
     def synthesize(self, job: Job, monitor: Monitor) -> SynthesisOutcome:
         """See Executor."""
         _connect(job, monitor)
-        return _synthesize(job, monitor, training=None)
+        return _synthesize(job, monitor, job.begin_synthesis(), training=None)
 
     def distill(self, job: Job, monitor: Monitor) -> Mapping[str, Tensor]:
         """See Executor."""
@@ -37,21 +37,15 @@ class RayExecutor:
     def run(self, job: Job, monitor: Monitor) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:
         """See Executor."""
         _connect(job, monitor)
-        job.transfer_set.create()
-        job.transfer_set.reopen()
+        queue = job.begin_synthesis()  # before the student, who would take the end of an earlier run for this one's
         training = _Training(job, monitor)
-        outcome = _synthesize(job, monitor, training)
+        outcome = _synthesize(job, monitor, queue, training)
         return outcome, training.wait()
 
 
-def _synthesize(job: Job, monitor: Monitor, training: _Training | None) -> SynthesisOutcome:
-    job.transfer_set.create()
-    job.transfer_set.reopen()
-    done = job.transfer_set.committed()
-    queue = UnitQueue(job.units, done=done, max_attempts=job.recipe.runtime.max_attempts)
+def _synthesize(job: Job, monitor: Monitor, queue: UnitQueue, training: _Training | None) -> SynthesisOutcome:
     SynthesisPool(job, monitor).run(queue, on_tick=training.look if training is not None else _nothing)
-    job.transfer_set.close([failure.unit for failure in queue.quarantined])
-    return SynthesisOutcome(attempted=queue.attempted, quarantined=queue.quarantined)
+    return job.end_synthesis(queue)
 
 
 def _nothing() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 
 from raydfkd.data.commits import Snapshot
 from raydfkd.distill.training import StudentTraining, checkpoint_bytes, read_checkpoint
-from raydfkd.job import Job, open_job
+from raydfkd.job import Job, job_of
 from raydfkd.recipe import Recipe
 
 STATE = "state.pt"
@@ -46,7 +46,7 @@ def train_student(job: Job, board: Any) -> Mapping[str, Tensor]:
         resources["GPU"] = runtime.gpus_per_student_worker
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"recipe": job.recipe.located().model_dump_json(), "board": board},
+        train_loop_config={"recipe": job.recipe.located().model_dump_json(), "digest": job.digest, "board": board},
         scaling_config=ScalingConfig(
             num_workers=cast(int, workers.max if workers.min == workers.max else (workers.min, workers.max)),
             use_gpu=runtime.gpus_per_student_worker > 0,
@@ -70,7 +70,7 @@ def train_student(job: Job, board: Any) -> Mapping[str, Tensor]:
 
 def train_worker(config: Mapping[str, Any]) -> None:
     """One rank of the training."""
-    job = open_job(Recipe.model_validate_json(config["recipe"]))
+    job = job_of(Recipe.model_validate_json(config["recipe"]), config["digest"])
     context = ray.train.get_context()
     rank = context.get_world_rank()
     board = config["board"]

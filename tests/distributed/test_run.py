@@ -147,3 +147,15 @@ def test_a_mistake_that_only_a_worker_can_see_reaches_the_user_as_it_is(ray_clus
     monitor = Monitor(Console(file=io.StringIO()), MetricsLog(tmp_path / "metrics.jsonl", fresh=True))
     with pytest.raises(RecipeError, match=r"runtime.device is 'cuda', but this machine has no CUDA device"):
         RayExecutor().synthesize(job, monitor)
+
+
+def test_weights_that_changed_under_a_run_stop_its_workers(ray_cluster, tmp_path):
+    from raydfkd.distributed.run import RayExecutor
+    from raydfkd.job import job_of
+    from raydfkd.registry import RecipeError
+
+    job = job_of(small_recipe(tmp_path), digest="0" * 64)
+    monitor = Monitor(Console(file=io.StringIO()), MetricsLog(tmp_path / "metrics.jsonl", fresh=True))
+    with pytest.raises(RecipeError, match="not the weights that this run began with"):
+        RayExecutor().synthesize(job, monitor)
+    assert job.transfer_set.committed() == set()

@@ -3,22 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
-from toy import CLASSES, batches_of, batchnorm_teacher, joined, toy_recipe
+from toy import CLASSES, batches_of, batchnorm_teacher, joined, toy_recipe, unit_of
 
 from raydfkd.registry import RecipeError
 from raydfkd.schedule import Request, WorkUnit
 from raydfkd.synthesis.augment import AUGMENTATIONS
 from raydfkd.synthesis.worker import build_synthesizer, load_teacher
-
-
-def unit_of(classes, images_per_class, seed=1):
-    request = Request(
-        classes=classes,
-        images_per_class=images_per_class,
-        seed=seed,
-        class_seeds=tuple(100 * seed + label for label in classes),
-    )
-    return WorkUnit(id="test", request=request)
 
 
 def recipe_with(tmp_path, *overrides):

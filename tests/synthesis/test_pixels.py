@@ -5,24 +5,13 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
-from toy import CLASSES, assert_same_rows, batches_of, batchnorm_teacher, joined, toy_recipe
+from toy import CLASSES, assert_same_rows, batches_of, batchnorm_teacher, joined, toy_recipe, unit_of
 
 from raydfkd.registry import RecipeError
-from raydfkd.schedule import Request, WorkUnit
 from raydfkd.synthesis.synthesizer import rng_from, warmup_cosine
 
 WIDE = ["teacher.image_space.mean=[0.5]", "teacher.image_space.std=[0.1]"]
 """An image space in which unit noise hardly ever reaches black or white, so that stored pixels tell every change."""
-
-
-def unit_of(classes, images_per_class, seed=1):
-    request = Request(
-        classes=classes,
-        images_per_class=images_per_class,
-        seed=seed,
-        class_seeds=tuple(100 * seed + label for label in classes),
-    )
-    return WorkUnit(id="test", request=request)
 
 
 def noise_of(unit):
