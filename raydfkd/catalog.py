@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import importlib.resources
 from collections.abc import Iterator
-from typing import Any
+from functools import cache
 
-from raydfkd.distill.criteria import CRITERIA
-from raydfkd.generators import GENERATORS
-from raydfkd.losses.objective import TERMS
-from raydfkd.networks import NETWORKS
-from raydfkd.real_data import REAL_DATA
+from raydfkd.declarations import DeclaredFamily
 from raydfkd.recipe import packaged_recipes
-from raydfkd.registry import RecipeError, Registry, did_you_mean
-from raydfkd.synthesis.augment import AUGMENTATIONS
-from raydfkd.synthesis.synthesizer import SYNTHESIZERS
-from raydfkd.synthesis.targets import TARGETS
+from raydfkd.registry import Family, RecipeError, did_you_mean
 
-FAMILIES: dict[str, Registry[Any]] = {
-    "synthesizers": SYNTHESIZERS,
-    "terms": TERMS,
-    "targets": TARGETS,
-    "augmentations": AUGMENTATIONS,
-    "criteria": CRITERIA,
-    "networks": NETWORKS,
-    "generators": GENERATORS,
-    "real_data": REAL_DATA,
+REGISTRIES = {
+    "synthesizers": "raydfkd.synthesis.synthesizer:SYNTHESIZERS",
+    "terms": "raydfkd.losses.objective:TERMS",
+    "targets": "raydfkd.synthesis.targets:TARGETS",
+    "augmentations": "raydfkd.synthesis.augment:AUGMENTATIONS",
+    "criteria": "raydfkd.distill.criteria:CRITERIA",
+    "networks": "raydfkd.networks:NETWORKS",
+    "generators": "raydfkd.generators:GENERATORS",
+    "real_data": "raydfkd.real_data:REAL_DATA",
 }
+"""Where each family of plug-ins has its registry."""
+
+
+@cache
+def declared(family: str) -> DeclaredFamily:
+    """One of :data:`REGISTRIES` as the source declares it, without importing the plug-ins."""
+    module, _, variable = REGISTRIES[family].partition(":")
+    return DeclaredFamily(module, variable)
 
 
 def show(name: str | None) -> Iterator[str]:
@@ -44,23 +45,24 @@ def show(name: str | None) -> Iterator[str]:
             yield f"  {recipe:28} {_recipe_text(recipe).partition(chr(10))[0].lstrip('# ')}"
         if name is not None:
             return
-    chosen = [family for family in FAMILIES if name in (None, family)]
+    chosen = [family for family in REGISTRIES if name in (None, family)]
     if chosen:
         for family in chosen:
             yield from ("", family) if name is None else (family,)
-            for plugin in FAMILIES[family].names():
-                yield from _plugin(FAMILIES[family], plugin)
+            for plugin in declared(family).names():
+                yield from _plugin(declared(family), plugin)
         return
-    found = [registry for registry in FAMILIES.values() if name in registry.names()]
+    families = [declared(family) for family in REGISTRIES]
+    found = [family for family in families if name in family.names()]
     if not found:
-        known = [*packaged_recipes(), "recipes", *FAMILIES, *(n for r in FAMILIES.values() for n in r.names())]
+        known = [*packaged_recipes(), "recipes", *REGISTRIES, *(name for family in families for name in family.names())]
         raise RecipeError(f"there is nothing called {name!r}; {did_you_mean(str(name), known)}")
-    for registry in found:
-        yield from _plugin(registry, str(name))
+    for registered in found:
+        yield from _plugin(registered, str(name))
 
 
-def _plugin(registry: Registry[Any], name: str) -> Iterator[str]:
-    meaning, options = registry.describe(name)
+def _plugin(family: Family, name: str) -> Iterator[str]:
+    meaning, options = family.describe(name)
     yield f"  {name:28} {meaning}"
     for option in options:
         yield f"    {option.name:26} {option.meaning} [{option.type}, default {option.default}]"

@@ -1,4 +1,4 @@
-"""The command line. Torch and Ray are imported when a command needs them, so that --help is instant."""
+"""The command line. Torch and Ray are imported once a recipe shows no mistake by itself: help and typos are instant."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from raydfkd.recipe import Recipe, load_recipe
 from raydfkd.registry import RecipeError, did_you_mean
+from raydfkd.static_check import static_check
 
 if TYPE_CHECKING:
     from raydfkd.bench.table import Row
@@ -42,12 +44,13 @@ Overrides = Annotated[
 ]
 RunDir = Annotated[str | None, typer.Option(help="Folder of reports, student and checkpoints.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Alternating rounds; the median counts.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 On = Annotated[str | None, typer.Option("--on", metavar="ray|local", help="Where to work; the recipe says otherwise.")]
 
 
 def main() -> None:
     """Entry point of the console script: turns what went wrong into one line and an exit code."""
-    sys.path.insert(0, os.getcwd())  # module:callable finds modules of the current folder, as with `python -m`
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         result = app(standalone_mode=False)
@@ -69,6 +72,19 @@ def _complain(text: str) -> None:
 
 
 def _load(source: str, overrides: list[str] | None, run_dir: str | None, on: str | None = None) -> Recipe:
+    """A recipe without a mistake that it shows by itself; from here on its code may run."""
+    plan = _read(source, overrides, run_dir, on)
+    static_check(plan)
+    _allow_code()
+    return plan
+
+
+def _allow_code() -> None:
+    """Let ``module:callable`` find modules of the current folder, as with ``python -m``."""
+    sys.path.insert(0, os.getcwd())
+
+
+def _read(source: str, overrides: list[str] | None, run_dir: str | None, on: str | None = None) -> Recipe:
     given = list(overrides or [])
     if on is not None:
         if on not in ("ray", "local"):
@@ -105,12 +121,12 @@ def run(
     as_json: AsJson = False,
 ) -> int:
     """Do everything: teach if needed, synthesize and distil at once, judge, report."""
+    started = time.monotonic()
+    plan = _load(recipe, overrides, run_dir, on)
     from raydfkd import pipeline
     from raydfkd.job import open_job
     from raydfkd.report import summary_table
 
-    started = time.monotonic()
-    plan = _load(recipe, overrides, run_dir, on)
     data = pipeline.check(plan)
     console = _console(is_json=as_json)
     with pipeline.monitored(plan, console) as monitor:
@@ -150,9 +166,10 @@ def _explain_incomplete(outcome: SynthesisOutcome, planned: int) -> None:
 @app.command()
 def teach(recipe: Source, overrides: Overrides = None, run_dir: RunDir = None, as_json: AsJson = False) -> int:
     """Train the recipe's teacher on real data, anew even where its weights are there."""
+    plan = _read(recipe, overrides, run_dir)
+    _allow_code()
     from raydfkd import pipeline
 
-    plan = _load(recipe, overrides, run_dir)
     pipeline.check_teacher(plan)
     with pipeline.monitored(plan, _console(is_json=as_json)) as monitor:
         pipeline.ensure_teacher(plan, monitor, again=True)
@@ -169,10 +186,10 @@ def _with_job(
     is_json: bool,
     work: Callable[[Executor, Any, Monitor], dict[str, Any]],
 ) -> int:
+    plan = _load(source, overrides, run_dir, on)
     from raydfkd import pipeline
     from raydfkd.job import open_job
 
-    plan = _load(source, overrides, run_dir, on)
     pipeline.check(plan)
     console = _console(is_json=is_json)
     with pipeline.monitored(plan, console) as monitor:
@@ -213,9 +230,10 @@ def distill(
     recipe: Source, overrides: Overrides = None, run_dir: RunDir = None, on: On = None, as_json: AsJson = False
 ) -> int:
     """Train the student only, on a transfer set that is there or being made elsewhere."""
-    from raydfkd import pipeline
 
     def work(executor: Executor, job: Any, monitor: Monitor) -> dict[str, Any]:
+        from raydfkd import pipeline
+
         if job.snapshot().images < job.planned_images and not job.transfer_set.is_closed():
             monitor.say("student", "the set is not complete yet; training keeps pace with whoever makes it")
         state = executor.distill(job, monitor)
@@ -237,12 +255,12 @@ def evaluate(
     as_json: AsJson = False,
 ) -> int:
     """Judge a saved student on the recipe's real data."""
-    from raydfkd import pipeline
-
-    plan = _load(recipe, overrides, run_dir)
-    data = pipeline.check(plan)
     if split not in ("test", "validation"):
         raise RecipeError(f"--split is {split!r}; {did_you_mean(split, ['test', 'validation'])}")
+    plan = _load(recipe, overrides, run_dir)
+    from raydfkd import pipeline
+
+    data = pipeline.check(plan)
     weights = student or str(Path(plan.run_dir) / "student.safetensors")
     chosen: Literal["test", "validation"] = "test" if split == "test" else "validation"
     judged = pipeline.evaluate(plan, weights, data, split=chosen)
@@ -257,18 +275,31 @@ def evaluate(
 
 
 @app.command()
-def check(recipe: Source, overrides: Overrides = None, run_dir: RunDir = None, as_json: AsJson = False) -> int:
+def check(
+    recipe: Source,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    no_code: Annotated[
+        bool,
+        typer.Option("--no-code", help="Run no code and open no data that the recipe names: for recipes of strangers."),
+    ] = False,
+    as_json: AsJson = False,
+) -> int:
     """Validate a recipe and print it resolved; nothing is made."""
-    from raydfkd import pipeline
+    plan = _read(recipe, overrides, run_dir)
+    static_check(plan)
+    if not no_code:
+        _allow_code()
+        from raydfkd import pipeline
 
-    plan = _load(recipe, overrides, run_dir)
-    pipeline.check(plan)
-    units = plan.plan()
+        pipeline.check(plan)
     if as_json:
         typer.echo(json.dumps(plan.shown()))
         return DONE
+    units = plan.plan()
+    size = f"{len(units)} units, {sum(unit.request.count for unit in units):,} images"
     typer.echo(yaml.safe_dump(plan.shown(), sort_keys=False, default_flow_style=None).rstrip())
-    typer.echo(f"# sound: {len(units)} units, {sum(unit.request.count for unit in units):,} images")
+    typer.echo(f"# sound: {size}" + ("; networks and files were not looked at" if no_code else ""))
     return DONE
 
 
@@ -287,14 +318,14 @@ def show(
 @app.command()
 def report(recipe: Source, overrides: Overrides = None, run_dir: RunDir = None, as_json: AsJson = False) -> int:
     """Write report.html anew from a finished run, and print its table."""
-    from raydfkd import pipeline
-    from raydfkd.job import open_job
-    from raydfkd.report import summary_table
-
     plan = _load(recipe, overrides, run_dir)
     path = Path(plan.run_dir) / "report.json"
     if not path.is_file():
         raise RecipeError(f"run_dir is {plan.run_dir!r}: there is no report.json; `raydfkd run` writes it")
+    from raydfkd import pipeline
+    from raydfkd.job import open_job
+    from raydfkd.report import summary_table
+
     found = json.loads(path.read_text())
     page = pipeline.write(open_job(plan), found, pipeline.check(plan))
     if as_json:
@@ -309,24 +340,87 @@ def report(recipe: Source, overrides: Overrides = None, run_dir: RunDir = None, 
 @bench.command("synthesis")
 def bench_synthesis(
     as_json: AsJson = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Alternating rounds; the median counts.")] = 7,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    rounds: Rounds = 7,
+    device: Device = "auto",
+    case: Annotated[list[str] | None, typer.Option(help="Only this case; may be repeated.")] = None,
 ) -> int:
-    """Steps per second of pixel synthesis against the loop as published."""
+    """Steps per second of pixel synthesis against the loop as published and a fair one."""
     from raydfkd.bench.synthesis import bench_synthesis as measure
 
-    return _print_rows(measure(rounds=rounds, device=device), is_json=as_json)
+    return _print_rows(measure(rounds=rounds, device=device, cases=tuple(case or ())), is_json=as_json)
 
 
 @bench.command("shards")
 def bench_shards(
     as_json: AsJson = False,
-    rounds: Annotated[int, typer.Option(min=1, help="Alternating rounds; the median counts.")] = 7,
+    rounds: Rounds = 7,
 ) -> int:
-    """Rows per second of the transfer set against raw pyarrow."""
+    """Rows per second of the transfer set against raw pyarrow and other readers."""
+    from raydfkd.bench.feeders import FEEDERS
     from raydfkd.bench.shards import bench_shards as measure
+    from raydfkd.distributed.feeding import ray_data
 
-    return _print_rows(measure(rounds=rounds), is_json=as_json)
+    return _print_rows(measure(rounds=rounds, feeders={**FEEDERS, "Ray Data": ray_data}), is_json=as_json)
+
+
+@bench.command("generators")
+def bench_generators(as_json: AsJson = False, rounds: Rounds = 5, device: Device = "auto") -> int:
+    """Training steps of many generators as one stack against one by one."""
+    from raydfkd.bench.generators import bench_generators as measure
+
+    return _print_rows(measure(rounds=rounds, device=device), is_json=as_json)
+
+
+@bench.command("overlap")
+def bench_overlap(as_json: AsJson = False, rounds: Rounds = 3, device: Device = "auto") -> int:
+    """Share of its time that a device waits for shards to be encoded, written and committed."""
+    from raydfkd.bench.overlap import bench_overlap as measure
+
+    return _print_rows(measure(rounds=rounds, device=device), is_json=as_json)
+
+
+@bench.command("student")
+def bench_student(as_json: AsJson = False, rounds: Rounds = 5, device: Device = "auto") -> int:
+    """Images per second of a student's training from the transfer set against the same from memory."""
+    from raydfkd.bench.student import bench_student as measure
+
+    return _print_rows(measure(rounds=rounds, device=device), is_json=as_json)
+
+
+@bench.command("quality")
+def bench_quality(  # noqa: PLR0913 - one option each
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Recipe files or packaged recipes.")],
+    budget: Annotated[list[float] | None, typer.Option(min=1, help="Device-seconds; repeatable [default: 60].")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds; repeatable [default: 0].")] = None,
+    split: Annotated[
+        Literal["validation", "test"], typer.Option(help="validation to choose by, test to judge once.")
+    ] = "validation",
+    out: Annotated[Path, typer.Option(help="Results and teachers; the same folder goes on.")] = Path("runs/quality"),
+    at_once: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = 1,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> int:
+    """Student accuracy for a budget of device-seconds, synthesis and training together."""
+    from raydfkd.bench.quality import Cell, markdown
+    from raydfkd.bench.quality import bench_quality as measure
+
+    changes = tuple(overrides or ())
+    for recipe in recipes:
+        _load(recipe, overrides, None)
+    cells = [
+        Cell(recipe=recipe, budget_s=seconds, seed=number, split=split, overrides=changes)
+        for recipe in recipes
+        for number in seed or [0]
+        for seconds in sorted(budget or [60.0])
+    ]
+    found = []
+    for result in measure(cells, out, at_once=at_once):
+        found.append(result)
+        line = json.dumps(asdict(result)) if as_json else f"{result.student_top1:.1%}   {result.command}"
+        typer.echo(line, err=not as_json)
+    if not as_json:
+        typer.echo(markdown(found))
+    return DONE
 
 
 def _print_rows(rows: Iterable[Row], *, is_json: bool) -> int:

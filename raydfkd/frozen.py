@@ -1,4 +1,4 @@
-"""Layers of a frozen network: the same answers, backward passes that compute the gradient of the input alone."""
+"""BatchNorm layers of a frozen network, with the moments of their inputs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-STEM_CHANNELS = 4
-"""Input channels up to which a convolution's input gradient is computed by a matrix product on CPU."""
+from raydfkd.registry import RecipeError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,60 +34,35 @@ class LayerMoments:
         return LayerMoments(mean=mean, var=var, running_mean=self.running_mean, running_var=self.running_var)
 
 
-def specialize(module: nn.Module, *, moments: list[ObservedBatchNorm] | None) -> nn.Module:
-    """Replace layers of a frozen ``module`` in place: modules rather than hooks, so that graphs can fuse.
+def observe_batchnorm(module: nn.Module, found: list[ObservedBatchNorm]) -> nn.Module:
+    """Replace each BatchNorm layer of a frozen ``module``, in place, by an observing twin and add that to ``found``.
 
-    With ``moments``, each BatchNorm layer gets an observing twin, which is appended to that list.
+    Modules rather than hooks, so that a compiled network with its moments is one graph.
+
+    Raises:
+        RecipeError: a layer that is derived from BatchNorm and does something else.
     """
-    if moments is not None and isinstance(module, _BatchNorm) and module.track_running_stats:
-        moments.append(ObservedBatchNorm(module))
-        return moments[-1]
-    if type(module) is nn.Conv2d and StemConvolution.suits(module):
-        return StemConvolution(module)
+    if isinstance(module, _BatchNorm) and module.track_running_stats:
+        found.append(ObservedBatchNorm(module))
+        return found[-1] if type(module).forward is _BatchNorm.forward else _with_children(found[-1], module)
     for name, child in module.named_children():
-        setattr(module, name, specialize(child, moments=moments))
+        setattr(module, name, observe_batchnorm(child, found))
     return module
 
 
-class _ConvolveFromFewChannels(torch.autograd.Function):
-    """A convolution whose input gradient is a matrix product and a scatter-add of its columns.
-
-    With one to four input channels oneDNN's own takes five times as long as the arithmetic.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: nn.Conv2d) -> Tensor:
-        ctx.layer = layer
-        ctx.size = x.shape[2:]
-        return layer(x)  # type: ignore[no-any-return]  # a module's call is untyped
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        layer: nn.Conv2d = ctx.layer
-        columns = layer.weight.flatten(1).t() @ gradients[0].flatten(2)
-        assert not isinstance(layer.padding, str)
-        gx = F.fold(columns, ctx.size, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-        return gx, None
-
-
-class StemConvolution(nn.Module):
-    """Stands where a frozen network's first convolution stood."""
-
-    def __init__(self, layer: nn.Conv2d) -> None:
-        super().__init__()
-        self.layer = layer
-
-    @staticmethod
-    def suits(layer: nn.Conv2d) -> bool:
-        """Whether the matrix product is the same function and the faster one."""
-        is_plain = layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-        return is_plain and layer.in_channels <= STEM_CHANNELS
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [N, C, H, W] to maps."""
-        if x.requires_grad and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-            return _ConvolveFromFewChannels.apply(x, self.layer)  # type: ignore[no-any-return]  # apply is untyped
-        return self.layer(x)  # type: ignore[no-any-return]  # a module's call is untyped
+def _with_children(observed: ObservedBatchNorm, norm: _BatchNorm) -> nn.Module:
+    """For layers such as timm's, whose normalisation is followed by an activation of their own."""
+    twin = nn.Sequential(observed, *norm.children())
+    sizes = {nn.BatchNorm2d: (3, 3), nn.BatchNorm3d: (3, 3, 3)}
+    positions = next((size for kind, size in sizes.items() if isinstance(norm, kind)), ())
+    probe = torch.linspace(-9, 9, 2 * norm.num_features).view(2, -1, *(1,) * len(positions)).expand(2, -1, *positions)
+    probe = probe.to(observed.scale.device)
+    if not torch.allclose(twin(probe), norm(probe), rtol=1e-3, atol=1e-3):
+        raise RecipeError(
+            f"synthesis.objective has bn_moments, but the teacher's {type(norm).__name__} is no plain BatchNorm; "
+            "drop the term"
+        )
+    return twin
 
 
 class _NormalizeWithMoments(torch.autograd.Function):
@@ -101,10 +75,8 @@ class _NormalizeWithMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
         var, mean = _moments(x, groups)
-        per_channel = (1, -1, *(1,) * (x.ndim - 2))
-        y = torch.addcmul(shift.view(per_channel), x, scale.view(per_channel)).to(x.dtype)
         ctx.save_for_backward(x, scale, mean)
-        return y, mean, var
+        return _affine(x, scale, shift), mean, var
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
@@ -114,23 +86,66 @@ class _NormalizeWithMoments(torch.autograd.Function):
         count = x.numel() // (groups * channels)
         slope = gvar * (2.0 / count)
         offset = gmean / count - slope * mean
-        per_channel = (1, -1, *(1,) * (x.ndim - 2))
-        gx = gy * scale.view(per_channel).to(gy.dtype)
+        if _is_reduced(x):
+            parts = zip(gy.chunk(groups), x.chunk(groups), offset, slope, strict=True)
+            gxs = [_affine(g, scale, a).addcmul_(part, _per_channel(b, part)) for g, part, a, b in parts]
+            return torch.cat(gxs) if groups > 1 else gxs[0], None, None, None
+        gx = gy * _per_channel(scale, gy)
         shape = (groups, 1, channels, *(1,) * (x.ndim - 2))
         grouped = gx.view(groups, -1, *gx.shape[1:])
-        grouped.addcmul_(x.reshape(grouped.shape), slope.view(shape).to(gx.dtype))
-        grouped.add_(offset.view(shape).to(gx.dtype))
+        grouped.addcmul_(x.reshape(grouped.shape), slope.view(shape))
+        grouped.add_(offset.view(shape))
         return gx, None, None, None
 
 
-def _moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """Biased variance and mean [G, C] of ``x`` [N, C, ...] over each group and all positions.
+def _is_reduced(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16)
 
-    ``var_mean`` over (0, 2, 3) is many times slower on CPU than either of these: products with a row of ones where
-    channels lie innermost, else a reduction of the contiguous positions first. What is small is combined in float64,
-    so that the subtraction of the squared mean keeps its digits.
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(1, -1, *(1,) * (x.ndim - 2)).to(x.dtype)
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``x * scale + shift`` by channel in one pass; a reduced type is computed in float32 and rounded once."""
+    if _is_reduced(x):
+        zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+        return F.batch_norm(x, zeros, ones, scale, shift, training=False, eps=0.0)
+    return torch.addcmul(_per_channel(shift, x), x, _per_channel(scale, x))
+
+
+def _moments(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Biased variance and mean [G, C] of ``x`` [N, C, ...] over each group and all positions, in float32.
+
+    ``var_mean`` over (0, 2, 3) is many times slower on CPU than what is used there.
     """
-    x = x.float()
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return _moments_by_sums(x, groups)
+    return _moments_by_kernel(x, groups) if _is_reduced(x) else _moments_by_products(x.float(), groups)
+
+
+def _moments_by_sums(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Two reductions that a compiler makes one and that read a reduced type without a copy in float32."""
+    positions = x.unflatten(0, (groups, -1))
+    dims = [dim for dim in range(positions.ndim) if dim not in (0, 2)]
+    count = x.numel() // (groups * x.shape[1])
+    first = (positions.sum(dims, dtype=torch.float32) / count).double()
+    second = torch.linalg.vector_norm(positions, dim=dims, dtype=torch.float32).double().square() / count
+    return (second - first.square()).clamp_min(0).float(), first.float()
+
+
+def _moments_by_kernel(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """BatchNorm's own statistics, accumulated in float32 without a copy in it."""
+    scratch = torch.zeros(x.shape[1]), torch.ones(x.shape[1])
+    pairs = [torch.ops.aten.batch_norm_update_stats(part, *scratch, 0.0) for part in x.chunk(groups)]
+    return torch.stack([var for _, var in pairs]), torch.stack([mean for mean, _ in pairs])
+
+
+def _moments_by_products(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Products with a row of ones where channels lie innermost, else a reduction of the contiguous positions first.
+
+    What is small is combined in float64, so that the subtraction of the squared mean keeps its digits.
+    """
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1:
         rows = x.permute(0, 2, 3, 1).reshape(groups, -1, x.shape[1])
         ones = x.new_ones(groups, 1, rows.shape[1])

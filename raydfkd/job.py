@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from raydfkd.data.commits import Snapshot
+from raydfkd.data.encodings import Encoding
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.networks import build_network
 from raydfkd.progress import Monitor
@@ -45,6 +46,7 @@ class Job:
         payload = {
             "transfer_set": self.digest,
             "images": self.planned_images,
+            "encoding": recipe.transfer_set.encoding.model_dump(mode="json"),
             "student": recipe.student.model_dump(mode="json"),
             "distill": recipe.distill.model_dump(mode="json"),
         }
@@ -107,4 +109,10 @@ def job_of(recipe: Recipe, digest: str) -> Job:
 def transfer_set_of(recipe: Recipe, digest: str) -> TransferSet:
     """The set that the recipe fills; nothing is written or read."""
     spec = recipe.transfer_set
-    return TransferSet(spec.uri, digest=digest, storage_options=spec.storage_options, part_rows=spec.part_rows)
+    return TransferSet(
+        spec.uri,
+        digest=digest,
+        storage_options=spec.storage_options,
+        part_rows=spec.part_rows,
+        encoding=Encoding(kind=spec.encoding.kind, quality=spec.encoding.quality),
+    )

@@ -21,8 +21,6 @@ from torch import Tensor
 from raydfkd import __version__
 from raydfkd.data.store import Store
 from raydfkd.distill.criteria import CRITERIA
-from raydfkd.distill.evaluate import judge, predict
-from raydfkd.distill.trainer import build_optimizer
 from raydfkd.images import PixelRange
 from raydfkd.job import Job, SynthesisOutcome, open_job, transfer_set_of
 from raydfkd.metrics import MetricsLog, read_metrics
@@ -57,7 +55,8 @@ def check(recipe: Recipe) -> RealData | None:
     criterion = recipe.distill.criterion
     CRITERIA.build(criterion.kind, criterion.options, where="distill.criterion")
     build_augmentations(recipe.distill.augment, where="distill.augment")
-    build_optimizer(network, recipe.distill.optimizer, steps=1)
+    if not count_parameters(network):
+        raise RecipeError(f"student.network {recipe.student.network} has no weights to train; give another")
     pick_device(recipe.runtime.device)
     Store(recipe.run_dir).probe("run_dir")
     Store(recipe.transfer_set.uri, recipe.transfer_set.storage_options).probe()
@@ -87,6 +86,8 @@ def ensure_teacher(recipe: Recipe, monitor: Monitor, *, again: bool = False) -> 
     """Train the teacher if its weights are not there yet and the recipe says how."""
     if weights_exist(recipe.teacher.weights, where="teacher.weights") and not again:
         return
+    from raydfkd.distill.evaluate import judge, predict  # torchmetrics, which takes longer to import than torch
+
     check_teacher(recipe)
     spec, real = recipe.teacher.train, recipe.real_data
     assert spec is not None
@@ -161,6 +162,8 @@ def save_student(job: Job, state: Mapping[str, Tensor]) -> Path:
 
 def evaluate(recipe: Recipe, weights: str, data: RealData | None, *, split: Split = "test") -> dict[str, Any]:
     """Judge a saved student: top-1 of teacher and student on real images, agreement there or on the transfer set."""
+    from raydfkd.distill.evaluate import judge, predict  # torchmetrics, as above
+
     if not weights_exist(weights, where="--student"):
         raise RecipeError(f"--student is {weights!r}: no such file; `raydfkd run` or `distill` writes it")
     device = pick_device(recipe.runtime.device)

@@ -116,6 +116,8 @@ class TeachSpec(Spec):
     """AdamW's weight decay."""
     augment: tuple[PluginSpec, ...] = ()
     """Augmentations of the real images."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the teacher's convolutions in training; weights and optimiser stay float32."""
     threads: Positive = 1
     """CPU threads; part of the recipe because a different split of a sum is a different last bit."""
 
@@ -161,6 +163,9 @@ class SynthesisSpec(Spec):
     """What the teacher sees instead of the bare image, at every step."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the teacher's convolutions; pixels, moments and optimiser stay float32."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the teacher with its taps; `auto` does on CUDA, while on CPU it takes minutes and gains little. Part of
+    the recipe because another kernel is another last bit."""
     threads: Positive = 1
     """CPU threads of a worker; part of the recipe because a different split of a sum is a different last bit."""
 
@@ -187,6 +192,21 @@ class UnitSpec(Spec):
     """Images of each class in one unit."""
 
 
+class EncodingSpec(Spec):
+    """How pixels are stored; a bare string is a kind."""
+
+    kind: Literal["raw", "png", "jpeg"] = "raw"
+    """`raw` is fastest to write and read; `png` has the same pixels in a little less space, `jpeg` others, close to
+    them, in much less. The stored logits are of the pixels before `jpeg`."""
+    quality: Annotated[int, Field(ge=1, le=100)] = 95
+    """Of `jpeg`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_kind(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+
 class TransferSetSpec(Spec):
     """Where the synthetic images live and how many there are."""
 
@@ -200,6 +220,8 @@ class TransferSetSpec(Spec):
     """Size of a unit of work."""
     part_rows: Positive = 4096
     """Rows of one Parquet file at most."""
+    encoding: EncodingSpec = EncodingSpec()
+    """How pixels are stored: raw, png, jpeg or {kind: jpeg, quality: 90}; png and jpeg are for 1 or 3 channels."""
     storage_options: dict[str, Any] = {}
     """Options of the file system (endpoint, profile, ...); never part of a digest or a report."""
 
@@ -268,6 +290,8 @@ class DistillSpec(Spec):
     """Augmentations of the synthetic images."""
     teacher_logits: Literal["live", "stored"] = "live"
     """`live` asks the teacher about each augmented image; `stored` reads its logits from the set."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of both networks' convolutions; weights, criterion and optimiser stay float32."""
     checkpoint_every: Positive = 500
     """Steps between checkpoints."""
     log_every: Positive = 50
@@ -328,6 +352,13 @@ class RuntimeSpec(Spec):
         return self
 
 
+class BudgetSpec(Spec):
+    """How a budget of device-seconds is spent where one is given instead of numbers of images and steps."""
+
+    synthesis_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of it for synthesis; the student's training gets the rest."""
+
+
 class Recipe(Spec):
     """A whole run, as data."""
 
@@ -351,6 +382,8 @@ class Recipe(Spec):
     """How the student is trained."""
     runtime: RuntimeSpec = RuntimeSpec()
     """Where the work runs."""
+    budget: BudgetSpec = BudgetSpec()
+    """How `raydfkd bench quality` shares its budget out."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -364,6 +397,17 @@ class Recipe(Spec):
             raise ValueError(
                 f"distill.batch_size is {self.distill.batch_size}, but runtime.student_workers.max is "
                 f"{self.runtime.student_workers.max}; give each worker an image a step"
+            )
+        encoding = self.transfer_set.encoding.kind
+        if encoding != "raw" and self.teacher.image_space.channels not in (1, 3):
+            raise ValueError(
+                f"transfer_set.encoding is {encoding}, but images have {self.teacher.image_space.channels} channels; "
+                "use raw, which takes any number"
+            )
+        if encoding == "jpeg" and self.distill.teacher_logits == "stored":
+            raise ValueError(
+                'distill.teacher_logits is "stored", but transfer_set.encoding jpeg changes the pixels that those '
+                'logits belong to; use "live", or raw or png'
             )
         for label in self.classes:
             if not 0 <= label < self.teacher.classes or self.classes.count(label) > 1:

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -30,6 +31,32 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """A keyword-only argument of a plug-in's constructor."""
+
+    name: str
+    annotation: Any
+    """Its type, evaluated."""
+    written: str
+    """Its type as the source has it."""
+    default: Any
+    """``...`` where the recipe has to say."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Declaration:
+    """What a plug-in says of itself, whether it was imported or its source was read."""
+
+    doc: str
+    options: tuple[Option, ...]
+
+    def model(self) -> type[BaseModel]:
+        """What options in a recipe are validated with."""
+        fields: dict[str, Any] = {option.name: (option.annotation, option.default) for option in self.options}
+        return create_model("Options", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OptionDoc:
     """One option of a plug-in, as ``raydfkd show`` prints it."""
 
@@ -39,16 +66,75 @@ class OptionDoc:
     meaning: str
 
 
-class Registry(Generic[T]):
-    """A family of plug-ins by name.
+class Family(ABC):
+    """A family of plug-ins as a recipe sees it: names, options and meanings.
+
+    What a recipe may say is decided here, once; subclasses find the declarations, among what is imported
+    (:class:`Registry`) or in the source (:class:`raydfkd.declarations.DeclaredFamily`).
+    """
+
+    def __init__(self, family: str) -> None:
+        self.family = family
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Every name of the family, sorted."""
+
+    @abstractmethod
+    def declaration(self, name: str) -> Declaration:
+        """What the plug-in of that name, which is one of :meth:`names`, says of itself."""
+
+    def require(self, name: str, *, where: str) -> None:
+        """Refuse a name that the family does not have; ``where`` is the recipe key to blame."""
+        if name not in self.names():
+            raise RecipeError(f"{where}: unknown {self.family} {name!r}; {did_you_mean(name, self.names())}")
+
+    def check(self, name: str, options: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+        """Validate ``options`` against the constructor's annotations without constructing anything.
+
+        Raises:
+            RecipeError: unknown name or option, or an option of the wrong type or out of its range.
+        """
+        self.require(name, where=where)
+        model = self.declaration(name).model()
+        try:
+            value = model.model_validate_json(json.dumps(options), strict=True)
+        except ValidationError as error:
+            raise RecipeError(explain(error, where, model)) from None
+        return {field: getattr(value, field) for field in model.model_fields}
+
+    def describe(self, name: str) -> tuple[str, list[OptionDoc]]:
+        """One line of meaning and the options of plug-in ``name``."""
+        self.require(name, where=self.family)
+        declared = self.declaration(name)
+        meanings = dict(re.findall(r"^    (\w+): (.+)$", declared.doc.partition("Args:")[2], flags=re.MULTILINE))
+        options = [
+            OptionDoc(
+                name=option.name,
+                type=option.written,
+                default="required" if option.default is ... else json.dumps(option.default, default=_plain),
+                meaning=meanings.get(option.name, ""),
+            )
+            for option in declared.options
+        ]
+        return declared.doc.partition("\n")[0], options
+
+
+def _plain(value: BaseModel) -> Any:
+    return value.model_dump(mode="json")
+
+
+class Registry(Family, Generic[T]):
+    """A family of plug-ins that registers them, and builds them from a recipe.
 
     A plug-in's *options* are the keyword-only arguments of its constructor and come from the recipe, checked against
     their annotations; its positional arguments are what the engine supplies. ``modules`` register their plug-ins
-    when they are first needed, so that importing the command line does not import torch.
+    when they are first needed. Annotations and defaults of options are also read without importing the plug-in, so
+    they use names of :data:`raydfkd.declarations.IMPORTABLE` and classes and aliases of the package made of those.
     """
 
     def __init__(self, family: str, modules: Iterable[str]) -> None:
-        self.family = family
+        super().__init__(family)
         self._modules = tuple(modules)
         self._factories: dict[str, Callable[..., T]] = {}
 
@@ -70,72 +156,43 @@ class Registry(Generic[T]):
 
     def get(self, name: str, *, where: str) -> Callable[..., T]:
         """Look ``name`` up; ``where`` is the recipe key to blame."""
-        if name not in self.names():
-            raise RecipeError(f"{where}: unknown {self.family} {name!r}; {did_you_mean(name, self._factories)}")
+        self.require(name, where=where)
         return self._factories[name]
 
     def build(self, name: str, options: Mapping[str, Any], *supplied: Any, where: str) -> T:
         """Construct the plug-in ``name`` from engine-``supplied`` arguments and recipe ``options``.
 
         Raises:
-            RecipeError: unknown name or option, or an option of the wrong type.
+            RecipeError: what :meth:`check` finds, or the constructor's own complaint.
         """
-        factory = self.get(name, where=where)
         checked = self.check(name, options, where=where)
         try:
-            return factory(*supplied, **checked)
+            return self._factories[name](*supplied, **checked)
         except RecipeError:
             raise
         except ValueError as error:
             raise RecipeError(f"{where}: {error}") from error
 
-    def check(self, name: str, options: Mapping[str, Any], *, where: str) -> dict[str, Any]:
-        """Validate ``options`` against the constructor's annotations without constructing anything."""
-        model = _options_model(self.get(name, where=where))
-        try:
-            value = model.model_validate_json(json.dumps(options), strict=True)
-        except ValidationError as error:
-            raise RecipeError(explain(error, where, model)) from None
-        return {field: getattr(value, field) for field in model.model_fields}
-
-    def describe(self, name: str) -> tuple[str, list[OptionDoc]]:
-        """One line of meaning and the options of plug-in ``name``."""
-        factory = self.get(name, where=self.family)
-        doc = inspect.getdoc(factory) or ""
-        meanings = dict(re.findall(r"^    (\w+): (.+)$", doc.partition("Args:")[2], flags=re.MULTILINE))
+    def declaration(self, name: str) -> Declaration:
+        """See the base class; read from the imported object."""
+        factory = self._factories[name]
+        initializer = factory.__init__ if inspect.isclass(factory) else factory
+        namespace = getattr(initializer, "__globals__", {})
         options = [
-            OptionDoc(
+            Option(
                 name=parameter.name,
-                type=str(parameter.annotation),
-                default="required"
-                if parameter.default is parameter.empty
-                else json.dumps(parameter.default, default=_plain),
-                meaning=meanings.get(parameter.name, ""),
+                annotation=_evaluated(parameter.annotation, namespace),
+                written=str(parameter.annotation),
+                default=... if parameter.default is parameter.empty else parameter.default,
             )
-            for parameter in _option_parameters(factory)
+            for parameter in inspect.signature(factory).parameters.values()
+            if parameter.kind is parameter.KEYWORD_ONLY
         ]
-        return doc.partition("\n")[0], options
+        return Declaration(doc=inspect.getdoc(factory) or "", options=tuple(options))
 
 
-def _plain(value: BaseModel) -> Any:
-    return value.model_dump(mode="json")
-
-
-def _option_parameters(factory: Callable[..., Any]) -> list[inspect.Parameter]:
-    parameters = inspect.signature(factory).parameters.values()
-    return [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-
-
-def _options_model(factory: Callable[..., Any]) -> type[BaseModel]:
-    initializer = factory.__init__ if inspect.isclass(factory) else factory
-    namespace = getattr(initializer, "__globals__", {})
-    fields: dict[str, Any] = {}
-    for parameter in _option_parameters(factory):
-        annotation = parameter.annotation
-        if isinstance(annotation, str):
-            annotation = eval(annotation, namespace)  # noqa: S307 - our own source's annotation, not user input
-        fields[parameter.name] = (annotation, ... if parameter.default is parameter.empty else parameter.default)
-    return create_model("Options", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
+def _evaluated(annotation: Any, namespace: dict[str, Any]) -> Any:
+    return eval(annotation, namespace) if isinstance(annotation, str) else annotation
 
 
 def explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:

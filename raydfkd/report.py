@@ -19,7 +19,6 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 from rich.table import Table
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from raydfkd.curves import objective_curves, student_curves
 from raydfkd.metrics import JSON, finite
@@ -87,6 +86,8 @@ def summary_table(report: Mapping[str, JSON]) -> Table:
 
 def gallery_png(gallery: Gallery, path: Path, scale: int = 2) -> None:
     """Write all images as one PNG, a row for each class, every pixel ``scale`` pixels wide and high."""
+    from torchvision.utils import make_grid  # a second and a half, which `raydfkd check` is spared
+
     images = _showable(gallery.images)
     large = images.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
     sheet = make_grid(large.flatten(0, 1), nrow=images.shape[1], padding=scale, pad_value=255)

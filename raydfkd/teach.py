@@ -28,6 +28,8 @@ def teach(
     assert spec is not None, "checked before work begins"
     seed = derive_seed(recipe.seed, "teacher")
     teacher = build_network(recipe.teacher, recipe.teacher, where="teacher", seed=seed).to(device).train()
+    teacher.to(memory_format=torch.channels_last)
+    precision: torch.dtype = getattr(torch, spec.precision)
     augment = build_augmentations(spec.augment, where="teacher.train.augment")
     pixels = PixelRange(recipe.teacher.image_space, device)
     split = data.load("train")
@@ -42,7 +44,9 @@ def teach(
             total = torch.zeros((), device=device)
             for rows in torch.randperm(len(split.labels), generator=rng).tensor_split(per_epoch):
                 images = augment(pixels.from_uint8(split.images[rows].to(device)), rng)
-                loss = F.cross_entropy(teacher(images), split.labels[rows].to(device))
+                with torch.autocast(device.type, precision, precision != torch.float32):
+                    logits = teacher(images)
+                loss = F.cross_entropy(logits.float(), split.labels[rows].to(device))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
 from torch import nn
 from toy import CLASSES, PlainNet, batchnorm_teacher, toy_images
 
-from raydfkd.frozen import LayerMoments, StemConvolution, specialize
+from raydfkd.frozen import LayerMoments
 from raydfkd.networks import SmallResNet
-from raydfkd.observed import Need, ObservedNetwork
+from raydfkd.observed import Need, Observation, ObservedNetwork
 from raydfkd.registry import RecipeError
 
 MOMENTS = frozenset({Need.MOMENTS})
@@ -119,25 +120,105 @@ def test_observing_does_not_change_the_answer(teacher, taps):
     torch.testing.assert_close(seen.logits, teacher(images), rtol=1e-4, atol=1e-5)
 
 
-def test_gradient_for_the_images_is_that_of_the_plain_network_in_float64(teacher):
-    images, groups, targets = toy_images(6), 2, torch.arange(6) % CLASSES
-    seen = ObservedNetwork(teacher, taps=MOMENTS, frozen=True)(images, groups=groups)
-    value = nn.functional.cross_entropy(seen.logits, targets)
-    for layer in seen.moments:
-        value = value + (layer.mean - layer.running_mean).square().sum() + (layer.var - layer.running_var).abs().sum()
-    (gradient,) = torch.autograd.grad(value, images)
+def objective_of(observed, images, groups):
+    """Cross-entropy, distance of the means and of the variances, and the gradient of their sum for the images."""
+    seen = observed(images, groups=groups)
+    parts = torch.stack(
+        [
+            nn.functional.cross_entropy(seen.logits, torch.arange(len(images)) % CLASSES),
+            sum((layer.mean - layer.running_mean).square().sum() for layer in seen.moments),
+            sum((layer.var - layer.running_var).abs().sum() for layer in seen.moments),
+        ]
+    )
+    return parts.detach(), *torch.autograd.grad(parts.sum(), images)
 
-    exact = images.detach().double().requires_grad_()
-    logits, caught = batchnorm_inputs(copy.deepcopy(teacher).double(), exact)
-    expected_value = nn.functional.cross_entropy(logits, targets)
-    for layer, x in caught:
-        for part in x.chunk(groups):
-            var, mean = var_mean(part)
-            expected_value = expected_value + (mean - layer.running_mean).square().sum()
-            expected_value = expected_value + (var - layer.running_var).abs().sum()
-    (expected,) = torch.autograd.grad(expected_value, exact)
-    torch.testing.assert_close(value.double(), expected_value, rtol=1e-5, atol=0)
-    assert (gradient - expected).norm() / expected.norm() < 1e-5
+
+class InFloat64:
+    """The plain network with every moment taken directly: what all fast paths are compared with."""
+
+    def __init__(self, network):
+        self._network = copy.deepcopy(network).double()
+
+    def __call__(self, images, *, groups):
+        logits, caught = batchnorm_inputs(self._network, images)
+        moments = []
+        for layer, x in caught:
+            pairs = [var_mean(part) for part in x.chunk(groups)]
+            var, mean = (torch.stack(values) for values in zip(*pairs, strict=True))
+            moments.append(
+                LayerMoments(mean=mean, var=var, running_mean=layer.running_mean, running_var=layer.running_var)
+            )
+        return Observation(logits=logits, moments=tuple(moments))
+
+
+def assert_close_to_float64(teacher, observed, groups, *, parts_within, gradient_within):
+    images = toy_images(6)
+    parts, gradient = objective_of(observed, images, groups)
+    expected_parts, expected = objective_of(InFloat64(teacher), images.detach().double().requires_grad_(), groups)
+    torch.testing.assert_close(parts.double(), expected_parts, rtol=parts_within, atol=0)
+    assert (gradient - expected).norm() / expected.norm() < gradient_within
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    ("precision", "parts_within", "gradient_within"), [(torch.float32, 1e-5, 1e-5), (torch.bfloat16, 0.02, 0.1)]
+)
+def test_objective_and_gradient_are_those_of_the_plain_network_in_float64(
+    teacher, groups, precision, parts_within, gradient_within
+):
+    observed = ObservedNetwork(teacher, taps=MOMENTS, frozen=True, precision=precision)
+    assert_close_to_float64(teacher, observed, groups, parts_within=parts_within, gradient_within=gradient_within)
+
+
+def network_with(norm):
+    torch.manual_seed(0)
+    return trained(nn.Sequential(nn.Conv2d(1, 5, 3), norm, nn.Flatten(), nn.Linear(180, CLASSES)))
+
+
+def warnings_of(caplog):
+    return [record.message for record in caplog.records if record.name.startswith("raydfkd.")]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+def test_compiled_network_has_the_objective_and_gradient_of_the_plain_one_in_float64(caplog):
+    teacher = network_with(nn.BatchNorm2d(5))
+    observed = ObservedNetwork(teacher, taps=frozenset({Need.MOMENTS, Need.FEATURES}), frozen=True, compiled=True)
+    assert_close_to_float64(teacher, observed, 2, parts_within=1e-5, gradient_within=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    with torch.no_grad():
+        seen = observed(toy_images(6))
+    torch.testing.assert_close(seen.logits, teacher(toy_images(6)), rtol=1e-4, atol=1e-5)
+    assert not warnings_of(caplog)
+
+
+def test_device_without_bfloat16_computes_in_float32_and_says_so_once(monkeypatch, caplog):
+    teacher, images = batchnorm_teacher(), toy_images(6)
+    monkeypatch.setattr("raydfkd.observed._has_bfloat16", lambda device: False)
+    observed = ObservedNetwork(teacher, taps=MOMENTS, frozen=True, precision=torch.bfloat16).to(torch.device("cpu"))
+    expected = ObservedNetwork(teacher, taps=MOMENTS, frozen=True)(images)
+    torch.testing.assert_close(observed(images).logits, expected.logits, rtol=0, atol=0)
+    assert warnings_of(caplog) == ["cpu has no bfloat16; the teacher computes in float32"]
+
+
+class Branching(nn.Module):
+    """Decides by the values of its input, which no single graph can."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(64, CLASSES)
+
+    def forward(self, images):
+        return self.head(images.flatten(1)) if images.sum() > 0 else self.head(-images.flatten(1))
+
+
+def test_network_that_cannot_be_compiled_goes_on_without_and_says_so_once(caplog):
+    network, images = Branching(), toy_images(6)
+    observed = ObservedNetwork(network, frozen=True, compiled=True)
+    for _ in range(3):
+        torch.testing.assert_close(observed(images).logits, network(images))
+    (line,) = warnings_of(caplog)
+    assert line.startswith("the teacher cannot be compiled (")
+    assert line.endswith("); going on without")
 
 
 @pytest.mark.parametrize("part", ["logits", "moments"])
@@ -253,21 +334,31 @@ def test_live_student_with_batch_statistics_trains_as_usual():
     assert all(parameter.grad is not None for parameter in student.parameters())
 
 
-def test_stem_of_a_frozen_network_has_the_input_gradient_of_the_plain_convolution():
-    torch.manual_seed(0)
-    for channels, stride, padding, dilation in ((1, 2, 1, 1), (3, 1, 0, 1), (3, 2, 3, 2)):
-        layer = nn.Conv2d(channels, 5, 3, stride=stride, padding=padding, dilation=dilation).double()
-        images = torch.randn(2, channels, 12, 11, dtype=torch.float64)
-        weights = torch.randn_like(layer(images))
-        gradients = []
-        for network in (layer, StemConvolution(layer.requires_grad_(False))):
-            leaf = images.clone().requires_grad_()
-            (network(leaf) * weights).sum().backward()
-            gradients.append(leaf.grad)
-        torch.testing.assert_close(gradients[1], gradients[0])
+class NormThenRelu(nn.BatchNorm2d):
+    """BatchNorm with an activation of its own, as timm has it."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.activation = nn.ReLU()
+
+    def forward(self, x):
+        return self.activation(super().forward(x))
 
 
-def test_only_plain_convolutions_of_few_channels_are_replaced():
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 8, 3, padding="same"))
-    special = specialize(network, moments=None)
-    assert [type(layer) for layer in special] == [StemConvolution, nn.Conv2d, nn.Conv2d]
+class DoublingNorm(nn.BatchNorm2d):
+    """Derived from BatchNorm, and something else."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_activation_inside_a_batchnorm_layer_stays():
+    network, images = network_with(NormThenRelu(5)), toy_images(6)
+    seen = ObservedNetwork(network, taps=MOMENTS, frozen=True)(images)
+    torch.testing.assert_close(seen.logits, network(images), rtol=1e-4, atol=1e-5)
+    assert len(seen.moments) == 1
+
+
+def test_layer_that_is_derived_from_batchnorm_and_does_something_else_is_refused():
+    with pytest.raises(RecipeError, match="DoublingNorm is no plain BatchNorm"):
+        ObservedNetwork(network_with(DoublingNorm(5)), taps=MOMENTS, frozen=True)

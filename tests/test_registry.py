@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
+from toy import FAMILIES
 
-from raydfkd.catalog import FAMILIES
 from raydfkd.registry import OptionDoc, RecipeError, Registry, did_you_mean
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import itertools
+import pkgutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -14,6 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from raydfkd.batches import SyntheticBatch
+from raydfkd.catalog import REGISTRIES
 from raydfkd.losses.objective import View
 from raydfkd.metrics import MetricsLog
 from raydfkd.networks import ConvNet, save_bytes
@@ -26,6 +28,7 @@ from raydfkd.synthesis.worker import build_synthesizer, load_teacher
 
 CLASSES = 4
 SPACE = ImageSpace(channels=1, size=8, mean=(0.4,), std=(0.3,))
+FAMILIES: dict[str, Registry[Any]] = {family: pkgutil.resolve_name(place) for family, place in REGISTRIES.items()}
 BATCHNORM_TAPS = frozenset({Need.FEATURES, Need.MOMENTS})
 
 _RECIPE = """

@@ -19,6 +19,12 @@ class Row:
     rows_per_s: float | None = None
     ratio_published: float | None = None
     """Our speed over that of the loop as published, median of alternating rounds."""
+    ratio_fair: float | None = None
+    """Our speed over that of the same loop without what costs nothing to avoid, likewise."""
+    share_of_ceiling: float | None = None
+    """The least time that this device could need for our step, over the time that it took; see ``ceilings``."""
+    idle_share: float | None = None
+    """Share of its time that the device waits."""
     ratio_raw: float | None = None
     """Our speed over that of the raw library, median of alternating rounds."""
     note: str = ""
@@ -34,13 +40,30 @@ def alternate(ours: Callable[[], int], theirs: Callable[[], int], *, rounds: int
     Returns:
         Our median rate per second, theirs, and the median of the ratios pair by pair, which drift cannot bend.
     """
-    ours(), theirs()
-    pairs = [(_rate(ours), _rate(theirs)) for _ in range(rounds)]
-    return (
-        statistics.median(first for first, _ in pairs),
-        statistics.median(second for _, second in pairs),
-        statistics.median(first / second for first, second in pairs),
-    )
+    speed, [(their_speed, ratio)] = alternate_all(ours, [theirs], rounds=rounds)
+    return speed, their_speed, ratio
+
+
+def alternate_all(
+    ours: Callable[[], int], theirs: Sequence[Callable[[], int]], *, rounds: int
+) -> tuple[float, list[tuple[float, float]]]:
+    """As ``alternate`` with several others.
+
+    Returns:
+        Our median rate per second, then for each of the others its own and the median ratio of ours to it.
+    """
+    works = [ours, *theirs]
+    for work in works:
+        work()
+    rates = [[_rate(work) for work in works] for _ in range(rounds)]
+    others = [
+        (
+            statistics.median(rate[index] for rate in rates),
+            statistics.median(rate[0] / rate[index] for rate in rates),
+        )
+        for index in range(1, len(works))
+    ]
+    return statistics.median(rate[0] for rate in rates), others
 
 
 def _rate(work: Callable[[], int]) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +17,9 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from raydfkd.batches import SyntheticBatch
+from raydfkd.data.encodings import Encoding, EncodingKind, decode_images, encode_images
 
+RAW = Encoding()
 GROUP_BYTES = 32 * 2**20
 """Pixels in one row group, and in one part that ``TransferSet`` writes; a part is fetched and held whole."""
 
@@ -40,24 +44,54 @@ class StoredRows:
 
 
 def encode_part(batches: Sequence[SyntheticBatch], *, unit: str, seed: int, first_index: int) -> bytes:
-    """Write checked batches as one Parquet file, without copying pixels on the way into it.
-
-    Images and logits are fixed-size binary, since Parquet has no uint8 and would store tensors and lists value by
-    value, four times as large and many times slower. The other columns say where a row comes from, to readers of other
-    tools: unit and its seed, number of the row in the unit (from ``first_index``), objective and student version.
-    """
-    assert sum(map(len, batches)) > 0, "a part has rows"
-    shape, classes = tuple(batches[0].images.shape[1:]), batches[0].teacher_logits.shape[1]
-    schema = _schema(shape, classes)
+    """Write checked batches as one Parquet file of raw pixels; see ``encode_rows`` and ``write_part``."""
     tables, index = [], first_index
     for batch in batches:
-        tables.append(_record_batch(batch, schema, unit=unit, seed=seed, first_index=index))
+        tables.append(encode_rows(batch, unit=unit, seed=seed, first_index=index))
         index += len(batch)
+    return write_part(tables)
+
+
+def encode_rows(
+    batch: SyntheticBatch, *, unit: str, seed: int, first_index: int, encoding: Encoding = RAW
+) -> pa.RecordBatch:
+    """The columns of a checked batch; raw pixels and logits are not copied.
+
+    Raw images and logits are fixed-size binary, since Parquet has no uint8 and would store tensors and lists value by
+    value, four times as large and many times slower. The other columns say where a row comes from, to readers of other
+    tools: unit and its seed, number of the row in the unit (from ``first_index``), objective and student version.
+
+    Raises:
+        ValueError: the encoding cannot store so many channels.
+    """
+    count = len(batch)
+    schema = _schema(tuple(batch.images.shape[1:]), batch.teacher_logits.shape[1], encoding.kind)
+    image = schema.field("image").type
+    columns = [
+        _fixed_size_binary(batch.images, image)
+        if encoding.kind == "raw"
+        else pa.array(encode_images(batch.images, encoding), image),
+        pa.array(batch.labels.numpy().astype(np.int32)),
+        _fixed_size_binary(batch.teacher_logits, schema.field("teacher_logits").type),
+        pa.array(np.full(count, batch.objective, np.float32)),
+        pa.array(np.full(count, batch.student_version, np.int32)),
+        pa.DictionaryArray.from_arrays(np.zeros(count, np.int32), [unit]),
+        pa.array(np.full(count, seed, np.int64)),
+        pa.array(np.arange(first_index, first_index + count, dtype=np.int32)),
+    ]
+    return pa.record_batch(columns, schema=schema)
+
+
+def write_part(rows: Sequence[pa.RecordBatch]) -> bytes:
+    """Write columns as one Parquet file; a row group's raw pixels are one page, which ``decode_part`` need not copy."""
+    assert sum(len(batch) for batch in rows) > 0, "a part has rows"
+    shape, _, _ = _declared(rows[0].schema)
     sink = pa.BufferOutputStream()
     pq.write_table(
-        pa.Table.from_batches(tables),
+        pa.Table.from_batches(rows),
         sink,
-        row_group_size=max(1, GROUP_BYTES // schema.field("image").type.byte_width),
+        row_group_size=max(1, GROUP_BYTES // int(np.prod(shape))),
+        data_page_size=2 * GROUP_BYTES,
         compression="none",
         use_dictionary=["objective", "student_version", "unit", "seed"],
         write_statistics=["label", "index"],
@@ -66,27 +100,67 @@ def encode_part(batches: Sequence[SyntheticBatch], *, unit: str, seed: int, firs
     return data
 
 
-def decode_part(data: bytes) -> StoredRows:
-    """Read what ``encode_part`` wrote; nothing in the file decides what code runs.
+def decode_part(data: bytes | mmap.mmap) -> StoredRows:
+    """Read what ``write_part`` wrote; nothing in the file decides what code runs.
+
+    Raw pixels stay where they are: ``images`` may share the memory of ``data`` and must not be written to.
 
     Raises:
         ValueError: not Parquet, damaged, or with a schema that is not exactly ours; says what is wrong with it.
     """
+    buffer = pa.py_buffer(data)
     try:
-        file = pq.ParquetFile(pa.BufferReader(data))
+        file = pq.ParquetFile(pa.BufferReader(buffer))
         schema = file.schema_arrow
-        shape, classes = _declared_size(schema)
-        _check_schema(schema, expected=_schema(shape, classes))
-        table = file.read(columns=["image", "label", "teacher_logits"])
+        shape, classes, kind = _declared(schema)
+        _check_schema(schema, expected=_schema(shape, classes, kind))
+        table = file.read(columns=["label", "teacher_logits"], use_threads=False)
+        images = _read_images(file, buffer, shape, kind)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"cannot be read as Parquet ({' '.join(str(error).split())})") from error
     count = table.num_rows
-    pixels = int(np.prod(shape))
     return StoredRows(
-        images=_tensor(table["image"], pa.uint8(), count * pixels).view(count, *shape),
+        images=images,
         labels=_tensor(table["label"], pa.int32(), count).long(),
         teacher_logits=_tensor(table["teacher_logits"], pa.float16(), count * classes).view(count, classes),
     )
+
+
+def _read_images(file: pq.ParquetFile, data: pa.Buffer, shape: tuple[int, ...], kind: EncodingKind) -> Tensor:
+    if kind != "raw":
+        column = file.read(columns=["image"], use_threads=False)["image"]
+        return decode_images((value.as_py() for value in column), kind, shape)
+    pixels = int(np.prod(shape))
+    index = file.schema_arrow.get_field_index("image")
+    chunks = [file.metadata.row_group(group).column(index) for group in range(file.num_row_groups)]
+    pages = [page for chunk in chunks if (page := _only_page(chunk, data, chunk.num_values * pixels)) is not None]
+    if not pages or len(pages) < len(chunks):  # by another writer
+        column = file.read(columns=["image"], use_threads=False)["image"]
+        return _tensor(column, pa.uint8(), len(column) * pixels).view(-1, *shape)
+    tensors = [from_dlpack(pa.Array.from_buffers(pa.uint8(), page.size, [None, page])) for page in pages]
+    return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).view(-1, *shape)
+
+
+def _only_page(chunk: pq.ColumnChunkMetaData, data: pa.Buffer, size: int) -> pa.Buffer | None:
+    """The ``size`` bytes of a column chunk's values, where it is one plain, uncompressed page; else None.
+
+    The page's header is compared with the one that such a page has (Parquet's PageHeader in Thrift's compact protocol:
+    type, both sizes, number of values, encoding), so that a file of other pages is never taken for one.
+    """
+    length, count = _varint(2 * size), _varint(2 * chunk.num_values)
+    header = b"\x15\x00\x15" + length + b"\x15" + length + b"\x2c\x15" + count + b"\x15\x00"
+    begin, end = chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size
+    if chunk.compression != "UNCOMPRESSED" or chunk.has_dictionary_page or not 0 <= begin <= end - size <= data.size:
+        return None
+    if data.slice(begin, len(header)).to_pybytes() != header or end > data.size:
+        return None
+    return data.slice(end - size, size)
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, low ones first, all but the last byte with the high bit set."""
+    low, rest = value & 0x7F, value >> 7
+    return bytes([low | 0x80]) + _varint(rest) if rest else bytes([low])
 
 
 def on_host(batch: SyntheticBatch) -> SyntheticBatch:
@@ -141,12 +215,15 @@ def rows_digest(batches: Iterable[SyntheticBatch]) -> str:
     return digest.hexdigest()
 
 
-def _schema(shape: tuple[int, ...], classes: int) -> pa.Schema:
+def _schema(shape: tuple[int, ...], classes: int, kind: EncodingKind) -> pa.Schema:
     image = {"shape": ",".join(map(str, shape)), "dtype": "uint8"}
+    if kind != "raw":
+        image["encoding"] = kind
+    width = int(np.prod(shape)) if kind == "raw" else -1
     logits = {"shape": str(classes), "dtype": "float16"}
     return pa.schema(
         [
-            pa.field("image", pa.binary(int(np.prod(shape))), nullable=False, metadata=image),
+            pa.field("image", pa.binary(width), nullable=False, metadata=image),
             pa.field("label", pa.int32(), nullable=False),
             pa.field("teacher_logits", pa.binary(2 * classes), nullable=False, metadata=logits),
             pa.field("objective", pa.float32(), nullable=False),
@@ -158,8 +235,8 @@ def _schema(shape: tuple[int, ...], classes: int) -> pa.Schema:
     )
 
 
-def _declared_size(schema: pa.Schema) -> tuple[tuple[int, ...], int]:
-    """Shape of an image and number of classes as the columns' metadata has them."""
+def _declared(schema: pa.Schema) -> tuple[tuple[int, ...], int, EncodingKind]:
+    """Shape of an image, number of classes and encoding as the columns' metadata has them."""
     sizes = []
     for name, pattern in (("image", rb"[1-9]\d{0,5}(,[1-9]\d{0,5}){2}"), ("teacher_logits", rb"[1-9]\d{0,6}")):
         if schema.names.count(name) != 1:
@@ -171,7 +248,11 @@ def _declared_size(schema: pa.Schema) -> tuple[tuple[int, ...], int]:
     image, (classes,) = sizes
     if np.prod(image, dtype=object) >= 2**31:
         raise ValueError(f"column image declares the shape {image}, which is too large")
-    return image, classes
+    encoding = (schema.field("image").metadata or {}).get(b"encoding", b"raw")
+    for kind in get_args(EncodingKind):
+        if encoding == kind.encode():
+            return image, classes, kind
+    raise ValueError(f"column image declares the encoding {encoding[:40]!r}, which is none")
 
 
 def _check_schema(schema: pa.Schema, *, expected: pa.Schema) -> None:
@@ -186,23 +267,6 @@ def _check_schema(schema: pa.Schema, *, expected: pa.Schema) -> None:
                 f"instead of {wanted} with metadata {wanted.metadata}"
             )
     raise ValueError(f"has metadata of its own: {', '.join(sorted(map(repr, schema.metadata or {})))}")
-
-
-def _record_batch(
-    batch: SyntheticBatch, schema: pa.Schema, *, unit: str, seed: int, first_index: int
-) -> pa.RecordBatch:
-    count = len(batch)
-    columns = [
-        _fixed_size_binary(batch.images, schema.field("image").type),
-        pa.array(batch.labels.numpy().astype(np.int32)),
-        _fixed_size_binary(batch.teacher_logits, schema.field("teacher_logits").type),
-        pa.array(np.full(count, batch.objective, np.float32)),
-        pa.array(np.full(count, batch.student_version, np.int32)),
-        pa.DictionaryArray.from_arrays(np.zeros(count, np.int32), [unit]),
-        pa.array(np.full(count, seed, np.int64)),
-        pa.array(np.arange(first_index, first_index + count, dtype=np.int32)),
-    ]
-    return pa.record_batch(columns, schema=schema)
 
 
 def _fixed_size_binary(tensor: Tensor, kind: pa.DataType) -> pa.Array:

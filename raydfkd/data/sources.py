@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from raydfkd.data.background import ahead
 from raydfkd.data.commits import Part, Snapshot
 from raydfkd.data.shards import StoredRows
 from raydfkd.data.transfer_set import TransferSet
+from raydfkd.data.windows import Piece, Window
 from raydfkd.recipe import SourceSpec
 from raydfkd.schedule import derive_seed
 
 POLL_S = 0.25
+AHEAD = 4
+"""Batches that are made ahead of their use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +67,9 @@ class TransferSetSource:
     rank takes a contiguous range, reads only the parts it lies in, shuffles it and splits it into as many batches as
     every other rank, so that all make the same number of steps. The order follows from seed, pass and snapshot.
 
+    Batches are made ahead of their use on a thread, and the next window is read on another one; what ``state_dict``
+    says is what was handed out. Of the images, up to two windows and a few batches are held.
+
     Before each pass the newest snapshot is taken. A student that is ahead of the synthesis waits: it starts with
     ``wait_for`` images, and after a share s of its steps wants the share s / ``complete_by`` of the planned images.
 
@@ -74,7 +83,8 @@ class TransferSetSource:
         seed: of the order.
         rank: of this process.
         world_size: number of ranks.
-        agree: makes all ranks use rank 0's snapshot.
+        agree: makes all ranks use rank 0's snapshot; called by the thread that iterates.
+        pin_memory: whether batches are made in memory that a CUDA device can copy from by itself.
     """
 
     def __init__(  # noqa: PLR0913 - one value for each sentence above
@@ -90,6 +100,7 @@ class TransferSetSource:
         rank: int = 0,
         world_size: int = 1,
         agree: Callable[[Snapshot | None], Snapshot | None] = in_this_process,
+        pin_memory: bool = False,
     ) -> None:
         self._transfer_set = transfer_set
         self._spec = spec
@@ -100,7 +111,8 @@ class TransferSetSource:
         self._seed = seed
         self._rank, self._world_size = rank, world_size
         self._agree = agree
-        self._rows: dict[str, StoredRows] = {}
+        self._pin_memory = pin_memory
+        self._held: dict[str, StoredRows] = {}
         self._step = 0
         self._pass = 0
         self._step_in_pass = 0
@@ -114,17 +126,11 @@ class TransferSetSource:
                 return
             if snapshot.images < self._world_size:
                 raise ValueError(f"{snapshot.images} images cannot be shared by {self._world_size} training workers")
-            skip = self._step_in_pass
-            for number, window in enumerate(self._windows(snapshot)):
-                steps = max(1, sum(part.rows for part in window) // self._batch_size)
-                if skip >= steps:
-                    skip -= steps
-                    continue
-                for batch in self._batches(window, steps, skip, number, snapshot.images):
+            with closing(ahead(self._remaining(snapshot, self._step_in_pass), depth=AHEAD)) as batches:
+                for batch in batches:
                     self._step += 1
                     self._step_in_pass += 1
                     yield batch
-                skip = 0
             self._pass += 1
             self._step_in_pass = 0
             self._snapshot = None
@@ -187,49 +193,71 @@ class TransferSetSource:
             windows[-1] += rest
         return windows
 
-    def _batches(
-        self, window: list[Part], steps: int, skip: int, number: int, snapshot_images: int
-    ) -> Iterator[StudentBatch]:
-        total = sum(part.rows for part in window)
+    def _remaining(self, snapshot: Snapshot, skip: int) -> Generator[StudentBatch]:
+        """This pass's batches but for the first ``skip``; runs on another thread than the steps are counted on."""
+        shares, first_steps = [], []
+        for number, parts in enumerate(self._windows(snapshot)):
+            share = self._share_of(parts, number)
+            if skip < share.steps:
+                shares.append(share)
+                first_steps.append(skip)
+            skip = max(0, skip - share.steps)
+        with closing(ahead(self._read_all(shares), depth=1)) as windows:
+            for window, share, first in zip(windows, shares, first_steps, strict=True):
+                for step in range(first, share.steps):
+                    yield self._batch(window, share, step, snapshot.images)
+
+    def _share_of(self, parts: list[Part], number: int) -> _Share:
+        total = sum(part.rows for part in parts)
         bounds = [total * rank // self._world_size for rank in range(self._world_size + 1)]
-        rows = self._read(window, bounds[self._rank], bounds[self._rank + 1])
-        order = torch.randperm(len(rows.labels), generator=self._rng("rows", number, self._rank))
-        for step in range(skip, steps):
-            sizes = [
-                (end - start) * (step + 1) // steps - (end - start) * step // steps
-                for start, end in zip(bounds, bounds[1:], strict=False)
-            ]
-            begin = len(order) * step // steps
-            picked = order[begin : begin + sizes[self._rank]]
-            yield StudentBatch(
-                images=rows.images[picked],
-                labels=rows.labels[picked],
-                teacher_logits=rows.teacher_logits[picked],
-                share=sizes[self._rank] * self._world_size / sum(sizes),
-                snapshot_images=snapshot_images,
-            )
-
-    def _read(self, window: list[Part], start: int, end: int) -> StoredRows:
-        """Rows ``start`` to ``end`` of the window; only the parts that hold them are fetched."""
-        pieces = []
-        first = 0
-        for part in window:
-            low, high = max(start, first), min(end, first + part.rows)
+        begin, end = bounds[self._rank : self._rank + 2]
+        pieces, first = [], 0
+        for part in parts:
+            low, high = max(begin, first), min(end, first + part.rows)
             if low < high:
-                rows = self._part(part)
-                here = slice(low - first, high - first)
-                pieces.append((rows.images[here], rows.labels[here], rows.teacher_logits[here]))
+                pieces.append(Piece(part, low - first, high - first))
             first += part.rows
-        images, labels, logits = (torch.cat(column) for column in zip(*pieces, strict=True))
-        return StoredRows(images=images, labels=labels, teacher_logits=logits)
+        return _Share(
+            pieces=pieces,
+            bounds=bounds,
+            steps=max(1, total // self._batch_size),
+            order=torch.randperm(end - begin, generator=self._rng("rows", number, self._rank)),
+        )
 
-    def _part(self, part: Part) -> StoredRows:
-        if part.path not in self._rows:
-            held = sum(len(rows.labels) for rows in self._rows.values())
-            if held + part.rows > self._spec.window_rows:
-                self._rows.clear()
-            self._rows[part.path] = self._transfer_set.read(part)
-        return self._rows[part.path]
+    def _read_all(self, shares: list[_Share]) -> Generator[Window]:
+        for share in shares:
+            window = Window(share.pieces, self._transfer_set.read, held=self._held)
+            self._held = window.parts
+            yield window
+
+    def _batch(self, window: Window, share: _Share, step: int, snapshot_images: int) -> StudentBatch:
+        sizes = [
+            (end - start) * (step + 1) // share.steps - (end - start) * step // share.steps
+            for start, end in pairwise(share.bounds)
+        ]
+        begin = len(share.order) * step // share.steps
+        size = sizes[self._rank]
+        rows = window.take(share.order[begin : begin + size], pin_memory=self._pin_memory)
+        return StudentBatch(
+            images=rows.images,
+            labels=rows.labels,
+            teacher_logits=rows.teacher_logits,
+            share=size * self._world_size / sum(sizes),
+            snapshot_images=snapshot_images,
+        )
 
     def _rng(self, *parts: object) -> torch.Generator:
         return torch.Generator().manual_seed(derive_seed(self._seed, self._pass, *parts))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Share:
+    """What one rank has of a window."""
+
+    pieces: list[Piece]
+    bounds: list[int]
+    """Where in the window each rank's rows begin, and its end."""
+    steps: int
+    """Batches, as many as every other rank."""
+    order: Tensor
+    """Of this rank's rows."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import re
 import threading
@@ -80,6 +81,17 @@ class Store:
         except FileNotFoundError:
             raise FileNotFoundError(f"{self.uri}/{path} does not exist") from None
 
+    def view(self, path: str) -> bytes | mmap.mmap:
+        """As ``get``, for objects that are never changed: a local one is mapped rather than copied into memory.
+
+        Raises:
+            FileNotFoundError: there is none of that name.
+        """
+        try:
+            return self._folder.view(path)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.uri}/{path} does not exist") from None
+
     def exists(self, path: str) -> bool:
         """Whether there is an object of that name now."""
         return self._folder.exists(path)
@@ -147,6 +159,7 @@ class _Folder(Protocol):
     def put(self, path: str, data: bytes) -> None: ...
     def put_new(self, path: str, data: bytes) -> bool: ...
     def get(self, path: str) -> bytes: ...
+    def view(self, path: str) -> bytes | mmap.mmap: ...
     def exists(self, path: str) -> bool: ...
     def names(self, prefix: str) -> list[str]: ...
     def delete(self, path: str) -> None: ...
@@ -174,6 +187,12 @@ class _LocalFolder:
 
     def get(self, path: str) -> bytes:
         return (self._root / path).read_bytes()
+
+    def view(self, path: str) -> bytes | mmap.mmap:
+        with (self._root / path).open("rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                return b""  # which cannot be mapped
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def exists(self, path: str) -> bool:
         return (self._root / path).is_file()
@@ -232,6 +251,9 @@ class _ObjectFolder:
         fs, key = self._open(path)
         data: bytes = fs.cat_file(key)
         return data
+
+    def view(self, path: str) -> bytes:
+        return self.get(path)
 
     def exists(self, path: str) -> bool:
         fs, key = self._open(path)

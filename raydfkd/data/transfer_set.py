@@ -15,7 +15,8 @@ import xxhash
 from pydantic import TypeAdapter
 
 from raydfkd.data.commits import RECORD, Commit, Part, Snapshot, UnitId, parse_record
-from raydfkd.data.shards import StoredRows, decode_part
+from raydfkd.data.encodings import Encoding
+from raydfkd.data.shards import RAW, StoredRows, decode_part
 from raydfkd.data.sink import ParquetSink
 from raydfkd.data.store import Store
 from raydfkd.registry import RecipeError
@@ -35,15 +36,23 @@ class TransferSet:
         uri: any fsspec URI.
         digest: of the recipe and the teacher, everything that pixels depend on.
         storage_options: of the file system.
-        part_rows: rows of a part at most; large images make parts of fewer rows and about 32 MiB.
+        part_rows: rows of a part at most; large images make parts of fewer rows and about 32 MiB of pixels.
+        encoding: of the pixels that are written; what is read says its own.
     """
 
     def __init__(
-        self, uri: str, *, digest: str, storage_options: Mapping[str, object] | None = None, part_rows: int = 4096
+        self,
+        uri: str,
+        *,
+        digest: str,
+        storage_options: Mapping[str, object] | None = None,
+        part_rows: int = 4096,
+        encoding: Encoding = RAW,
     ) -> None:
         self.store = Store(uri, storage_options)
         self.digest = digest
         self._part_rows = part_rows
+        self._encoding = encoding
         self._commits: dict[str, Commit] = {}
 
     def create(self) -> None:
@@ -84,7 +93,14 @@ class TransferSet:
             ValueError: its id cannot be a file name.
         """
         _UNIT_ID.validate_python(unit.id)
-        return ParquetSink(self.store, unit, attempt=attempt, part_rows=self._part_rows, publish=self._publish)
+        return ParquetSink(
+            self.store,
+            unit,
+            attempt=attempt,
+            part_rows=self._part_rows,
+            encoding=self._encoding,
+            publish=self._publish,
+        )
 
     def committed(self) -> set[str]:
         """Ids of committed units, from names alone."""
@@ -106,7 +122,7 @@ class TransferSet:
             FileNotFoundError: somebody removed it.
             ValueError: its bytes or rows are not those that were committed; names it.
         """
-        data = self.store.get(part.path)
+        data = self.store.view(part.path)
         found = xxhash.xxh3_128_hexdigest(data)
         if found != part.xxh3:
             raise ValueError(

@@ -69,7 +69,8 @@ class StudentTrainer:
         on_checkpoint: Callable[[int], None],
     ) -> None:
         self._student = student
-        self._observed = ObservedNetwork(student, frozen=False, batchnorm="batch")
+        precision: torch.dtype = getattr(torch, spec.precision)
+        self._observed = ObservedNetwork(student, frozen=False, batchnorm="batch", precision=precision)
         self._teacher = teacher
         self._spec = spec
         self._pixels = pixels
@@ -109,7 +110,7 @@ class StudentTrainer:
     def _train_step(self, batch: StudentBatch) -> tuple[torch.Tensor, torch.Tensor]:
         torch.manual_seed(derive_seed(self._seed, "student", self.step, self._rank))  # what a student's dropout draws
         rng = rng_from(derive_seed(self._seed, "augment", self.step, self._rank))
-        images = self._augment(self._pixels.from_uint8(batch.images.to(self._device)), rng)
+        images = self._augment(self._pixels.from_uint8(batch.images.to(self._device, non_blocking=True)), rng)
         with torch.no_grad():
             if self._spec.teacher_logits == "live":
                 teacher = self._teacher(images)

@@ -43,11 +43,11 @@ class StudentTraining:
         seed = derive_seed(recipe.seed, "student")
         self._spec = recipe.distill
         self._on_checkpoint = on_checkpoint
-        self._student = job.fresh_student().to(device)
+        self._student = job.fresh_student().to(device).to(memory_format=torch.channels_last)
         teacher, _ = load_teacher(recipe)
         self.trainer = StudentTrainer(
             parallel(self._student),
-            ObservedNetwork(teacher, frozen=True).to(device),
+            ObservedNetwork(teacher, frozen=True, precision=getattr(torch, recipe.distill.precision)).to(device),
             recipe.distill,
             pixels=PixelRange(recipe.teacher.image_space, device),
             device=device,
@@ -67,6 +67,7 @@ class StudentTraining:
             rank=rank,
             world_size=world_size,
             agree=agree,
+            pin_memory=device.type == "cuda",
         )
 
     def run(self) -> Mapping[str, Tensor]:

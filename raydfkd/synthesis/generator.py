@@ -1,8 +1,9 @@
-"""Training generators, one for each class of a unit, and drawing images from them."""
+"""Training generators, one for each class of a unit or one for all of them, and drawing images from them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,21 @@ from torch import Tensor
 
 from raydfkd.batches import SyntheticBatch
 from raydfkd.generators import GENERATORS, StackedGenerators, StackForm
-from raydfkd.recipe import BelowOne, PluginSpec, Positive, PositiveFloat
+from raydfkd.recipe import BelowOne, Fraction, PluginSpec, Positive, PositiveFloat, Spec
 from raydfkd.schedule import Request
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Log, Progress, Setting, rng_from
+
+
+class Renewal(Spec):
+    """Shrink and perturb (Ash & Adams 2020): new modes of the data for a fraction of the steps of a fresh start."""
+
+    steps: Positive
+    """Training steps after each renewal, before the next images."""
+    keep: Fraction = 0.6
+    """Share of the old weights; the rest comes from a fresh generator."""
+    latent_lr: PositiveFloat | None = None
+    """Train the latents too, with this rate of Adam; the images are then those of the trained latents (Fang et al.
+    2021, CMI)."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -23,12 +36,27 @@ class _Pack:
     stack: StackedGenerators
     optimizer: torch.optim.Optimizer
     latent: int
+    """Random numbers of a latent vector."""
+    width: int
+    """Length of a latent vector, the class code beside it included."""
     rngs: list[torch.Generator]
     augmenting: torch.Generator
+    codes: Tensor | None
+    """[classes, classes]: what a conditional generator is told of each class; None where each class has its own."""
+    trained: Tensor | None = None
+    """Latents [P, N, Z] of the images to come, where those are trained."""
 
     def latents(self, count: int, device: torch.device) -> Tensor:
-        """Standard normal latents [P, count, Z], each generator's from its own random numbers."""
-        return torch.stack([torch.randn(count, self.latent, generator=rng) for rng in self.rngs]).to(device)
+        """Latents [P, N, Z] for ``count`` images of each class, codes beside them; trained ones where there are."""
+        noise = self.trained if self.trained is not None else self.noise(count, device)
+        if self.codes is None:
+            return noise
+        return torch.cat([noise, self.codes.repeat_interleave(count, 0).unsqueeze(0).to(device)], 2)
+
+    def noise(self, count: int, device: torch.device) -> Tensor:
+        """Standard normal numbers [P, N, Z], each generator's from its own."""
+        classes = 1 if self.codes is None else len(self.codes)
+        return torch.stack([torch.randn(classes * count, self.latent, generator=rng) for rng in self.rngs]).to(device)
 
 
 @SYNTHESIZERS.register("generator")
@@ -36,85 +64,137 @@ class GeneratorSynthesizer:
     """Trains one generator for each class of the unit, all of them as one stack, and draws the images from them.
 
     Every unit starts from fresh generators, so its images follow from its seeds alone; repeats of a class come from
-    different generators, which is where most of the set's diversity comes from. Unconditional (``targets: none``)
-    it trains a single generator. Source: Luo et al. 2020, one generator per class; the moments are matched over the
-    pack unless the term's scope is class.
+    different generators, which is where most of the set's diversity comes from. With ``conditional`` one generator
+    serves all classes of the unit; without targets (``targets: none``) one that is told nothing. Source: Luo et al.
+    2020, one generator per class; the moments are matched over the pack unless the term's scope is class.
 
     Args:
-        steps: training steps of the generators.
+        steps: training steps of the generators; with ``renewal`` those before the first images.
         batch_per_class: images of each class in a training step.
         generator: architecture and its options.
+        conditional: one generator for the unit, told the class by one-hot inputs beside the latents.
         lr: Adam's learning rate.
         betas: Adam's.
         emissions: times at which images are drawn, evenly spaced from the middle of training to its end.
-        form: how the stack is executed; auto, loop or vmap.
+        renewal: after each ``batch_per_class`` images of a class, draw the weights towards fresh ones and train on.
+        form: how the stack is executed; auto, loop, vmap or grouped.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the options of a recipe
         self,
         setting: Setting,
         *,
         steps: Positive,
         batch_per_class: Positive,
         generator: PluginSpec = PluginSpec(kind="conv"),  # noqa: B008 - frozen
+        conditional: bool = False,
         lr: PositiveFloat = 5e-3,
         betas: tuple[BelowOne, BelowOne] = (0.5, 0.9),
         emissions: Positive = 1,
+        renewal: Renewal | None = None,
         form: StackForm = "auto",
     ) -> None:
         if emissions > max(1, steps // 2):
             raise ValueError(
                 f"emissions is {emissions}, but half of {steps} steps are fewer; use at most {max(1, steps // 2)}"
             )
-        GENERATORS.build(generator.kind, generator.options, setting.space, where="synthesis.generator")
+        if renewal is not None and emissions > 1:
+            raise ValueError(f"emissions is {emissions}, but with renewal images are drawn after each one; drop either")
+        built = GENERATORS.build(generator.kind, generator.options, setting.space, where="synthesis.generator")
+        StackedGenerators([built], form=form)
         self._setting = setting
         self._steps = steps
         self._batch_per_class = batch_per_class
         self._generator = generator
+        self._conditional = conditional
         self._lr, self._betas = lr, betas
         self._emissions = emissions
+        self._renewal = renewal
         self._form: StackForm = form
 
     def produce(self, request: Request, log: Log) -> Iterator[SyntheticBatch]:
         """Train the unit's generators and stream their images."""
         pack = self._start(request)
-        groups = len(pack.rngs)
         classes = request.classes
-        progress = Progress(log, steps=self._steps)
-        first = self._steps - self._steps // 2 if self._emissions > 1 else self._steps
-        emit_at = [
-            first + (self._steps - first) * index // max(1, self._emissions - 1) for index in range(self._emissions)
-        ]
-        count = request.count // groups
-        shares = [
-            count * (index + 1) // self._emissions - count * index // self._emissions for index in range(len(emit_at))
-        ]
+        draws = self._draws(request.count // self._groups(classes))
+        last = max(draws)
+        progress = Progress(log, steps=last)
         targets = self._targets(classes, self._batch_per_class)
-        for step in range(1, self._steps + 1):
-            value = self._update(pack, targets, groups)
+        for step in range(1, last + 1):
+            value = self._update(pack, targets, self._groups(classes))
             progress(step, value)
-            if step in emit_at:
-                objective = value.total.item()
-                yield from self._sample(pack, classes, shares[emit_at.index(step)], objective)
+            if step in draws:
+                yield from self._sample(pack, classes, draws[step], value.total.item())
+                if self._renewal is not None and step < last:
+                    self._renew(pack, self._renewal.keep)
+
+    def _draws(self, count: int) -> dict[int, int]:
+        """After which steps how many images of each class are drawn, ``count`` in all."""
+        if self._renewal is not None:
+            size = self._batch_per_class
+            return {
+                self._steps + self._renewal.steps * index: min(size, count - start)
+                for index, start in enumerate(range(0, count, size))
+            }
+        times = self._emissions
+        first = self._steps - self._steps // 2 if times > 1 else self._steps
+        return {
+            first + (self._steps - first) * index // max(1, times - 1): count * (index + 1) // times
+            - count * index // times
+            for index in range(times)
+        }
+
+    @torch.no_grad()
+    def _renew(self, pack: _Pack, keep: float) -> None:
+        """Shrink and perturb; the optimiser starts anew with the weights."""
+        fresh = self._stack([int(torch.randint(1 << 62, (), generator=rng)) for rng in pack.rngs], pack.width)
+        for weights, others in zip(pack.stack.parameters(), fresh.parameters(), strict=True):
+            weights.lerp_(others, 1 - keep)
+        self._restart(pack)
 
     def _start(self, request: Request) -> _Pack:
-        seeds = request.class_seeds if self._setting.targets.is_conditional else request.class_seeds[:1]
-        generators = [self._fresh_generator(seed) for seed in seeds]
-        stack = StackedGenerators(generators, form=self._form).to(self._setting.device)
-        return _Pack(
+        has_many = self._setting.targets.is_conditional and not self._conditional
+        seeds = request.class_seeds if has_many else request.class_seeds[:1]
+        latent = width = int(self._fresh_generator(seeds[0]).latent)
+        codes = None
+        if self._conditional:
+            # As long as a latent vector is on average, so that neither drowns the other.
+            codes = torch.eye(len(request.classes)) * math.sqrt(latent)
+            width += len(request.classes)
+        stack = self._stack(seeds, width)
+        pack = _Pack(
             stack=stack,
-            optimizer=torch.optim.Adam(stack.parameters(), lr=self._lr, betas=self._betas),
-            latent=int(generators[0].latent),
+            optimizer=torch.optim.Adam(stack.parameters()),  # replaced below, once the pack can draw latents
+            latent=latent,
+            width=width,
             rngs=[rng_from(seed) for seed in seeds],
             augmenting=rng_from(request.seed),
+            codes=codes,
         )
+        self._restart(pack)
+        return pack
 
-    def _fresh_generator(self, seed: int) -> Any:
+    def _stack(self, seeds: Sequence[int], width: int) -> StackedGenerators:
+        generators = [self._fresh_generator(seed, latent=width) for seed in seeds]
+        return StackedGenerators(generators, form=self._form).to(self._setting.device)
+
+    def _restart(self, pack: _Pack) -> None:
+        """A new optimiser, and new latents where they are trained."""
+        groups: list[dict[str, Any]] = [{"params": list(pack.stack.parameters())}]
+        if self._renewal is not None and self._renewal.latent_lr is not None:
+            pack.trained = pack.noise(self._batch_per_class, self._setting.device).requires_grad_()
+            groups.append({"params": [pack.trained], "lr": self._renewal.latent_lr})
+        pack.optimizer = torch.optim.Adam(groups, lr=self._lr, betas=self._betas, fused=True)
+
+    def _fresh_generator(self, seed: int, **changes: Any) -> Any:
+        options = self._generator.options | changes
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return GENERATORS.build(
-                self._generator.kind, self._generator.options, self._setting.space, where="synthesis.generator"
-            )
+            return GENERATORS.build(self._generator.kind, options, self._setting.space, where="synthesis.generator")
+
+    def _groups(self, classes: tuple[int, ...]) -> int:
+        """Equal, contiguous parts of a batch: one a class, where images have a class."""
+        return len(classes) if self._setting.targets.is_conditional else 1
 
     def _targets(self, classes: tuple[int, ...], images_per_class: int) -> Tensor | None:
         targets = self._setting.targets(classes, images_per_class)
@@ -123,7 +203,7 @@ class GeneratorSynthesizer:
     def _update(self, pack: _Pack, targets: Tensor | None, groups: int) -> Any:
         judge = self._setting.judge
         latents = pack.latents(self._batch_per_class, self._setting.device)
-        images = judge.pixels.normalize(pack.stack(latents))
+        images = judge.pixels.normalize(self._images(pack, latents))
         seen = self._setting.augment(images, pack.augmenting)
         _, value = judge(seen, targets, latents.flatten(0, 1), groups=groups)
         pack.optimizer.zero_grad()
@@ -132,14 +212,21 @@ class GeneratorSynthesizer:
         pack.optimizer.step()
         return value
 
+    def _images(self, pack: _Pack, latents: Tensor) -> Tensor:
+        """Images [P * N, C, H, W] in [0, 1], made in the arithmetic of the teacher."""
+        with self._setting.judge.teacher.precision(self._setting.device.type):
+            images: Tensor = pack.stack(latents)
+        return images.float()
+
     @torch.no_grad()
     def _sample(self, pack: _Pack, classes: tuple[int, ...], count: int, objective: float) -> Iterator[SyntheticBatch]:
-        """Draw ``count`` images from each generator, in batches of the size they were trained with."""
+        """Draw ``count`` images of each class, in batches of the size that the generators were trained with."""
+        groups = self._groups(classes)
         judge = self._setting.judge
         for start in range(0, count, self._batch_per_class):
             # Always whole batches, because a generator's BatchNorm makes an image depend on its batch.
             latents = pack.latents(self._batch_per_class, self._setting.device)
-            images = pack.stack(latents).unflatten(0, (len(pack.rngs), -1))
+            images = self._images(pack, latents).unflatten(0, (groups, -1))
             kept = images[:, : count - start].flatten(0, 1)
             targets = self._targets(classes, min(self._batch_per_class, count - start))
             yield judge.keep(judge.pixels.normalize(kept), targets, objective)

@@ -59,9 +59,13 @@ def build_synthesizer(recipe: Recipe, teacher: nn.Module, device: torch.device) 
         has_latents=spec.synthesizer == "generator",
         has_student=False,
     ).to(device)
-    observed = ObservedNetwork(teacher, taps=objective.needs, frozen=True, precision=getattr(torch, spec.precision)).to(
-        device
-    )
+    observed = ObservedNetwork(
+        teacher,
+        taps=objective.needs,
+        frozen=True,
+        precision=getattr(torch, spec.precision),
+        compiled=device.type == "cuda" if spec.compile == "auto" else spec.compile,
+    ).to(device)
     pixels = PixelRange(recipe.teacher.image_space, device)
     setting = Setting(
         judge=Judge(teacher=observed, objective=objective, pixels=pixels),

@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy import CLASSES, SPACE, shipped, variants
+from toy import CLASSES, FAMILIES, SPACE, shipped, variants
 
-from raydfkd.catalog import FAMILIES
 from raydfkd.distill.criteria import CRITERIA
 from raydfkd.generators import GENERATORS
 from raydfkd.networks import NETWORKS, build_network

@@ -11,7 +11,8 @@ import pytest
 import torch
 import xxhash
 
-from raydfkd.data.shards import GROUP_BYTES, decode_part, encode_part, rows_digest
+from raydfkd.batches import SyntheticBatch
+from raydfkd.data.shards import GROUP_BYTES, _only_page, decode_part, encode_part, rows_digest
 
 
 def encode(*batches):
@@ -63,12 +64,57 @@ def test_pixels_are_stored_byte_for_byte_and_uncompressed(make_batch):
     assert file.schema_arrow.field("image").metadata == {b"shape": b"3,4,5", b"dtype": b"uint8"}
 
 
+def test_raw_pixels_are_not_copied_out_of_the_file(make_batch):
+    batch = make_batch(4)
+    data = bytearray(encode(batch))
+    images = decode_part(data).images
+    data[data.index(batch.images.numpy().tobytes())] ^= 0xFF
+    assert images[0, 0, 0, 0] == 255 - batch.images[0, 0, 0, 0].item()
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 8191, 8192])
+def test_pixels_of_a_part_are_found_whatever_the_length_of_their_header(count):
+    """Lengths and counts take one byte more from 64, 8192 and so on."""
+    rng = torch.Generator().manual_seed(count)
+    batch = SyntheticBatch(
+        images=torch.randint(0, 256, (count, 1, 1, 1), dtype=torch.uint8, generator=rng),
+        labels=torch.zeros(count, dtype=torch.int64),
+        teacher_logits=torch.zeros(count, 2).half(),
+        objective=0.0,
+    )
+    data = encode(batch)
+    file = pq.ParquetFile(io.BytesIO(data))
+    assert _only_page(file.metadata.row_group(0).column(0), pa.py_buffer(data), count) is not None
+    assert torch.equal(decode_part(data).images, batch.images)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"data_page_size": 100, "write_batch_size": 1},
+        {"row_group_size": 2, "data_page_size": 60, "write_batch_size": 1},
+        {"compression": "zstd"},
+        {"use_dictionary": True},
+        {"use_dictionary": False, "column_encoding": {"image": "BYTE_STREAM_SPLIT"}},
+        {"use_dictionary": False, "data_page_version": "2.0"},
+        {"use_dictionary": False, "write_page_checksum": True},
+    ],
+)
+def test_part_that_another_program_rewrote_has_the_same_rows(options, make_batch):
+    batch = make_batch(5)
+    sink = io.BytesIO()
+    pq.write_table(pq.read_table(io.BytesIO(encode(batch))), sink, **{"compression": "none", **options})
+    assert torch.equal(decode_part(sink.getvalue()).images, batch.images)
+
+
 def test_row_groups_hold_a_bounded_number_of_pixels(make_batch):
     batch = make_batch(3)
     large = replace(batch, images=torch.zeros(3, 3, 2048, 2048, dtype=torch.uint8))
     file = pq.ParquetFile(io.BytesIO(data := encode(large)))
     assert file.metadata.row_group(0).num_rows == GROUP_BYTES // (3 * 2048 * 2048)
-    torch.testing.assert_close(decode_part(data).labels, batch.labels)
+    rows = decode_part(data)
+    assert torch.equal(rows.labels, batch.labels)
+    assert rows.images.shape == large.images.shape
 
 
 @pytest.mark.parametrize(
@@ -81,6 +127,11 @@ def test_row_groups_hold_a_bounded_number_of_pixels(make_batch):
         (lambda table: table.cast(as_type(table.schema, "label", pa.int64())), "column label is .*int64.* instead of"),
         (lambda table: table.cast(declaring(table.schema, "image", shape="3,4,6")), "column image is "),
         (lambda table: table.cast(declaring(table.schema, "image", shape="3,-4,5")), "declares the shape b'3,-4,5'"),
+        (
+            lambda table: table.cast(declaring(table.schema, "image", shape="3,4,5", encoding="gif")),
+            "declares the encoding b'gif'",
+        ),
+        (lambda table: table.cast(declaring(table.schema, "image", shape="3,4,5", encoding="png")), "column image is "),
         (lambda table: table.cast(declaring(table.schema, "image", shape="99999,99999,99999")), "too large"),
     ],
 )

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import weakref
 
 import pytest
 import torch
 
 from raydfkd.batches import SyntheticBatch
 from raydfkd.data import sources
+from raydfkd.data.shards import StoredRows
 from raydfkd.data.sources import TransferSetSource
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.recipe import SourceSpec
@@ -341,13 +344,86 @@ def test_rank_reads_only_the_parts_that_hold_its_rows(tmp_path, ranks, monkeypat
         assert len(reads) == len(set(reads)) == 12 // ranks
 
 
-def test_source_holds_no_more_rows_than_a_window_while_it_passes_over_a_larger_set(tmp_path):
+def test_source_holds_no_more_than_the_window_in_use_and_the_next_one(tmp_path, monkeypatch):
     rows = Rows(tmp_path, part_rows=4)
     written = rows.write(40)
+    parts = weakref.WeakSet()
+
+    def read(self, part, read=TransferSet.read):
+        kept = Kept(**{name: getattr(read(self, part), name) for name in ("images", "labels", "teacher_logits")})
+        parts.add(kept)
+        return kept
+
+    monkeypatch.setattr(TransferSet, "read", read)
     (source,) = rows.sources(window_rows=8, batch_size=4)
-    stream = iter(source)
     seen = []
-    for _ in range(10):
-        seen += next(stream).labels.tolist()
-        assert sum(map(len, source._rows.values())) <= 8
+    for batch in itertools.islice(source, 10):
+        seen += batch.labels.tolist()
+        assert sum(map(len, list(parts))) <= 3 * 8, "two windows, and one that is just being dropped"
     assert sorted(seen) == written
+
+
+class Kept(StoredRows):
+    """Rows that can be watched, unlike those with slots."""
+
+    __slots__ = ("__weakref__",)
+    __hash__ = object.__hash__
+
+
+def test_set_that_fits_into_a_window_is_read_once(tmp_path, monkeypatch):
+    rows = Rows(tmp_path, part_rows=4)
+    rows.write(40)
+    reads = []
+    read = TransferSet.read
+    monkeypatch.setattr(TransferSet, "read", lambda self, part: reads.append(part.path) or read(self, part))
+    passes(rows.sources(batch_size=4), 3)
+    assert len(reads) == len(set(reads)) == 10
+
+
+def test_part_that_cannot_be_read_fails_the_batch_that_needs_it_and_not_those_before(tmp_path):
+    rows = Rows(tmp_path, part_rows=8)
+    rows.write(16)
+    (source,) = rows.sources(window_rows=8)
+    (first,) = passes(rows.sources(window_rows=8), 1)
+    broken = next(
+        part
+        for commit in rows.set.snapshot().commits
+        for part in commit.parts
+        if rows.set.read(part).labels[0] in first[1][0].labels
+    )
+    rows.set.store.put(broken.path, b"damaged")
+    stream = iter(source)
+    assert sorted(next(stream).labels.tolist()) == sorted(numbers_of(first[:1]))
+    with pytest.raises(ValueError, match="is damaged"):
+        next(stream)
+    assert source.state_dict()["step"] == 1
+
+
+def test_ranks_agree_in_the_thread_that_trains(tmp_path):
+    """What they agree by is a collective, and those of the gradients come from this thread as well."""
+    rows = Rows(tmp_path)
+    rows.write(16)
+    threads = set()
+    source = TransferSetSource(
+        rows.set,
+        SourceSpec(),
+        units=rows.units,
+        planned_images=16,
+        steps=10,
+        batch_size=8,
+        seed=0,
+        agree=lambda snapshot: threads.add(threading.current_thread()) or snapshot,
+    )
+    taken(source, 5)
+    assert threads == {threading.current_thread()}
+
+
+def test_threads_end_when_the_student_has_enough(tmp_path):
+    rows = Rows(tmp_path, part_rows=4)
+    rows.write(64)
+    before = threading.active_count()
+    stream = iter(rows.sources(window_rows=8)[0])
+    next(stream)
+    assert threading.active_count() > before
+    stream.close()
+    assert threading.active_count() == before

@@ -28,6 +28,22 @@ def test_missing_object_is_named(uri):
         Store(uri).get("folder/a.json")
 
 
+@pytest.mark.parametrize("content", [b"one", b""])
+def test_view_has_the_bytes_of_the_object_even_after_it_is_replaced(content, uri):
+    store = Store(uri)
+    store.put("a", content)
+    view = store.view("a")
+    store.put("a", b"another")
+    assert bytes(view) == content
+    store.delete("a")
+    assert bytes(view) == content
+
+
+def test_view_of_a_missing_object_names_it(uri):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{uri}/folder/a.json does not exist")):
+        Store(uri).view("folder/a.json")
+
+
 def test_put_new_writes_the_first_time_and_changes_nothing_the_second(uri):
     store = Store(uri)
     assert store.put_new("a", b"first")

@@ -5,6 +5,7 @@ import math
 import pickle
 import re
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -12,13 +13,16 @@ import pytest
 import torch
 
 from raydfkd.data.commits import Commit, Snapshot
-from raydfkd.data.shards import GROUP_BYTES, rows_digest
+from raydfkd.data.encodings import Encoding
+from raydfkd.data.shards import GROUP_BYTES, encode_part, rows_digest
+from raydfkd.data.sink import WAITING
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.registry import RecipeError
 from raydfkd.schedule import plan_units
 
 UNITS = plan_units(seed=1, classes=range(3), images_per_class=4, classes_per_unit=1, images_per_class_per_unit=4)
 DIGEST, OTHER = "d" * 64, "e" * 64
+COLUMNS = ("images", "labels", "teacher_logits")
 
 
 @pytest.fixture
@@ -36,6 +40,29 @@ def filled(sink, *batches):
 
 def commit(transfer_set, unit, *batches, attempt=1):
     return filled(transfer_set.open(unit, attempt=attempt), *batches).commit(seconds=1.0, curve=[])
+
+
+def wait_until(is_true):
+    """For what another thread does; a second is plenty for it."""
+    for _ in range(1000):
+        if is_true():
+            return
+        time.sleep(0.001)
+    raise AssertionError("did not happen within a second")
+
+
+class SlowPut:
+    """Lets ``Store.put`` write a part only when told to."""
+
+    def __init__(self, store, monkeypatch):
+        self.begun, self.allowed = threading.Event(), threading.Event()
+        self._put = store.put
+        monkeypatch.setattr(store, "put", self)
+
+    def __call__(self, path, data):
+        self.begun.set()
+        assert self.allowed.wait(5)
+        self._put(path, data)
 
 
 def test_committed_rows_read_back_as_they_were_written(transfer_set, make_batch):
@@ -60,7 +87,7 @@ def test_commit_says_what_is_in_the_unit(transfer_set, make_batch):
 
 def test_parts_are_invisible_until_the_unit_is_committed(transfer_set, make_batch):
     sink = filled(transfer_set.open(UNITS[0]), make_batch(9))
-    assert len(transfer_set.store.list("parts")) == 2
+    wait_until(lambda: len(transfer_set.store.list("parts")) == 2)
     assert transfer_set.committed() == set()
     assert transfer_set.snapshot().images == 0
     sink.commit(seconds=1.0, curve=[])
@@ -132,13 +159,101 @@ def test_unit_without_images_is_not_committed(transfer_set):
         commit(transfer_set, UNITS[0])
 
 
-def test_sink_holds_less_than_a_part_between_writes(transfer_set, make_batch):
+def test_rows_that_are_too_few_for_a_part_are_counted(transfer_set, make_batch):
     sink = transfer_set.open(UNITS[0])
     held = []
     for count in (3, 3, 10, 1, 1):
         sink.write(make_batch(count))
         held.append(sink.num_buffered)
     assert held == [3, 2, 0, 1, 2]
+
+
+def test_images_are_taken_while_a_part_is_being_stored_until_too_many_wait(transfer_set, make_batch, monkeypatch):
+    slow = SlowPut(transfer_set.store, monkeypatch)
+    sink = transfer_set.open(UNITS[0])
+    batches = [make_batch(4) for _ in range(WAITING + 2)]
+    for batch in batches[:-1]:
+        sink.write(batch)
+    assert slow.begun.wait(5)
+    last = threading.Thread(target=sink.write, args=[batches[-1]])
+    last.start()
+    last.join(0.05)
+    assert last.is_alive()
+    slow.allowed.set()
+    last.join(5)
+    made = sink.commit(seconds=1.0, curve=[])
+    assert (made.images, made.content) == (4 * len(batches), rows_digest(batches))
+
+
+def test_part_has_the_bytes_that_its_rows_encode_to(transfer_set, make_batch):
+    batches = [make_batch(3), make_batch(4)]
+    first, second = commit(transfer_set, UNITS[0], *batches).parts
+    whole = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in COLUMNS}
+    for part, rows in ((first, slice(4)), (second, slice(4, 7))):
+        pieces = [replace(batches[0], **{name: column[rows] for name, column in whole.items()})]
+        index, seed = rows.start or 0, UNITS[0].request.seed
+        assert transfer_set.store.get(part.path) == encode_part(pieces, unit=UNITS[0].id, seed=seed, first_index=index)
+
+
+@pytest.mark.parametrize("act", ["write", "commit"])
+def test_part_that_cannot_be_stored_fails_the_next_act_and_every_commit(act, transfer_set, make_batch, monkeypatch):
+    tried = threading.Event()
+
+    def refuse(path, data):
+        tried.set()
+        raise OSError("disk full")
+
+    sink = transfer_set.open(UNITS[0])
+    monkeypatch.setattr(transfer_set.store, "put", refuse)
+    sink.write(make_batch(4))
+    assert tried.wait(5)
+    monkeypatch.undo()
+    if act == "write":
+        with pytest.raises(OSError, match="disk full"):  # noqa: PT012 - whichever write comes after the failure
+            for _ in range(WAITING + 2):
+                sink.write(make_batch(1))
+    for _ in range(2):
+        with pytest.raises(OSError, match="disk full"):
+            sink.commit(seconds=1.0, curve=[])
+    sink.abandon()
+    assert transfer_set.store.list("parts") == []
+    assert transfer_set.committed() == set()
+
+
+def test_attempt_abandoned_while_a_part_is_being_stored_leaves_nothing(transfer_set, make_batch, monkeypatch):
+    slow = SlowPut(transfer_set.store, monkeypatch)
+    sink = filled(transfer_set.open(UNITS[0]), make_batch(4), make_batch(4))
+    assert slow.begun.wait(5)
+    threading.Timer(0.02, slow.allowed.set).start()
+    sink.abandon()
+    assert transfer_set.store.list("parts") == []
+
+
+@pytest.mark.parametrize("end", ["commit", "abandon"])
+def test_thread_of_a_sink_ends_with_its_attempt(end, transfer_set, make_batch):
+    before = threading.active_count()
+    sink = filled(transfer_set.open(UNITS[0]), make_batch(4))
+    assert threading.active_count() == before + 1
+    sink.commit(seconds=1.0, curve=[]) if end == "commit" else sink.abandon()
+    assert threading.active_count() == before
+
+
+def test_rows_stored_as_png_are_those_that_were_written(uri, make_batch):
+    transfer_set = TransferSet(uri, digest=DIGEST, part_rows=4, encoding=Encoding(kind="png"))
+    batches = [make_batch(3), make_batch(6)]
+    made = commit(transfer_set, UNITS[0], *batches)
+    read = [TransferSet(uri, digest=DIGEST).read(part) for part in made.parts]
+    for name in COLUMNS:
+        written = torch.cat([getattr(batch, name) for batch in batches])
+        torch.testing.assert_close(torch.cat([getattr(rows, name) for rows in read]), written, rtol=0, atol=0)
+    assert made.content == rows_digest(batches)
+
+
+def test_images_that_the_encoding_cannot_store_fail_the_commit(uri, make_batch):
+    transfer_set = TransferSet(uri, digest=DIGEST, encoding=Encoding(kind="png"))
+    sink = filled(transfer_set.open(UNITS[0]), replace(make_batch(2), images=torch.zeros(2, 2, 4, 5).byte()))
+    with pytest.raises(ValueError, match="encoding png stores 1 or 3 channels, but images have 2; use raw"):
+        sink.commit(seconds=1.0, curve=[])
 
 
 def test_parts_of_large_images_have_fewer_rows(transfer_set, make_batch):

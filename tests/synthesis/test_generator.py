@@ -114,3 +114,59 @@ def test_repeats_of_a_class_come_from_different_generators(tmp_path):
     recipe = recipe_with(tmp_path)
     one, other = (joined(batches_of(recipe, unit_of((0, 1), 3, seed=seed))) for seed in (1, 2))
     assert (one.images != other.images).float().mean() > 0.5
+
+
+def test_conditional_generator_is_one_for_all_classes_and_makes_what_it_is_told(tmp_path):
+    trained = ("objective=[cross_entropy]", "steps=80", "lr=0.02", "augment=[]", "emissions=1", "conditional=true")
+    made = joined(batches_of(recipe_with(tmp_path, *trained), unit_of((2, 0, 3), 5)))
+    assert made.labels.bincount(minlength=CLASSES).tolist() == [5, 0, 5, 5]
+    assert (made.teacher_logits.argmax(1) == made.labels).float().mean() > 0.9
+
+
+def test_conditional_generator_needs_a_latent_to_put_the_class_beside(tmp_path):
+    recipe = recipe_with(tmp_path, "conditional=true", "emissions=1", "batch_per_class=1")
+    made = joined(batches_of(recipe, unit_of((1, 2), 2)))
+    assert not torch.equal(made.images[made.labels == 1], made.images[made.labels == 2])
+
+
+def test_renewal_draws_a_batch_of_each_class_after_the_first_training_and_after_each_renewal(tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setitem(AUGMENTATIONS._factories, "count", lambda: lambda images, rng: steps.append(1) or images)
+    recipe = recipe_with(tmp_path, "emissions=1", "augment=[count]", "renewal={steps: 3, keep: 0.5}")
+    teacher, _ = load_teacher(recipe)
+    synthesizer = build_synthesizer(recipe, teacher, torch.device("cpu"))
+    stream = synthesizer.produce(unit_of((0, 1), 5).request, lambda _: None)
+    assert [(len(steps), len(batch)) for batch in stream] == [(6, 4), (9, 4), (12, 2)]
+
+
+def test_renewed_generators_keep_their_share_of_the_weights(tmp_path):
+    """Nothing but the share of fresh weights may tell two runs apart, and with all kept the training just goes on."""
+    kept = {
+        keep: joined(batches_of(recipe_with(tmp_path, "emissions=1", f"renewal={{steps: 1, keep: {keep}}}"), unit))
+        for keep in (0.0, 0.5, 1.0)
+        for unit in [unit_of((0, 1), 4)]
+    }
+    first = {keep: made.images[:4] for keep, made in kept.items()}
+    assert torch.equal(first[0.0], first[1.0])
+    assert torch.equal(first[0.5], first[1.0])
+    changes = [(kept[keep].images[4:].float() - kept[1.0].images[4:].float()).abs().mean() for keep in (0.0, 0.5)]
+    assert min(changes) > 0
+
+
+def test_trained_latents_are_those_that_the_images_are_made_of(tmp_path):
+    lowered = ("objective=[cross_entropy]", "emissions=1", "augment=[]", "steps=100", "lr=1e-9")
+    objectives = []
+    for latents in ("", ", latent_lr: 0.2"):
+        recipe = recipe_with(tmp_path, *lowered, f"renewal={{steps: 1{latents}}}")
+        objectives.append(F.cross_entropy(*logits_and_labels(batches_of(recipe, unit_of((0, 1, 2, 3), 2)))))
+    assert objectives[1] < 0.9 * objectives[0], "with weights held, only the latents can have moved"
+
+
+def logits_and_labels(batches):
+    made = joined(batches)
+    return made.teacher_logits.float(), made.labels
+
+
+def test_renewal_and_several_emissions_are_refused_together(tmp_path):
+    with pytest.raises(RecipeError, match="emissions is 2, but with renewal images are drawn after each one"):
+        batches_of(recipe_with(tmp_path, "renewal={steps: 3}"))

@@ -7,8 +7,10 @@ import torch
 from torch.nn import functional as F
 from toy import CLASSES, assert_same_rows, batches_of, batchnorm_teacher, joined, toy_recipe, unit_of
 
+from raydfkd.networks import ConvNet
 from raydfkd.registry import RecipeError
 from raydfkd.synthesis.synthesizer import rng_from, warmup_cosine
+from raydfkd.synthesis.worker import build_synthesizer
 
 WIDE = ["teacher.image_space.mean=[0.5]", "teacher.image_space.std=[0.1]"]
 """An image space in which unit noise hardly ever reaches black or white, so that stored pixels tell every change."""
@@ -155,3 +157,55 @@ def test_bfloat16_makes_other_images_and_the_same_ones_each_time(tmp_path):
     one, again = joined(batches_of(recipe, unit)), joined(batches_of(recipe, unit))
     assert_same_rows(one, again)
     assert not torch.equal(one.images, joined(batches_of(toy_recipe(tmp_path), unit)).images)
+
+
+class SmallMemory(ConvNet):
+    """A teacher on a device that has no memory for the gradient of more than ``room`` images."""
+
+    def __init__(self, room, error):
+        super().__init__(CLASSES, 1, widths=(4,))
+        self.room, self.error = room, error
+
+    def forward(self, images):
+        if images.requires_grad and len(images) > self.room:
+            raise self.error
+        return super().forward(images)
+
+
+def made_with_room_for(room, error, recipe, unit):
+    synthesizer = build_synthesizer(recipe, SmallMemory(room, error), torch.device("cpu"))
+    return list(synthesizer.produce(unit.request, lambda _: None))
+
+
+@pytest.mark.parametrize(("room", "sizes"), [(12, [12, 8]), (7, [6, 6, 4, 4]), (3, [2] * 10), (1, [1] * 20)])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_batch_that_does_not_fit_into_memory_is_halved_and_every_image_is_made(tmp_path, caplog, room, sizes, error):
+    recipe = toy_recipe(tmp_path, ["synthesis.batch_size=12", "synthesis.objective=[cross_entropy]"])
+    batches = made_with_room_for(room, error, recipe, unit_of((3, 1), 10))
+    assert [len(batch) for batch in batches] == sizes
+    assert joined(batches).labels.bincount(minlength=CLASSES).tolist() == [0, 10, 0, 10]
+    lines = [record.message for record in caplog.records]
+    assert len(lines) == len(set(lines))
+    assert ("no memory for a batch of 12 images; going on with half as many" in lines) is (room < 12)
+
+
+def test_halves_are_those_that_a_smaller_batch_would_have_started_from(tmp_path):
+    settings = ["synthesis.objective=[image_l2]", "synthesis.stages=[{steps: 3}]"]
+    unit = unit_of((3, 1), 4)
+    halved = made_with_room_for(
+        4, MemoryError(), toy_recipe(tmp_path / "large", [*WIDE, *settings, "synthesis.batch_size=8"]), unit
+    )
+    noise = noise_of(unit).unflatten(0, (2, 4))
+    for index, batch in enumerate(halved):
+        began = noise[:, 2 * index : 2 * index + 2].flatten(0, 1)
+        assert (normalized(batch) - began).abs().max() < 1
+
+
+def test_image_that_does_not_fit_by_itself_and_other_errors_are_not_swallowed(tmp_path):
+    recipe = toy_recipe(tmp_path, ["synthesis.objective=[cross_entropy]"])
+    with pytest.raises(torch.OutOfMemoryError):
+        made_with_room_for(0, torch.OutOfMemoryError(), recipe, unit_of((0, 1), 2))
+    with pytest.raises(RuntimeError, match="something else"):
+        made_with_room_for(0, RuntimeError("something else"), recipe, unit_of((0, 1), 2))

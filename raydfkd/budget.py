@@ -1,0 +1,115 @@
+"""The best student for a number of device-seconds: how many units, then how many student steps, fit into them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from raydfkd.distill.training import StudentTraining
+from raydfkd.job import Job, open_job
+from raydfkd.local import LocalExecutor
+from raydfkd.pipeline import save_student
+from raydfkd.progress import Monitor
+from raydfkd.recipe import Recipe
+from raydfkd.registry import RecipeError
+from raydfkd.synthesis.worker import pick_device
+
+Clock = Callable[[], float]
+"""Device-seconds used so far."""
+
+PROBE_STEPS = 8
+"""Student steps that are timed before their number is chosen."""
+MARGIN = 0.97
+"""Share of what is left that is planned with, because steps vary."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a budget bought."""
+
+    recipe: Recipe
+    """With the number of images and steps that fitted."""
+    student: Path
+    images: int
+    student_steps: int
+    synthesis_seconds: float
+    """Device-seconds until the set was complete."""
+    seconds: float
+    """Device-seconds in all, probes and start of the networks included."""
+
+
+def device_clock(device: torch.device) -> Clock:
+    """CPU seconds of this process with all its threads; on a GPU seconds, once what it was given is done."""
+    if device.type == "cpu":
+        return time.process_time
+
+    def clock() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
+
+
+def run_within(recipe: Recipe, seconds: float, *, monitor: Monitor) -> Outcome:
+    """Synthesize in this process for the recipe's ``synthesis_share`` of ``seconds``, distil for the rest.
+
+    The set grows by whole rounds (a unit for each class); at least one is made, however short the budget.
+
+    Raises:
+        RecipeError: a unit was set aside, so that the figures would be of another recipe.
+    """
+    clock = device_clock(pick_device(recipe.runtime.device))
+    started = clock()
+    job = _synthesize(recipe, rounds=1, monitor=monitor)
+    a_round = clock() - started
+    rounds = max(1, int(seconds * recipe.budget.synthesis_share / a_round))
+    if rounds > 1:
+        job = _synthesize(recipe, rounds=rounds, monitor=monitor)
+    synthesized = clock() - started
+    a_step = _student_step(job, clock)
+    left = seconds - (clock() - started)
+    steps = max(1, int(left * MARGIN / a_step))
+    recipe = job.recipe.model_copy(update={"distill": job.recipe.distill.model_copy(update={"steps": steps})})
+    job = open_job(recipe)
+    student = save_student(job, LocalExecutor().distill(job, monitor))
+    return Outcome(
+        recipe=recipe,
+        student=student,
+        images=job.planned_images,
+        student_steps=steps,
+        synthesis_seconds=synthesized,
+        seconds=clock() - started,
+    )
+
+
+def _synthesize(recipe: Recipe, *, rounds: int, monitor: Monitor) -> Job:
+    spec = recipe.transfer_set
+    spec = spec.model_copy(update={"images_per_class": rounds * spec.unit.images_per_class})
+    job = open_job(recipe.model_copy(update={"transfer_set": spec}))
+    outcome = LocalExecutor().synthesize(job, monitor)
+    if outcome.quarantined:
+        failure = outcome.quarantined[0]
+        raise RecipeError(f"synthesis: unit {failure.unit} was set aside ({failure.error})")
+    return job
+
+
+def _student_step(job: Job, clock: Clock) -> float:
+    """Device-seconds of one step, of a student that is thrown away."""
+    distill = job.recipe.distill.model_copy(update={"steps": 2 * PROBE_STEPS, "log_every": PROBE_STEPS})
+    marks: list[float] = []
+    probe = StudentTraining(
+        Job(
+            recipe=job.recipe.model_copy(update={"distill": distill}),
+            digest=job.digest,
+            units=job.units,
+            transfer_set=job.transfer_set,
+        ),
+        on_log=lambda _: marks.append(clock()),
+        on_checkpoint=lambda _: None,
+    )
+    probe.run()
+    return (marks[-1] - marks[-2]) / PROBE_STEPS

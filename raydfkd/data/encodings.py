@@ -1,0 +1,67 @@
+"""Images as bytes in a column: raw pixels, PNG or JPEG."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+EncodingKind = Literal["raw", "png", "jpeg"]
+MODES = {1: "L", 3: "RGB"}
+"""What PNG and JPEG call images of so many channels."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoding:
+    """How the pixels of a part are stored."""
+
+    kind: EncodingKind = "raw"
+    """``png`` returns the pixels that were written and ``jpeg`` others, close to them."""
+    quality: int = 95
+    """Of JPEG, 1 to 100; chroma is not subsampled."""
+
+
+def encode_images(images: Tensor, encoding: Encoding) -> list[bytes]:
+    """Each of uint8 ``images`` [N, C, H, W] on the host as a file.
+
+    Raises:
+        ValueError: neither grey nor RGB.
+    """
+    channels = images.shape[1]
+    if channels not in MODES:
+        raise ValueError(f"encoding {encoding.kind} stores 1 or 3 channels, but images have {channels}; use raw")
+    # No search for repeats in PNG: optimised images are close to noise, so it only takes time.
+    png, jpeg = {"compress_type": zlib.Z_RLE}, {"quality": encoding.quality, "subsampling": 0}
+    options = png if encoding.kind == "png" else jpeg
+    files = []
+    for image in images.permute(0, 2, 3, 1).contiguous().numpy():
+        file = io.BytesIO()
+        Image.fromarray(image if channels > 1 else image[..., 0]).save(file, encoding.kind, **options)
+        files.append(file.getvalue())
+    return files
+
+
+def decode_images(files: Iterable[bytes], kind: str, shape: tuple[int, ...]) -> Tensor:
+    """Read files of images of one ``shape`` (C, H, W) as uint8 [N, C, H, W].
+
+    Raises:
+        ValueError: one of them is no such file or of another size; its size is looked at before it is unpacked.
+    """
+    channels, height, width = shape
+    images = []
+    for number, file in enumerate(files):
+        try:
+            with Image.open(io.BytesIO(file), formats=[kind]) as image:
+                if (image.mode, image.size) != (MODES.get(channels), (width, height)):
+                    raise ValueError(f"has an image {number} of {image.mode} {image.size} instead of {shape}")
+                images.append(np.asarray(image).reshape(height, width, channels))
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"has an image {number} that is no {kind} ({error})") from error
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
