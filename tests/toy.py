@@ -112,6 +112,19 @@ def plain_teacher(seed: int = 0) -> PlainNet:
         return PlainNet().eval()
 
 
+class SmallMemory(ConvNet):
+    """A teacher on a device that has no memory for the gradient of more than ``room`` images."""
+
+    def __init__(self, room, error):
+        super().__init__(CLASSES, 1, widths=(4,))
+        self.room, self.error = room, error
+
+    def forward(self, images):
+        if images.requires_grad and len(images) > self.room:
+            raise self.error
+        return super().forward(images)
+
+
 def toy_images(count: int, seed: int = 0) -> Tensor:
     """Normalised images [N, 1, 8, 8] that want a gradient."""
     return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed)).requires_grad_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,12 @@ from torch import Tensor
 
 from raydfkd.batches import SyntheticBatch
 from raydfkd.generators import GENERATORS, StackedGenerators, StackForm
+from raydfkd.memory import is_out_of_memory
 from raydfkd.recipe import BelowOne, Fraction, PluginSpec, Positive, PositiveFloat, Spec
 from raydfkd.schedule import Request
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Log, Progress, Setting, rng_from
+
+logger = logging.getLogger(__name__)
 
 
 class Renewal(Spec):
@@ -113,7 +117,27 @@ class GeneratorSynthesizer:
         self._form: StackForm = form
 
     def produce(self, request: Request, log: Log) -> Iterator[SyntheticBatch]:
-        """Train the unit's generators and stream their images."""
+        """Train the unit's generators and stream their images.
+
+        A batch that does not fit into memory is halved, for this unit and those after it.
+        """
+        has_images = False
+        while True:
+            try:
+                for batch in self._train(request, log):
+                    has_images = True
+                    yield batch
+                return
+            except (RuntimeError, MemoryError) as error:
+                # Once images are out the unit cannot begin again: it would make them twice.
+                if has_images or self._batch_per_class == 1 or not is_out_of_memory(error):
+                    raise
+            logger.warning("no memory for %d images of each class; going on with half as many", self._batch_per_class)
+            self._batch_per_class //= 2
+            if self._setting.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _train(self, request: Request, log: Log) -> Iterator[SyntheticBatch]:
         pack = self._start(request)
         classes = request.classes
         draws = self._draws(request.count // self._groups(classes))

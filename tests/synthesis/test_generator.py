@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.nn import functional as F
-from toy import CLASSES, batches_of, batchnorm_teacher, joined, toy_recipe, unit_of
+from toy import CLASSES, SmallMemory, batches_of, batchnorm_teacher, joined, toy_recipe, unit_of
 
 from raydfkd.registry import RecipeError
 from raydfkd.schedule import Request, WorkUnit
@@ -170,3 +170,24 @@ def logits_and_labels(batches):
 def test_renewal_and_several_emissions_are_refused_together(tmp_path):
     with pytest.raises(RecipeError, match="emissions is 2, but with renewal images are drawn after each one"):
         batches_of(recipe_with(tmp_path, "renewal={steps: 3}"))
+
+
+@pytest.mark.parametrize(("room", "size"), [(16, 4), (15, 2), (7, 1)])
+def test_batch_that_does_not_fit_into_memory_is_halved_and_every_image_is_made(tmp_path, caplog, room, size):
+    recipe = recipe_with(tmp_path, "objective=[cross_entropy]", "batch_per_class=4", "emissions=2")
+    synthesizer = build_synthesizer(recipe, SmallMemory(room, torch.OutOfMemoryError()), torch.device("cpu"))
+    for _ in range(2):
+        batches = list(synthesizer.produce(unit_of((0, 1, 2, 3), 5).request, lambda _: None))
+        assert joined(batches).labels.bincount(minlength=CLASSES).tolist() == [5] * 4
+        assert max(map(len, batches)) <= 4 * size
+    lines = [record.message for record in caplog.records]
+    assert lines == [
+        f"no memory for {before} images of each class; going on with half as many" for before in (4, 2) if before > size
+    ], "said once, and remembered for the next unit"
+
+
+def test_class_image_that_does_not_fit_by_itself_is_an_error(tmp_path):
+    recipe = recipe_with(tmp_path, "objective=[cross_entropy]", "emissions=1")
+    synthesizer = build_synthesizer(recipe, SmallMemory(1, torch.OutOfMemoryError()), torch.device("cpu"))
+    with pytest.raises(torch.OutOfMemoryError):
+        list(synthesizer.produce(unit_of((0, 1), 2).request, lambda _: None))

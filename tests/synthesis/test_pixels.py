@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
-from toy import CLASSES, assert_same_rows, batches_of, batchnorm_teacher, joined, toy_recipe, unit_of
+from toy import CLASSES, SmallMemory, assert_same_rows, batches_of, batchnorm_teacher, joined, toy_recipe, unit_of
 
-from raydfkd.networks import ConvNet
 from raydfkd.registry import RecipeError
 from raydfkd.synthesis.synthesizer import rng_from, warmup_cosine
 from raydfkd.synthesis.worker import build_synthesizer
@@ -157,19 +156,6 @@ def test_bfloat16_makes_other_images_and_the_same_ones_each_time(tmp_path):
     one, again = joined(batches_of(recipe, unit)), joined(batches_of(recipe, unit))
     assert_same_rows(one, again)
     assert not torch.equal(one.images, joined(batches_of(toy_recipe(tmp_path), unit)).images)
-
-
-class SmallMemory(ConvNet):
-    """A teacher on a device that has no memory for the gradient of more than ``room`` images."""
-
-    def __init__(self, room, error):
-        super().__init__(CLASSES, 1, widths=(4,))
-        self.room, self.error = room, error
-
-    def forward(self, images):
-        if images.requires_grad and len(images) > self.room:
-            raise self.error
-        return super().forward(images)
 
 
 def made_with_room_for(room, error, recipe, unit):
