@@ -61,7 +61,8 @@ class Job:
         self.transfer_set.create()
         self.transfer_set.reopen()
         done = self.transfer_set.committed()
-        return UnitQueue(self.units, done=done, max_attempts=self.recipe.runtime.max_attempts)
+        runtime = self.recipe.runtime
+        return UnitQueue(self.units, done=done, max_attempts=runtime.max_attempts, max_losses=runtime.max_losses)
 
     def end_synthesis(self, queue: UnitQueue) -> SynthesisOutcome:
         """Say in the set that no more units will come."""

@@ -31,7 +31,7 @@ class LocalExecutor:
             except Exception as error:  # the edge of a unit: whatever it was, the others go on
                 logger.debug("unit %s failed", unit.id, exc_info=True)
                 failure = queue.failed(unit, f"{type(error).__name__}: {error}")
-                monitor.failed(failure, is_final=failure in queue.quarantined)
+                monitor.failed(failure, is_final=queue.is_quarantined(unit))
             else:
                 queue.finished(unit)
                 monitor.committed(commit, running=queue.num_running)

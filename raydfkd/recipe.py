@@ -344,6 +344,8 @@ class RuntimeSpec(Spec):
     """GPUs that a training worker reserves."""
     max_attempts: Positive = 3
     """Failures of a unit before it is set aside."""
+    max_losses: Positive = 5
+    """Deaths of a unit's worker in a row, preempted machines aside, before the unit is set aside."""
 
     @model_validator(mode="after")
     def _somebody_trains(self) -> RuntimeSpec:

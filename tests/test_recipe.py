@@ -422,7 +422,7 @@ CHANGES_NO_PIXEL = [
     "student.network=lenet5",
     "distill.steps=7",
     "distill.criterion=logit_l1",
-    "runtime={executor: local, device: cpu, workers: {min: 2, max: 4}, max_attempts: 9}",
+    "runtime={executor: local, device: cpu, workers: {min: 2, max: 4}, max_attempts: 9, max_losses: 9}",
 ]
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
+import tracemalloc
 from collections import Counter
 
 import pytest
@@ -130,6 +132,28 @@ def test_packs_with_the_same_first_and_last_class_have_different_names():
     assert len({plan(classes=pack, pack=4)[0].id for pack in packs}) == 4
 
 
+def test_seeds_of_a_unit_are_those_of_its_classes_and_repeat_and_reach_a_worker_as_they_are():
+    unit = plan(seed=7, pack=3)[2]
+    assert unit.id == "r001-c0000-0002"
+    expected = [derive_seed(7, "class", label, 1) for label in (0, 1, 2)]
+    assert list(unit.request.class_seeds) == expected
+    assert list(unit.request.class_seeds[1:]) == expected[1:]
+    assert pickle.loads(pickle.dumps(unit)) == unit
+
+
+def test_unit_takes_no_more_memory_where_its_pack_has_more_classes():
+    assert bytes_per_unit(pack=100) < 1.2 * bytes_per_unit(pack=1) < 400
+
+
+def bytes_per_unit(pack):
+    tracemalloc.start()
+    units = plan(classes=tuple(range(pack)), images=2000, per_unit=1, pack=pack)
+    try:
+        return tracemalloc.get_traced_memory()[0] / len(units)
+    finally:
+        tracemalloc.stop()
+
+
 # Queue
 
 
@@ -156,13 +180,56 @@ def test_queue_of_a_finished_run_is_drained_from_the_start():
 
 
 def test_unit_lost_with_its_machine_is_requeued_first_without_counting_an_attempt():
-    queue = UnitQueue(UNITS, max_attempts=1)
+    queue = UnitQueue(UNITS, max_attempts=1, max_losses=1)
     unit = queue.take()
     for _ in range(10):
-        queue.lost(unit)
+        assert queue.lost(unit, preempted=True) is None
         assert queue.attempt_of(unit) == 1
         assert queue.take() == unit
     assert queue.quarantined == ()
+
+
+def test_unit_whose_worker_died_goes_to_the_back_so_that_a_bad_machine_gets_another():
+    queue = UnitQueue(UNITS, max_attempts=1)
+    unit = queue.take()
+    assert queue.lost(unit) is None
+    assert [queue.take() for _ in UNITS] == [*UNITS[1:], unit]
+    assert queue.attempt_of(unit) == 1
+
+
+def test_unit_that_kills_its_worker_each_time_is_set_aside_and_the_error_says_so():
+    queue = UnitQueue(UNITS[:1], max_losses=3)
+    unit = queue.take()
+    for _ in range(2):
+        assert queue.lost(unit) is None
+        assert queue.take() == unit
+        assert queue.lost(unit, preempted=True) is None, "nobody's fault, and no interruption of the row either"
+        assert queue.take() == unit
+    failure = queue.lost(unit)
+    assert failure.error.startswith("killed its worker 3 times in a row")
+    assert queue.quarantined == (failure,)
+    assert queue.is_quarantined(unit)
+    assert queue.is_drained
+
+
+def test_failure_interrupts_a_row_of_deaths():
+    queue = UnitQueue(UNITS[:1], max_losses=2)
+    for end in (queue.lost, lambda unit: queue.failed(unit, "no luck"), queue.lost):
+        end(queue.take())
+    assert queue.take() == UNITS[0]
+
+
+def test_unit_that_never_works_is_given_up_after_as_many_attempts_as_the_limits_allow():
+    queue = UnitQueue(UNITS, max_attempts=3, max_losses=5)
+    row = Counter()
+    while (unit := queue.take()) is not None:
+        row[unit.id] += 1
+        if row[unit.id] % 5:
+            queue.lost(unit)
+        else:
+            queue.failed(unit, "no luck")
+    assert queue.is_drained
+    assert queue.attempted == 3 * 5 * len(UNITS)
 
 
 def test_unit_that_fails_goes_to_the_back_and_is_set_aside_at_the_last_attempt():
@@ -190,6 +257,15 @@ def test_unit_finished_by_another_attempt_while_it_waited_is_not_handed_out_agai
     assert queue.take() is None
 
 
+def test_last_failure_of_a_unit_that_was_thought_lost_sets_it_aside_while_it_waits():
+    queue = UnitQueue(UNITS[:1], max_attempts=1)
+    unit = queue.take()
+    queue.lost(unit)
+    queue.failed(unit, "no luck")
+    assert queue.take() is None
+    assert queue.is_drained
+
+
 def test_result_that_arrives_after_quarantine_is_welcome():
     queue = UnitQueue(UNITS[:1], max_attempts=1)
     unit = queue.take()
@@ -200,72 +276,91 @@ def test_result_that_arrives_after_quarantine_is_welcome():
 
 
 class Queue(RuleBasedStateMachine):
-    """Any order of take, finish, fail, lose and late results, beside a model that counts for each unit."""
+    """Any order of take, finish, fail and lose, of running units and of those that are not, beside a model."""
 
-    @initialize(count=st.integers(1, 6), max_attempts=st.integers(1, 3), done=st.sets(st.integers(0, 6), max_size=3))
-    def begin(self, count, max_attempts, done):
+    @initialize(
+        count=st.integers(1, 6),
+        max_attempts=st.integers(1, 3),
+        max_losses=st.integers(1, 3),
+        done=st.sets(st.integers(0, 6), max_size=3),
+    )
+    def begin(self, count, max_attempts, max_losses, done):
         self.units = {unit.id: unit for unit in plan(classes=tuple(range(count)), images=4, pack=1)}
         self.earlier = {unit_id for number, unit_id in enumerate(self.units) if number in done}
-        self.queue = UnitQueue(list(self.units.values()), done=self.earlier, max_attempts=max_attempts)
-        self.max_attempts = max_attempts
+        self.max_attempts, self.max_losses = max_attempts, max_losses
+        self.queue = UnitQueue(
+            list(self.units.values()), done=self.earlier, max_attempts=max_attempts, max_losses=max_losses
+        )
+        self.waiting = [unit_id for unit_id in self.units if unit_id not in self.earlier]
         self.running, self.done, self.set_aside = set(), set(self.earlier), set()
-        self.taken, self.failures, self.losses = Counter(), Counter(), Counter()
+        self.taken, self.failures, self.losses, self.row = Counter(), Counter(), Counter(), Counter()
+
+    def one_that_was_taken(self, data):
+        return data.draw(st.sampled_from(sorted(self.taken)))
+
+    def move(self, unit_id, to):
+        """Out of the one state it is in; ``to`` puts it into another."""
+        for state in (self.running, self.done, self.set_aside):
+            state.discard(unit_id)
+        if unit_id in self.waiting:
+            self.waiting.remove(unit_id)
+        to(unit_id)
 
     @rule()
     def take(self):
-        waiting = self.units.keys() - self.running - self.done - self.set_aside
         unit = self.queue.take()
-        assert (unit is not None) == bool(waiting), "a unit that waits is given, and nothing else"
+        assert (unit and unit.id) == (self.waiting[0] if self.waiting else None)
         if unit is not None:
-            assert unit.id in waiting
             assert self.queue.attempt_of(unit) == self.failures[unit.id] + 1
             self.taken[unit.id] += 1
-            self.running.add(unit.id)
-
-    def one_that_runs(self, data):
-        return data.draw(st.sampled_from(sorted(self.running)))
-
-    @precondition(lambda self: self.running)
-    @rule(data=st.data())
-    def finish(self, data):
-        unit_id = self.one_that_runs(data)
-        self.queue.finished(self.units[unit_id])
-        self.running.remove(unit_id)
-        self.done.add(unit_id)
-
-    @precondition(lambda self: self.running)
-    @rule(data=st.data())
-    def fail(self, data):
-        unit_id = self.one_that_runs(data)
-        self.running.remove(unit_id)
-        self.failures[unit_id] += 1
-        assert self.queue.failed(self.units[unit_id], "no luck").attempt == self.failures[unit_id]
-        if self.failures[unit_id] == self.max_attempts:
-            self.set_aside.add(unit_id)
-
-    @precondition(lambda self: self.running)
-    @rule(data=st.data())
-    def lose(self, data):
-        unit_id = self.one_that_runs(data)
-        self.queue.lost(self.units[unit_id])
-        self.running.remove(unit_id)
-        self.losses[unit_id] += 1
+            self.move(unit.id, self.running.add)
 
     @precondition(lambda self: self.taken)
     @rule(data=st.data())
-    def finish_late_or_twice(self, data):
-        unit_id = data.draw(st.sampled_from(sorted(self.taken)))
+    def finish(self, data):
+        unit_id = self.one_that_was_taken(data)
         self.queue.finished(self.units[unit_id])
-        self.running.discard(unit_id)
-        self.set_aside.discard(unit_id)
-        self.done.add(unit_id)
+        self.move(unit_id, self.done.add)
+
+    @precondition(lambda self: self.taken)
+    @rule(data=st.data())
+    def fail(self, data):
+        unit_id = self.one_that_was_taken(data)
+        assert self.queue.failed(self.units[unit_id], "no luck").attempt == self.failures[unit_id] + 1
+        if unit_id in self.done | self.set_aside:
+            return
+        self.failures[unit_id] += 1
+        self.row[unit_id] = 0
+        if self.failures[unit_id] == self.max_attempts:
+            self.move(unit_id, self.set_aside.add)
+        elif unit_id in self.running:
+            self.move(unit_id, self.waiting.append)
+
+    @precondition(lambda self: self.taken)
+    @rule(data=st.data(), preempted=st.booleans())
+    def lose(self, data, preempted):
+        unit_id = self.one_that_was_taken(data)
+        failure = self.queue.lost(self.units[unit_id], preempted=preempted)
+        is_news = unit_id in self.running
+        self.losses[unit_id] += is_news
+        self.row[unit_id] += is_news and not preempted
+        is_last = is_news and not preempted and self.row[unit_id] == self.max_losses
+        assert (failure is not None) == is_last
+        if is_last:
+            self.move(unit_id, self.set_aside.add)
+        elif is_news and preempted:
+            self.move(unit_id, lambda lost: self.waiting.insert(0, lost))
+        elif is_news:
+            self.move(unit_id, self.waiting.append)
 
     @invariant()
-    def counts_agree(self):
+    def each_unit_is_in_exactly_one_state(self):
         assert self.queue.num_done == len(self.done)
         assert self.queue.num_running == len(self.running)
         assert self.queue.attempted == self.taken.total()
         assert {failure.unit for failure in self.queue.quarantined} == self.set_aside
+        assert {unit_id for unit_id, unit in self.units.items() if self.queue.is_quarantined(unit)} == self.set_aside
+        assert Counter([*self.waiting, *self.running, *self.done, *self.set_aside]) == Counter(self.units.keys())
 
     @invariant()
     def no_unit_is_worked_on_more_often_than_it_failed_or_was_lost_and_once(self):
@@ -274,13 +369,17 @@ class Queue(RuleBasedStateMachine):
             assert times <= 1 + self.failures[unit_id] + self.losses[unit_id]
 
     @invariant()
-    def only_own_failures_set_a_unit_aside(self):
+    def only_too_many_failures_or_deaths_set_a_unit_aside(self):
         for failure in self.queue.quarantined:
-            assert failure.attempt == self.failures[failure.unit] == self.max_attempts
+            if failure.error == "no luck":
+                assert failure.attempt == self.failures[failure.unit] == self.max_attempts
+            else:
+                assert self.failures[failure.unit] < self.max_attempts
+                assert f"killed its worker {self.max_losses} times" in failure.error
 
     @invariant()
     def it_is_drained_when_every_unit_is_done_or_set_aside(self):
-        assert self.queue.is_drained == (not self.running and self.units.keys() == self.done | self.set_aside)
+        assert self.queue.is_drained == (self.units.keys() == self.done | self.set_aside)
 
     def teardown(self):
         for unit_id in list(self.running):
@@ -291,5 +390,5 @@ class Queue(RuleBasedStateMachine):
         assert self.queue.num_done + len(self.queue.quarantined) == len(self.units)
 
 
-Queue.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+Queue.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 test_queue_keeps_its_promises_in_any_order_of_events = Queue.TestCase

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
 LOST = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
-"""What Ray raises when a machine or process went away under a call: not the unit's fault."""
+"""What Ray raises when a machine or process went away under a call: not a failure, but see UnitQueue.lost."""
 
 
 class SynthesisActor:
@@ -124,15 +124,18 @@ class SynthesisPool:
         try:
             commit = Commit.from_json(ray.get(reference))
         except LOST as error:
-            queue.lost(unit)
-            self._monitor.lost(unit.id, type(error).__name__)
+            failure = queue.lost(unit, preempted=isinstance(error, RayActorError) and error.preempted)
+            if failure is None:
+                self._monitor.lost(unit.id, type(error).__name__)
+            else:
+                self._monitor.failed(failure, is_final=True)
             self._replace(actor, error)
             return
         except RayTaskError as error:
             cause = _cause(error)
             logger.debug("unit %s failed", unit.id, exc_info=error)
             failure = queue.failed(unit, f"{type(cause).__name__}: {cause}")
-            self._monitor.failed(failure, is_final=failure in queue.quarantined)
+            self._monitor.failed(failure, is_final=queue.is_quarantined(unit))
         else:
             queue.finished(unit)
             self._monitor.committed(commit, running=queue.num_running)
