@@ -354,13 +354,18 @@ def bench_synthesis(
 def bench_shards(
     as_json: AsJson = False,
     rounds: Rounds = 7,
+    with_ray: Annotated[bool, typer.Option(help="Ray Data too, which takes minutes.")] = True,
 ) -> int:
     """Rows per second of the transfer set against raw pyarrow and other readers."""
     from raydfkd.bench.feeders import FEEDERS
     from raydfkd.bench.shards import bench_shards as measure
-    from raydfkd.distributed.feeding import ray_data
 
-    return _print_rows(measure(rounds=rounds, feeders={**FEEDERS, "Ray Data": ray_data}), is_json=as_json)
+    feeders = dict(FEEDERS)
+    if with_ray:
+        from raydfkd.distributed.feeding import ray_data
+
+        feeders["Ray Data"] = ray_data
+    return _print_rows(measure(rounds=rounds, feeders=feeders), is_json=as_json)
 
 
 @bench.command("generators")
