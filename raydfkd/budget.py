@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from raydfkd.distill.training import StudentTraining
-from raydfkd.job import Job, open_job
+from raydfkd.job import Job, job_of, open_job
 from raydfkd.local import LocalExecutor
 from raydfkd.pipeline import save_student
 from raydfkd.progress import Monitor
@@ -64,20 +64,19 @@ def run_within(recipe: Recipe, seconds: float, *, monitor: Monitor) -> Outcome:
     """
     clock = device_clock(pick_device(recipe.runtime.device))
     started = clock()
-    job = _synthesize(recipe, rounds=1, monitor=monitor)
+    job = _synthesize(open_job(recipe), rounds=1, monitor=monitor)
     a_round = clock() - started
     rounds = max(1, int(seconds * recipe.budget.synthesis_share / a_round))
     if rounds > 1:
-        job = _synthesize(recipe, rounds=rounds, monitor=monitor)
+        job = _synthesize(job, rounds=rounds, monitor=monitor)
     synthesized = clock() - started
     a_step = _student_step(job, clock)
     left = seconds - (clock() - started)
     steps = max(1, int(left * MARGIN / a_step))
-    recipe = job.recipe.model_copy(update={"distill": job.recipe.distill.model_copy(update={"steps": steps})})
-    job = open_job(recipe)
+    job = _with_distill(job, steps=steps)
     student = save_student(job, LocalExecutor().distill(job, monitor))
     return Outcome(
-        recipe=recipe,
+        recipe=job.recipe,
         student=student,
         images=job.planned_images,
         student_steps=steps,
@@ -86,10 +85,10 @@ def run_within(recipe: Recipe, seconds: float, *, monitor: Monitor) -> Outcome:
     )
 
 
-def _synthesize(recipe: Recipe, *, rounds: int, monitor: Monitor) -> Job:
-    spec = recipe.transfer_set
+def _synthesize(job: Job, *, rounds: int, monitor: Monitor) -> Job:
+    spec = job.recipe.transfer_set
     spec = spec.model_copy(update={"images_per_class": rounds * spec.unit.images_per_class})
-    job = open_job(recipe.model_copy(update={"transfer_set": spec}))
+    job = job_of(job.recipe.model_copy(update={"transfer_set": spec}), job.digest)  # of which the number is no part
     outcome = LocalExecutor().synthesize(job, monitor)
     if outcome.quarantined:
         failure = outcome.quarantined[0]
@@ -97,17 +96,16 @@ def _synthesize(recipe: Recipe, *, rounds: int, monitor: Monitor) -> Job:
     return job
 
 
+def _with_distill(job: Job, **changes: int) -> Job:
+    distill = job.recipe.distill.model_copy(update=changes)
+    return replace(job, recipe=job.recipe.model_copy(update={"distill": distill}))
+
+
 def _student_step(job: Job, clock: Clock) -> float:
     """Device-seconds of one step, of a student that is thrown away."""
-    distill = job.recipe.distill.model_copy(update={"steps": 2 * PROBE_STEPS, "log_every": PROBE_STEPS})
     marks: list[float] = []
     probe = StudentTraining(
-        Job(
-            recipe=job.recipe.model_copy(update={"distill": distill}),
-            digest=job.digest,
-            units=job.units,
-            transfer_set=job.transfer_set,
-        ),
+        _with_distill(job, steps=2 * PROBE_STEPS, log_every=PROBE_STEPS),
         on_log=lambda _: marks.append(clock()),
         on_checkpoint=lambda _: None,
     )

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from raydfkd.images import PixelRange
 from raydfkd.networks import build_network
+from raydfkd.observed import ObservedNetwork
 from raydfkd.real_data import RealData
 from raydfkd.recipe import Recipe
 from raydfkd.schedule import derive_seed
@@ -29,7 +30,8 @@ def teach(
     seed = derive_seed(recipe.seed, "teacher")
     teacher = build_network(recipe.teacher, recipe.teacher, where="teacher", seed=seed).to(device).train()
     teacher.to(memory_format=torch.channels_last)
-    precision: torch.dtype = getattr(torch, spec.precision)
+    observed = ObservedNetwork(teacher, frozen=False, batchnorm="batch", precision=getattr(torch, spec.precision))
+    observed.to(device)
     augment = build_augmentations(spec.augment, where="teacher.train.augment")
     pixels = PixelRange(recipe.teacher.image_space, device)
     split = data.load("train")
@@ -44,9 +46,7 @@ def teach(
             total = torch.zeros((), device=device)
             for rows in torch.randperm(len(split.labels), generator=rng).tensor_split(per_epoch):
                 images = augment(pixels.from_uint8(split.images[rows].to(device)), rng)
-                with torch.autocast(device.type, precision, precision != torch.float32):
-                    logits = teacher(images)
-                loss = F.cross_entropy(logits.float(), split.labels[rows].to(device))
+                loss = F.cross_entropy(observed(images).logits, split.labels[rows].to(device))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

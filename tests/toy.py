@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from raydfkd.batches import SyntheticBatch
 from raydfkd.catalog import REGISTRIES
+from raydfkd.data.shards import encode_rows, write_part
 from raydfkd.losses.objective import View
 from raydfkd.metrics import MetricsLog
 from raydfkd.networks import ConvNet, save_bytes
@@ -123,6 +124,15 @@ class SmallMemory(ConvNet):
         if images.requires_grad and len(images) > self.room:
             raise self.error
         return super().forward(images)
+
+
+def encode_part(batches: Sequence[SyntheticBatch], *, unit: str, seed: int, first_index: int) -> bytes:
+    """Write checked batches as one Parquet file of raw pixels; see ``encode_rows`` and ``write_part``."""
+    tables, index = [], first_index
+    for batch in batches:
+        tables.append(encode_rows(batch, unit=unit, seed=seed, first_index=index))
+        index += len(batch)
+    return write_part(tables)
 
 
 def toy_images(count: int, seed: int = 0) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raydfkd.bench.ceilings import synchronize
 from raydfkd.bench.table import Row, alternate
 from raydfkd.generators import GENERATORS, StackedGenerators, StackForm
 from raydfkd.pipeline import device_name
@@ -128,8 +129,7 @@ def _round(step: Step, done: int, steps: int, device: torch.device) -> Callable[
     def work() -> int:
         for _ in range(steps):
             step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         return done
 
     return work

@@ -88,11 +88,14 @@ def bench_quality(cells: Sequence[Cell], folder: Path, *, at_once: int = 1) -> I
             yield result
 
 
-def _weights(recipe: Recipe, folder: Path) -> str:
-    """Where the teacher lies: one for all seeds and budgets, and for all recipes that teach the same."""
+def _with_shared_teacher(recipe: Recipe, folder: Path) -> Recipe:
+    """A recipe that trains its teacher shares it with all seeds and budgets, and with recipes that teach the same."""
+    if recipe.teacher.train is None:
+        return recipe
     made_of = recipe.teacher.model_dump_json(exclude={"weights"}) + str(recipe.real_data)
-    name = f"{recipe.teacher.network}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}"
-    return str(folder / "teachers" / f"{name}.safetensors")
+    name = f"{recipe.teacher.network}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}.safetensors"
+    teacher = recipe.teacher.model_copy(update={"weights": str(folder / "teachers" / name)})
+    return recipe.model_copy(update={"teacher": teacher})
 
 
 def _teach(recipe: Recipe, folder: Path) -> None:
@@ -102,9 +105,7 @@ def _teach(recipe: Recipe, folder: Path) -> None:
 
     if recipe.teacher.train is None:
         return
-    teacher = recipe.teacher.model_copy(update={"weights": _weights(recipe, folder)})
-    update = {"teacher": teacher, "run_dir": str(folder / "teachers")}
-    recipe = recipe.model_copy(update=update)
+    recipe = _with_shared_teacher(recipe, folder).model_copy(update={"run_dir": str(folder / "teachers")})
     with monitored(recipe, Console(stderr=True)) as monitor:
         ensure_teacher(recipe, monitor)
 
@@ -119,9 +120,7 @@ def measure(cell: Cell, folder: Path) -> Result:
 
     with tempfile.TemporaryDirectory() as scratch:
         recipe = load_recipe(cell.recipe, [*cell.overrides, f"seed={cell.seed}"], run_dir=scratch)
-        if recipe.teacher.train is not None:
-            weights = _weights(recipe, folder)
-            recipe = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"weights": weights})})
+        recipe = _with_shared_teacher(recipe, folder)
         data = check(recipe)
         with monitored(recipe, Console(quiet=True)) as monitor:
             outcome = run_within(recipe, cell.budget_s, monitor=monitor)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from raydfkd.bench.ceilings import synchronize
 from raydfkd.bench.shards import CLASSES, random_batch, write_unit
 from raydfkd.bench.table import Row, alternate
 from raydfkd.data.sources import BatchSource, StudentBatch, TransferSetSource
@@ -101,8 +102,7 @@ def _bench_case(case: StudentCase, device: torch.device, rounds: int) -> Row:
 
         def train(trainer: StudentTrainer, source: BatchSource) -> int:
             trainer.fit(source, steps=trainer.step + steps)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronize(device)
             return case.rows
 
         speed, _, ratio = alternate(

@@ -43,15 +43,6 @@ class StoredRows:
         return len(self.labels)
 
 
-def encode_part(batches: Sequence[SyntheticBatch], *, unit: str, seed: int, first_index: int) -> bytes:
-    """Write checked batches as one Parquet file of raw pixels; see ``encode_rows`` and ``write_part``."""
-    tables, index = [], first_index
-    for batch in batches:
-        tables.append(encode_rows(batch, unit=unit, seed=seed, first_index=index))
-        index += len(batch)
-    return write_part(tables)
-
-
 def encode_rows(
     batch: SyntheticBatch, *, unit: str, seed: int, first_index: int, encoding: Encoding = RAW
 ) -> pa.RecordBatch:

@@ -76,10 +76,8 @@ class Store:
         Raises:
             FileNotFoundError: there is none of that name.
         """
-        try:
+        with self._naming(path):
             return self._folder.get(path)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{self.uri}/{path} does not exist") from None
 
     def view(self, path: str) -> bytes | mmap.mmap:
         """As ``get``, for objects that are never changed: a local one is mapped rather than copied into memory.
@@ -87,8 +85,13 @@ class Store:
         Raises:
             FileNotFoundError: there is none of that name.
         """
-        try:
+        with self._naming(path):
             return self._folder.view(path)
+
+    @contextlib.contextmanager
+    def _naming(self, path: str) -> Iterator[None]:
+        try:
+            yield
         except FileNotFoundError:
             raise FileNotFoundError(f"{self.uri}/{path} does not exist") from None
 

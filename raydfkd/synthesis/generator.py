@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,11 +38,9 @@ class _Pack:
     """The generators of one unit and everything their training goes on from."""
 
     stack: StackedGenerators
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer = field(init=False)
     latent: int
     """Random numbers of a latent vector."""
-    width: int
-    """Length of a latent vector, the class code beside it included."""
     rngs: list[torch.Generator]
     augmenting: torch.Generator
     codes: Tensor | None
@@ -106,6 +104,7 @@ class GeneratorSynthesizer:
             raise ValueError(f"emissions is {emissions}, but with renewal images are drawn after each one; drop either")
         built = GENERATORS.build(generator.kind, generator.options, setting.space, where="synthesis.generator")
         StackedGenerators([built], form=form)
+        self._latent = int(built.latent)
         self._setting = setting
         self._steps = steps
         self._batch_per_class = batch_per_class
@@ -171,7 +170,7 @@ class GeneratorSynthesizer:
     @torch.no_grad()
     def _renew(self, pack: _Pack, keep: float) -> None:
         """Shrink and perturb; the optimiser starts anew with the weights."""
-        fresh = self._stack([int(torch.randint(1 << 62, (), generator=rng)) for rng in pack.rngs], pack.width)
+        fresh = self._stack([int(torch.randint(1 << 62, (), generator=rng)) for rng in pack.rngs], pack.codes)
         for weights, others in zip(pack.stack.parameters(), fresh.parameters(), strict=True):
             weights.lerp_(others, 1 - keep)
         self._restart(pack)
@@ -179,18 +178,13 @@ class GeneratorSynthesizer:
     def _start(self, request: Request) -> _Pack:
         has_many = self._setting.targets.is_conditional and not self._conditional
         seeds = request.class_seeds if has_many else request.class_seeds[:1]
-        latent = width = int(self._fresh_generator(seeds[0]).latent)
         codes = None
         if self._conditional:
             # As long as a latent vector is on average, so that neither drowns the other.
-            codes = torch.eye(len(request.classes)) * math.sqrt(latent)
-            width += len(request.classes)
-        stack = self._stack(seeds, width)
+            codes = torch.eye(len(request.classes)) * math.sqrt(self._latent)
         pack = _Pack(
-            stack=stack,
-            optimizer=torch.optim.Adam(stack.parameters()),  # replaced below, once the pack can draw latents
-            latent=latent,
-            width=width,
+            stack=self._stack(seeds, codes),
+            latent=self._latent,
             rngs=[rng_from(seed) for seed in seeds],
             augmenting=rng_from(request.seed),
             codes=codes,
@@ -198,8 +192,9 @@ class GeneratorSynthesizer:
         self._restart(pack)
         return pack
 
-    def _stack(self, seeds: Sequence[int], width: int) -> StackedGenerators:
-        generators = [self._fresh_generator(seed, latent=width) for seed in seeds]
+    def _stack(self, seeds: Sequence[int], codes: Tensor | None) -> StackedGenerators:
+        beside: dict[str, Any] = {} if codes is None else {"latent": self._latent + len(codes)}
+        generators = [self._fresh_generator(seed, beside) for seed in seeds]
         return StackedGenerators(generators, form=self._form).to(self._setting.device)
 
     def _restart(self, pack: _Pack) -> None:
@@ -210,7 +205,7 @@ class GeneratorSynthesizer:
             groups.append({"params": [pack.trained], "lr": self._renewal.latent_lr})
         pack.optimizer = torch.optim.Adam(groups, lr=self._lr, betas=self._betas, fused=True)
 
-    def _fresh_generator(self, seed: int, **changes: Any) -> Any:
+    def _fresh_generator(self, seed: int, changes: dict[str, Any]) -> Any:
         options = self._generator.options | changes
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -10,9 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import xxhash
+from toy import encode_part
 
 from raydfkd.batches import SyntheticBatch
-from raydfkd.data.shards import GROUP_BYTES, _only_page, decode_part, encode_part, rows_digest
+from raydfkd.data.shards import GROUP_BYTES, _only_page, decode_part, rows_digest
 
 
 def encode(*batches):

@@ -11,10 +11,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from toy import encode_part
 
 from raydfkd.data.commits import Commit, Snapshot
 from raydfkd.data.encodings import Encoding
-from raydfkd.data.shards import GROUP_BYTES, encode_part, rows_digest
+from raydfkd.data.shards import GROUP_BYTES, rows_digest
 from raydfkd.data.sink import WAITING
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.registry import RecipeError
