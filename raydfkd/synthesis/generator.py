@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -104,7 +104,7 @@ class GeneratorSynthesizer:
             raise ValueError(f"emissions is {emissions}, but with renewal images are drawn after each one; drop either")
         built = GENERATORS.build(generator.kind, generator.options, setting.space, where="synthesis.generator")
         StackedGenerators([built], form=form)
-        self._latent = int(built.latent)
+        self._latent = cast("int", built.latent)
         self._setting = setting
         self._steps = steps
         self._batch_per_class = batch_per_class
