@@ -168,6 +168,8 @@ class SynthesisSpec(Spec):
     the recipe because another kernel is another last bit."""
     threads: Positive = 1
     """CPU threads of a worker; part of the recipe because a different split of a sum is a different last bit."""
+    student_refresh: Positive = 200
+    """Steps between looks for a newer student within a unit, where a term asks it; each unit begins with a look."""
 
     @model_validator(mode="after")
     def _unique_names(self) -> SynthesisSpec:
@@ -248,6 +250,9 @@ class SourceSpec(Spec):
     complete_by: Fraction = 0.5
     """Share of the student's steps that may pass before the set is complete; before that the student keeps pace
     with the synthesis, so that its last steps see every image."""
+    refresh_steps: Positive | None = None
+    """Steps after which a newer snapshot is taken although the pass over the old one has not ended (growing); unless
+    given, only between passes."""
     window_rows: Positive = 65536
     """Rows that are shuffled together; memory per training worker is this many images over the number of workers."""
 
@@ -296,6 +301,8 @@ class DistillSpec(Spec):
     """Steps between checkpoints."""
     log_every: Positive = 50
     """Steps between entries of the learning curve."""
+    publish_every: Positive = 500
+    """Steps between versions of the student for synthesis, where a term of the objective asks it."""
     threads: Positive = 1
     """CPU threads of a training worker."""
 
@@ -336,12 +343,18 @@ class RuntimeSpec(Spec):
     """CPUs that a synthesis actor reserves."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     """GPUs or share of one that a synthesis actor reserves."""
+    resources_per_worker: dict[str, PositiveFloat] = {}
+    """Other resources that a synthesis actor reserves, such as {synth: 1}."""
+    checkpoint_every: Positive = 1000
+    """Steps of a unit between saved states that another worker can go on from."""
     student_workers: Range = Range(min=1, max=1)
     """Workers of the training job."""
     cpus_per_student_worker: Annotated[float, Field(ge=0)] = 1.0
     """CPUs that a training worker reserves."""
     gpus_per_student_worker: Annotated[float, Field(ge=0)] = 0.0
     """GPUs that a training worker reserves."""
+    resources_per_student_worker: dict[str, PositiveFloat] = {}
+    """Other resources that a training worker reserves, such as {train: 1}."""
     max_attempts: Positive = 3
     """Failures of a unit before it is set aside."""
     max_losses: Positive = 5
@@ -378,6 +391,9 @@ class Recipe(Spec):
     """Real images that train the teacher where it has to be trained, and judge the student; nothing else reads them."""
     synthesis: SynthesisSpec
     """How images are made."""
+    rounds: Positive = 1
+    """Rounds of synthesis and training one after the other: from the second on, images are made against the student
+    that the rounds before have trained."""
     transfer_set: TransferSetSpec
     """Where they go and how many."""
     distill: DistillSpec

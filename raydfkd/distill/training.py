@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
 from raydfkd.data.commits import Snapshot
 from raydfkd.data.sources import TransferSetSource, in_this_process
 from raydfkd.data.store import Store
@@ -107,16 +107,3 @@ class StudentCheckpoint:
         if not self._store.exists(self._name):
             return None
         return read_checkpoint(self._store.get(self._name))
-
-
-def checkpoint_bytes(state: Mapping[str, Any]) -> bytes:
-    """A training's state as a file."""
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    return buffer.getvalue()
-
-
-def read_checkpoint(content: bytes) -> dict[str, Any]:
-    """The state in a file; refuses anything but tensors and plain data."""
-    state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    return state

@@ -13,8 +13,9 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchConfig, TorchTrainer, get_device, prepare_model
 from torch import Tensor, distributed
 
+from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
 from raydfkd.data.commits import Snapshot
-from raydfkd.distill.training import StudentTraining, checkpoint_bytes, read_checkpoint
+from raydfkd.distill.training import StudentTraining
 from raydfkd.job import Job, job_of
 from raydfkd.recipe import Recipe
 

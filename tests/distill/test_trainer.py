@@ -14,9 +14,10 @@ from toy import (
     toy_recipe,
 )
 
+from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
 from raydfkd.data.sources import StudentBatch
 from raydfkd.distill.trainer import StudentTrainer, build_optimizer
-from raydfkd.distill.training import StudentCheckpoint, StudentTraining, checkpoint_bytes, read_checkpoint
+from raydfkd.distill.training import StudentCheckpoint, StudentTraining
 from raydfkd.images import PixelRange
 from raydfkd.job import open_job
 from raydfkd.local import LocalExecutor
