@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -115,7 +115,7 @@ class UnitQueue:
 
     An attempt can end in four ways:
 
-    * It is committed: the unit is done, for good.
+    * It is committed: the unit is done, unless the commit is later found damaged.
     * It fails by itself: the unit goes to the back and is set aside at its ``max_attempts``-th failure.
     * Its machine is preempted or drained: nobody's fault; the unit goes to the front and nothing is counted.
     * Its worker dies without a reason that is known: no attempt is counted, for it may have been the machine, but a
@@ -126,17 +126,16 @@ class UnitQueue:
 
     The queue knows units, not attempts. News of an attempt that is over already, or of a second one, is taken as news
     of its unit: a result is always welcome, also after quarantine, and changes nothing twice; a failure counts unless
-    the unit is done or set aside; a loss does not, unless the unit runs. All but ``quarantined`` is O(1), amortised.
+    the unit is done or set aside; a loss does not, unless the unit runs. All but ``quarantined`` is O(1).
     """
 
     def __init__(
         self, units: Sequence[WorkUnit], *, done: Iterable[str] = (), max_attempts: int = 3, max_losses: int = 5
     ) -> None:
-        ids = {unit.id for unit in units}
-        assert len(ids) == len(units), "units are told apart by their ids"
-        self._num_units = len(ids)
-        self._done = ids.intersection(done)
-        self._pending = deque(unit for unit in units if unit.id not in self._done)
+        self._ids = {unit.id for unit in units}
+        assert len(self._ids) == len(units), "units are told apart by their ids"
+        self._done = self._ids.intersection(done)
+        self._pending = OrderedDict((unit.id, unit) for unit in units if unit.id not in self._done)
         self._running: set[str] = set()
         self._failures: dict[str, int] = {}
         self._losses: dict[str, int] = {}
@@ -147,20 +146,29 @@ class UnitQueue:
 
     def take(self) -> WorkUnit | None:
         """The next unit to work on, or None while there is none to give."""
-        while self._pending:
-            unit = self._pending.popleft()
-            if self._is_settled(unit):
-                continue  # by news of another attempt while it waited
-            self._running.add(unit.id)
-            self.attempted += 1
-            return unit
-        return None
+        if not self._pending:
+            return None
+        _, unit = self._pending.popitem(last=False)
+        self._running.add(unit.id)
+        self.attempted += 1
+        return unit
 
     def finished(self, unit: WorkUnit) -> None:
         """The unit is committed."""
-        self._running.discard(unit.id)
-        self._quarantined.pop(unit.id, None)
-        self._done.add(unit.id)
+        self._settle(unit.id)
+
+    def finished_elsewhere(self, ids: Iterable[str]) -> None:
+        """The units ``ids`` are committed, by whoever it was; ids of other plans are ignored."""
+        for unit_id in self._ids.intersection(ids) - self._done:
+            self._settle(unit_id)
+
+    def reopened(self, unit: WorkUnit) -> None:
+        """The unit's commit was damaged and is no longer part of the set: it waits again, as one that was never done."""
+        if unit.id in self._done:
+            self._done.remove(unit.id)
+            self._failures.pop(unit.id, None)
+            self._losses.pop(unit.id, None)
+            self._pending[unit.id] = unit
 
     def failed(self, unit: WorkUnit, error: str) -> Failure:
         """The unit's own fault: counts as an attempt, and shows that its worker survives it."""
@@ -173,7 +181,7 @@ class UnitQueue:
             self._set_aside(failure)
         elif unit.id in self._running:
             self._running.remove(unit.id)
-            self._pending.append(unit)
+            self._pending[unit.id] = unit
         return failure
 
     def lost(self, unit: WorkUnit, *, preempted: bool = False) -> Failure | None:
@@ -186,11 +194,12 @@ class UnitQueue:
             return None
         self._running.remove(unit.id)
         if preempted:
-            self._pending.appendleft(unit)
+            self._pending[unit.id] = unit
+            self._pending.move_to_end(unit.id, last=False)
             return None
         losses = self._losses[unit.id] = self._losses.get(unit.id, 0) + 1
         if losses < self._max_losses:
-            self._pending.append(unit)
+            self._pending[unit.id] = unit
             return None
         error = f"killed its worker {losses} times in a row: out of memory, or a crash below Python"
         return self._set_aside(Failure(unit=unit.id, attempt=self.attempt_of(unit), error=error))
@@ -206,7 +215,12 @@ class UnitQueue:
     @property
     def is_drained(self) -> bool:
         """Whether nothing waits or runs."""
-        return len(self._done) + len(self._quarantined) == self._num_units
+        return self.num_open == 0
+
+    @property
+    def num_open(self) -> int:
+        """Units that wait or run."""
+        return len(self._ids) - len(self._done) - len(self._quarantined)
 
     @property
     def num_done(self) -> int:
@@ -226,7 +240,16 @@ class UnitQueue:
     def _is_settled(self, unit: WorkUnit) -> bool:
         return unit.id in self._done or unit.id in self._quarantined
 
+    def _settle(self, unit_id: str) -> None:
+        self._withdraw(unit_id)
+        self._quarantined.pop(unit_id, None)
+        self._done.add(unit_id)
+
     def _set_aside(self, failure: Failure) -> Failure:
-        self._running.discard(failure.unit)
+        self._withdraw(failure.unit)
         self._quarantined[failure.unit] = failure
         return failure
+
+    def _withdraw(self, unit_id: str) -> None:
+        self._running.discard(unit_id)
+        self._pending.pop(unit_id, None)

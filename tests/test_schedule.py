@@ -276,7 +276,7 @@ def test_result_that_arrives_after_quarantine_is_welcome():
 
 
 class Queue(RuleBasedStateMachine):
-    """Any order of take, finish, fail and lose, of running units and of those that are not, beside a model."""
+    """Any order of events, of running units and of those that are not, beside a model."""
 
     @initialize(
         count=st.integers(1, 6),
@@ -294,6 +294,7 @@ class Queue(RuleBasedStateMachine):
         self.waiting = [unit_id for unit_id in self.units if unit_id not in self.earlier]
         self.running, self.done, self.set_aside = set(), set(self.earlier), set()
         self.taken, self.failures, self.losses, self.row = Counter(), Counter(), Counter(), Counter()
+        self.all_failures, self.reopened = Counter(), Counter()
 
     def one_that_was_taken(self, data):
         return data.draw(st.sampled_from(sorted(self.taken)))
@@ -330,6 +331,7 @@ class Queue(RuleBasedStateMachine):
         if unit_id in self.done | self.set_aside:
             return
         self.failures[unit_id] += 1
+        self.all_failures[unit_id] += 1
         self.row[unit_id] = 0
         if self.failures[unit_id] == self.max_attempts:
             self.move(unit_id, self.set_aside.add)
@@ -353,6 +355,23 @@ class Queue(RuleBasedStateMachine):
         elif is_news:
             self.move(unit_id, self.waiting.append)
 
+    @rule(data=st.data())
+    def finish_elsewhere(self, data):
+        units = data.draw(st.sets(st.sampled_from(sorted(self.units)), max_size=3))
+        self.queue.finished_elsewhere([*units, "another plan's"])
+        for unit_id in units:
+            self.move(unit_id, self.done.add)
+
+    @rule(data=st.data())
+    def reopen(self, data):
+        unit_id = data.draw(st.sampled_from(sorted(self.units)))
+        self.queue.reopened(self.units[unit_id])
+        if unit_id in self.done:
+            self.move(unit_id, self.waiting.append)
+            self.earlier.discard(unit_id)
+            self.reopened[unit_id] += 1
+            self.failures[unit_id] = self.row[unit_id] = 0
+
     @invariant()
     def each_unit_is_in_exactly_one_state(self):
         assert self.queue.num_done == len(self.done)
@@ -365,8 +384,8 @@ class Queue(RuleBasedStateMachine):
     @invariant()
     def no_unit_is_worked_on_more_often_than_it_failed_or_was_lost_and_once(self):
         for unit_id, times in self.taken.items():
-            assert unit_id not in self.earlier
-            assert times <= 1 + self.failures[unit_id] + self.losses[unit_id]
+            assert unit_id not in self.earlier, "it was done and has not been reopened"
+            assert times <= 1 + self.all_failures[unit_id] + self.losses[unit_id] + self.reopened[unit_id]
 
     @invariant()
     def only_too_many_failures_or_deaths_set_a_unit_aside(self):

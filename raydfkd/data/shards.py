@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import xxhash
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
@@ -178,24 +179,46 @@ def on_host(batch: SyntheticBatch) -> SyntheticBatch:
 class RowsDigest:
     """XXH3 (128 bits) over pixels, labels and logits of rows that come in batches.
 
-    The three go into a hash each, so that rows can come in one batch or in many without a difference.
+    Each row is hashed by itself, so that rows can come in one batch or in many without a difference and ``state``
+    (16 bytes a row) is all it takes to go on elsewhere.
     """
 
     def __init__(self) -> None:
-        self._hashes = (xxhash.xxh3_128(), xxhash.xxh3_128(), xxhash.xxh3_128())
+        self._rows = bytearray()
         self._header = ""
 
     def update(self, batch: SyntheticBatch) -> None:
         """Add the rows of a batch on the host."""
         self._header = f"{list(batch.images.shape[1:])} {list(batch.teacher_logits.shape[1:])}"
-        images, labels, logits = self._hashes
-        images.update(batch.images.numpy().data)
-        labels.update(batch.labels.numpy().astype("<i4").data)
-        logits.update(batch.teacher_logits.numpy().astype("<f2", copy=False).data)
+        images = _bytes_of_rows(batch.images.numpy())
+        labels = _bytes_of_rows(batch.labels.numpy().astype("<i4"))
+        logits = _bytes_of_rows(batch.teacher_logits.numpy().astype("<f2", copy=False))
+        for image, label, answer in zip(images, labels, logits, strict=True):
+            row = xxhash.xxh3_128(image)
+            row.update(label)
+            row.update(answer)
+            self._rows += row.digest()
+
+    @property
+    def state(self) -> tuple[str, bytes]:
+        """The rows so far, as ``from_state`` takes them."""
+        return self._header, bytes(self._rows)
+
+    @classmethod
+    def from_state(cls, header: str, rows: bytes) -> RowsDigest:
+        """Go on from a ``state``."""
+        digest = cls()
+        digest._header, digest._rows = header, bytearray(rows)
+        return digest
 
     def hexdigest(self) -> str:
         """The digest of all rows so far."""
-        return xxhash.xxh3_128(self._header.encode() + b"".join(part.digest() for part in self._hashes)).hexdigest()
+        return xxhash.xxh3_128(self._header.encode() + self._rows).hexdigest()
+
+
+def _bytes_of_rows(values: NDArray[Any]) -> Iterator[memoryview]:
+    data, width = values.data.cast("B"), values[0].nbytes
+    return (data[begin : begin + width] for begin in range(0, len(data), width))
 
 
 def rows_digest(batches: Iterable[SyntheticBatch]) -> str:

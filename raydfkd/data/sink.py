@@ -6,11 +6,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 from uuid import uuid4
 
 import pyarrow as pa
+import torch
 import xxhash
+from pydantic import TypeAdapter
 
 from raydfkd.batches import SyntheticBatch
 from raydfkd.data.background import OrderedCalls
@@ -21,6 +23,8 @@ from raydfkd.data.store import Store
 from raydfkd.schedule import WorkUnit
 
 logger = logging.getLogger(__name__)
+
+_PARTS = TypeAdapter(list[Part])
 
 WAITING = 2
 """Batches on the host that may wait to be encoded; the device waits while there are more."""
@@ -37,6 +41,15 @@ class Sink(Protocol):
 
     def abandon(self) -> None:
         """Forget them."""
+
+    def release(self) -> None:
+        """Leave them to an attempt that goes on from ``state_dict``."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The images so far, as plain data and tensors; they are kept until another attempt has gone on from it."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Begin with the images of another attempt's state, as copies of this one's own."""
 
 
 class ParquetSink:
@@ -77,6 +90,7 @@ class ParquetSink:
         self._buffer: list[pa.RecordBatch] = []
         self._parts: list[Part] = []
         self._paths: list[str] = []
+        self._inherited: list[str] = []
         self._objective = 0.0
         self._student_version = -1
         self._is_sealed = False
@@ -139,7 +153,50 @@ class ParquetSink:
         if winner.parts != own.parts:  # equal where the client repeated a request that had succeeded
             logger.info("unit %s was committed by attempt %d meanwhile", winner.unit, winner.attempt)
             self._discard()
+        for path in set(self._inherited) - {part.path for part in winner.parts}:
+            self._store.delete(path)
         return winner
+
+    def state_dict(self) -> dict[str, Any]:
+        """The parts that are stored, and the rows that are too few for one.
+
+        Raises:
+            Exception: a batch could not be encoded or stored.
+        """
+        self._thread.drain()
+        header, rows = self._digest.state
+        return {
+            "parts": _PARTS.dump_json(self._parts).decode(),
+            "buffer": [torch.frombuffer(bytearray(_to_ipc(batch)), dtype=torch.uint8) for batch in self._buffer],
+            "digest_header": header,
+            "digest_rows": torch.frombuffer(bytearray(rows), dtype=torch.uint8) if rows else torch.empty(0),
+            "objective": self._objective,
+            "student_version": self._student_version,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Begin where another attempt was.
+
+        Its parts are copied: that attempt may still be alive somewhere, and deletes them when it loses the race.
+
+        Raises:
+            ValueError: a part is gone or damaged, or the state is none; begin anew with another sink.
+        """
+        assert not self._parts, "nothing was written yet"
+        try:
+            inherited = _PARTS.validate_json(state["parts"])
+            self._digest = RowsDigest.from_state(state["digest_header"], state["digest_rows"].numpy().tobytes())
+            self._buffer = [_from_ipc(rows.numpy().tobytes()) for rows in state["buffer"]]
+            self._objective, self._student_version = state["objective"], state["student_version"]
+            for part in inherited:
+                data = self._store.get(part.path)
+                if xxhash.xxh3_128_hexdigest(data) != part.xxh3:
+                    raise ValueError(f"{part.path} is damaged")
+                self._store_part(data, rows=part.rows)
+        except (KeyError, FileNotFoundError, pa.ArrowException) as error:
+            raise ValueError(f"the state of unit {self._unit.id} cannot be gone on from: {error}") from None
+        self._num_buffered = _count(self._buffer)
+        self._inherited = [part.path for part in inherited]
 
     def abandon(self) -> None:
         """Delete what was written; a commit that was tried may have succeeded, and then its parts stay."""
@@ -147,6 +204,10 @@ class ParquetSink:
         if not self._is_sealed:
             self._discard()
             self._parts = []
+
+    def release(self) -> None:
+        """End the attempt, and leave what was written to whoever goes on from its state."""
+        self._thread.stop()
 
     def _add(self, pieces: Sequence[tuple[SyntheticBatch, bool]]) -> None:
         """Encode rows; those that fill a part are stored with what came before them."""
@@ -165,17 +226,31 @@ class ParquetSink:
                 self._flush()
 
     def _flush(self) -> None:
-        rows, data = _count(self._buffer), write_part(self._buffer)
+        self._store_part(write_part(self._buffer), rows=_count(self._buffer))
+        self._buffer = []
+
+    def _store_part(self, data: bytes, *, rows: int) -> None:
         path = f"{self._prefix}-{len(self._parts):04d}.parquet"
         self._paths.append(path)  # first, so that a write that fails half-way is deleted too
         self._store.put(path, data)
         self._parts.append(Part(path=path, rows=rows, bytes=len(data), xxh3=xxhash.xxh3_128_hexdigest(data)))
-        self._buffer = []
 
     def _discard(self) -> None:
         for path in self._paths:
             self._store.delete(path)
         self._buffer, self._paths = [], []
+
+
+def _to_ipc(rows: pa.RecordBatch) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, rows.schema) as stream:
+        stream.write_batch(rows)
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def _from_ipc(data: bytes) -> pa.RecordBatch:
+    return pa.ipc.open_stream(data).read_next_batch()
 
 
 def _count(rows: Sequence[pa.RecordBatch]) -> int:

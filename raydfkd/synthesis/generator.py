@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from raydfkd.generators import GENERATORS, StackedGenerators, StackForm
 from raydfkd.memory import is_out_of_memory
 from raydfkd.recipe import BelowOne, Fraction, PluginSpec, Positive, PositiveFloat, Spec
 from raydfkd.schedule import Request
+from raydfkd.synthesis.interlude import UNINTERRUPTED, Interlude
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Log, Progress, Setting, rng_from
 
 logger = logging.getLogger(__name__)
@@ -45,20 +46,48 @@ class _Pack:
     augmenting: torch.Generator
     codes: Tensor | None
     """[classes, classes]: what a conditional generator is told of each class; None where each class has its own."""
+    batch_per_class: int
+    """Images of each class in a step."""
     trained: Tensor | None = None
     """Latents [P, N, Z] of the images to come, where those are trained."""
+    step: int = 0
+    """Training steps that were made."""
 
-    def latents(self, count: int, device: torch.device) -> Tensor:
-        """Latents [P, N, Z] for ``count`` images of each class, codes beside them; trained ones where there are."""
-        noise = self.trained if self.trained is not None else self.noise(count, device)
+    def state_dict(self) -> dict[str, Any]:
+        """What training goes on from."""
+        return {
+            "stack": self.stack.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rngs": [rng.get_state() for rng in self.rngs],
+            "augmenting": self.augmenting.get_state(),
+            "trained": None if self.trained is None else self.trained.detach(),
+            "step": self.step,
+            "batch_per_class": self.batch_per_class,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``; the optimiser is that of the same weights and latents."""
+        self.stack.load_state_dict(state["stack"])
+        if self.trained is not None:
+            with torch.no_grad():
+                self.trained.copy_(state["trained"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for rng, position in zip(self.rngs, state["rngs"], strict=True):
+            rng.set_state(position)
+        self.augmenting.set_state(state["augmenting"])
+        self.step = state["step"]
+
+    def latents(self, device: torch.device) -> Tensor:
+        """Latents [P, N, Z] of a step's images, codes beside them; trained ones where there are."""
+        noise = self.trained if self.trained is not None else self.noise(device)
         if self.codes is None:
             return noise
-        return torch.cat([noise, self.codes.repeat_interleave(count, 0).unsqueeze(0).to(device)], 2)
+        return torch.cat([noise, self.codes.repeat_interleave(self.batch_per_class, 0).unsqueeze(0).to(device)], 2)
 
-    def noise(self, count: int, device: torch.device) -> Tensor:
+    def noise(self, device: torch.device) -> Tensor:
         """Standard normal numbers [P, N, Z], each generator's from its own."""
-        classes = 1 if self.codes is None else len(self.codes)
-        return torch.stack([torch.randn(classes * count, self.latent, generator=rng) for rng in self.rngs]).to(device)
+        count = self.batch_per_class if self.codes is None else self.batch_per_class * len(self.codes)
+        return torch.stack([torch.randn(count, self.latent, generator=rng) for rng in self.rngs]).to(device)
 
 
 @SYNTHESIZERS.register("generator")
@@ -115,15 +144,16 @@ class GeneratorSynthesizer:
         self._renewal = renewal
         self._form: StackForm = form
 
-    def produce(self, request: Request, log: Log) -> Iterator[SyntheticBatch]:
+    def produce(self, request: Request, log: Log, interlude: Interlude = UNINTERRUPTED) -> Iterator[SyntheticBatch]:
         """Train the unit's generators and stream their images.
 
         A batch that does not fit into memory is halved, for this unit and those after it.
         """
-        has_images = False
+        saved = interlude.resumed()
+        has_images = saved is not None  # or may have
         while True:
             try:
-                for batch in self._train(request, log):
+                for batch in self._train(request, log, interlude, saved):
                     has_images = True
                     yield batch
                 return
@@ -136,25 +166,30 @@ class GeneratorSynthesizer:
             if self._setting.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _train(self, request: Request, log: Log) -> Iterator[SyntheticBatch]:
-        pack = self._start(request)
+    def _train(
+        self, request: Request, log: Log, interlude: Interlude, saved: Mapping[str, Any] | None
+    ) -> Iterator[SyntheticBatch]:
+        pack = self._start(request, self._batch_per_class if saved is None else saved["batch_per_class"])
+        if saved is not None:
+            pack.load_state_dict(saved)
         classes = request.classes
-        draws = self._draws(request.count // self._groups(classes))
+        draws = self._draws(request.count // self._groups(classes), pack.batch_per_class)
         last = max(draws)
         progress = Progress(log, steps=last)
-        targets = self._targets(classes, self._batch_per_class)
-        for step in range(1, last + 1):
+        targets = self._targets(classes, pack.batch_per_class)
+        while pack.step < last:
+            interlude(pack.state_dict)
             value = self._update(pack, targets, self._groups(classes))
-            progress(step, value)
-            if step in draws:
-                yield from self._sample(pack, classes, draws[step], value.total.item())
-                if self._renewal is not None and step < last:
+            pack.step += 1
+            progress(pack.step, value)
+            if pack.step in draws:
+                yield from self._sample(pack, classes, draws[pack.step], value.total.item())
+                if self._renewal is not None and pack.step < last:
                     self._renew(pack, self._renewal.keep)
 
-    def _draws(self, count: int) -> dict[int, int]:
-        """After which steps how many images of each class are drawn, ``count`` in all."""
+    def _draws(self, count: int, size: int) -> dict[int, int]:
+        """After which steps how many images of each class are drawn, ``count`` in all, ``size`` at a time."""
         if self._renewal is not None:
-            size = self._batch_per_class
             return {
                 self._steps + self._renewal.steps * index: min(size, count - start)
                 for index, start in enumerate(range(0, count, size))
@@ -175,7 +210,7 @@ class GeneratorSynthesizer:
             weights.lerp_(others, 1 - keep)
         self._restart(pack)
 
-    def _start(self, request: Request) -> _Pack:
+    def _start(self, request: Request, batch_per_class: int) -> _Pack:
         has_many = self._setting.targets.is_conditional and not self._conditional
         seeds = request.class_seeds if has_many else request.class_seeds[:1]
         codes = None
@@ -188,6 +223,7 @@ class GeneratorSynthesizer:
             rngs=[rng_from(seed) for seed in seeds],
             augmenting=rng_from(request.seed),
             codes=codes,
+            batch_per_class=batch_per_class,
         )
         self._restart(pack)
         return pack
@@ -201,7 +237,7 @@ class GeneratorSynthesizer:
         """A new optimiser, and new latents where they are trained."""
         groups: list[dict[str, Any]] = [{"params": list(pack.stack.parameters())}]
         if self._renewal is not None and self._renewal.latent_lr is not None:
-            pack.trained = pack.noise(self._batch_per_class, self._setting.device).requires_grad_()
+            pack.trained = pack.noise(self._setting.device).requires_grad_()
             groups.append({"params": [pack.trained], "lr": self._renewal.latent_lr})
         pack.optimizer = torch.optim.Adam(groups, lr=self._lr, betas=self._betas, fused=True)
 
@@ -221,7 +257,7 @@ class GeneratorSynthesizer:
 
     def _update(self, pack: _Pack, targets: Tensor | None, groups: int) -> Any:
         judge = self._setting.judge
-        latents = pack.latents(self._batch_per_class, self._setting.device)
+        latents = pack.latents(self._setting.device)
         images = judge.pixels.normalize(self._images(pack, latents))
         seen = self._setting.augment(images, pack.augmenting)
         _, value = judge(seen, targets, latents.flatten(0, 1), groups=groups)
@@ -242,10 +278,10 @@ class GeneratorSynthesizer:
         """Draw ``count`` images of each class, in batches of the size that the generators were trained with."""
         groups = self._groups(classes)
         judge = self._setting.judge
-        for start in range(0, count, self._batch_per_class):
+        for start in range(0, count, pack.batch_per_class):
             # Always whole batches, because a generator's BatchNorm makes an image depend on its batch.
-            latents = pack.latents(self._batch_per_class, self._setting.device)
+            latents = pack.latents(self._setting.device)
             images = self._images(pack, latents).unflatten(0, (groups, -1))
             kept = images[:, : count - start].flatten(0, 1)
-            targets = self._targets(classes, min(self._batch_per_class, count - start))
+            targets = self._targets(classes, min(pack.batch_per_class, count - start))
             yield judge.keep(judge.pixels.normalize(kept), targets, objective)

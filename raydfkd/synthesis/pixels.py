@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,8 @@ from raydfkd.batches import SyntheticBatch
 from raydfkd.memory import is_out_of_memory
 from raydfkd.recipe import BelowOne, Count, Positive, PositiveFloat, Spec
 from raydfkd.schedule import Request
-from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Log, Progress, Setting, rng_from, warmup_cosine
+from raydfkd.synthesis.interlude import UNINTERRUPTED, Interlude
+from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Log, Progress, Setting, rng_at, rng_from, warmup_cosine
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,63 @@ class _Start:
     def _only(self, rows: Tensor) -> _Start:
         targets = None if self.targets is None else self.targets[rows.flatten()]
         return _Start(noise=self.noise[rows.flatten()], targets=targets, groups=len(rows))
+
+
+@dataclass(slots=True, kw_only=True)
+class _Course:
+    """How far a unit has come."""
+
+    noise: list[torch.Generator]
+    """What the start of each class's images is drawn from."""
+    augmenting: torch.Generator
+    before: Tensor
+    """State of ``augmenting`` before the first step with ``images``."""
+    num_begun: int = 0
+    """Images of each class that are made or waiting."""
+    waiting: list[_Start] = field(default_factory=list)
+    """Of the batch in work, last one first."""
+    images: Tensor | None = None
+    """What has become of the last of ``waiting``."""
+    step: int = 0
+    """Steps that were made with it."""
+    optimizer: dict[str, Any] | None = None
+    """State to go on from."""
+
+    @classmethod
+    def begin(cls, request: Request) -> _Course:
+        augmenting = rng_from(request.seed)
+        noise = [rng_from(seed) for seed in request.class_seeds]
+        return cls(noise=noise, augmenting=augmenting, before=augmenting.get_state())
+
+    def forget_images(self) -> None:
+        self.images, self.step, self.optimizer = None, 0, None
+
+    def state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        assert self.images is not None, "there is something to optimise"
+        return {
+            "noise": [rng.get_state() for rng in self.noise],
+            "augmenting": self.augmenting.get_state(),
+            "num_begun": self.num_begun,
+            "waiting": [(start.noise, start.targets, start.groups) for start in self.waiting],
+            "images": self.images.detach().cpu().clone(),
+            "step": self.step,
+            "before": self.before,
+            "optimizer": optimizer.state_dict(),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> _Course:
+        waiting = [_Start(noise=noise, targets=targets, groups=groups) for noise, targets, groups in state["waiting"]]
+        return cls(
+            noise=[rng_at(position) for position in state["noise"]],
+            augmenting=rng_at(state["augmenting"]),
+            num_begun=state["num_begun"],
+            waiting=waiting,
+            images=state["images"].to(device).requires_grad_(),
+            step=state["step"],
+            before=state["before"],
+            optimizer=state["optimizer"],
+        )
 
 
 @SYNTHESIZERS.register("pixels")
@@ -89,71 +149,92 @@ class PixelSynthesizer:
         self._lr, self._betas, self._warmup = lr, betas, warmup
         self._clip = clip
 
-    def produce(self, request: Request, log: Log) -> Iterator[SyntheticBatch]:
+    def produce(self, request: Request, log: Log, interlude: Interlude = UNINTERRUPTED) -> Iterator[SyntheticBatch]:
         """Stream batches that together hold ``request.images_per_class`` images of each class."""
+        saved = interlude.resumed()
+        course = _Course.begin(request) if saved is None else _Course.from_state(saved, self._setting.device)
+        while course.waiting or course.num_begun < request.images_per_class:
+            if not course.waiting:
+                course.waiting.append(self._next_batch(request, course))
+            made = self._try_to_invert(course, log, interlude)
+            if made is not None:
+                course.waiting.pop()
+                yield made
+
+    def _next_batch(self, request: Request, course: _Course) -> _Start:
         per_batch = max(1, self._batch_size // len(request.classes))
-        noise = [rng_from(seed) for seed in request.class_seeds]
-        augmenting = rng_from(request.seed)
-        for start in range(0, request.images_per_class, per_batch):
-            count = min(per_batch, request.images_per_class - start)
-            shape = (count, *self._setting.space.shape)
-            images = torch.cat([torch.randn(shape, generator=rng) for rng in noise])
-            targets = self._setting.targets(request.classes, count)
-            batch = _Start(noise=images, targets=targets, groups=len(request.classes))
-            yield from self._invert_in_parts(batch, augmenting, log)
+        count = min(per_batch, request.images_per_class - course.num_begun)
+        course.num_begun += count
+        shape = (count, *self._setting.space.shape)
+        images = torch.cat([torch.randn(shape, generator=rng) for rng in course.noise])
+        return _Start(noise=images, targets=self._setting.targets(request.classes, count), groups=len(request.classes))
 
-    def _invert_in_parts(self, start: _Start, rng: torch.Generator, log: Log) -> Iterator[SyntheticBatch]:
-        made = self._try_to_invert(start, rng, log)
-        if made is not None:
-            yield made
-            return
-        for half in start.halves():
-            yield from self._invert_in_parts(half, rng, log)
-
-    def _try_to_invert(self, start: _Start, rng: torch.Generator, log: Log) -> SyntheticBatch | None:
-        """The batch that ``start`` becomes; None, with ``rng`` as it was, where memory does not suffice for it."""
+    def _try_to_invert(self, course: _Course, log: Log, interlude: Interlude) -> SyntheticBatch | None:
+        """What the last of ``waiting`` becomes; None, with its halves in its place, where memory does not suffice."""
+        start = course.waiting[-1]
         count = len(start.noise)
-        if count >= self._too_many:
-            return None
-        state = rng.get_state()
-        try:
-            return self._invert(start, rng, log)
-        except (RuntimeError, MemoryError) as error:
-            if count == 1 or not is_out_of_memory(error):
-                raise
-        if self._setting.device.type == "cuda":
-            torch.cuda.empty_cache()
-        rng.set_state(state)
-        logger.warning("no memory for a batch of %d images; going on with half as many", count)
-        self._too_many = count
+        if count < self._too_many:
+            if not course.step:
+                course.before = course.augmenting.get_state()
+            try:
+                return self._invert(course, log, interlude)
+            except (RuntimeError, MemoryError) as error:
+                if count == 1 or not is_out_of_memory(error):
+                    raise
+            if self._setting.device.type == "cuda":
+                torch.cuda.empty_cache()
+            course.augmenting.set_state(course.before)
+            logger.warning("no memory for a batch of %d images; going on with half as many", count)
+            self._too_many = count
+        course.forget_images()
+        course.waiting[-1:] = reversed(start.halves())
         return None
 
-    def _invert(self, start: _Start, rng: torch.Generator, log: Log) -> SyntheticBatch:
-        device, judge, groups = self._setting.device, self._setting.judge, start.groups
-        images = start.noise.to(device, copy=True).requires_grad_()
+    def _invert(self, course: _Course, log: Log, interlude: Interlude) -> SyntheticBatch:
+        start, device = course.waiting[-1], self._setting.device
+        if course.images is None:
+            course.images = start.noise.to(device, copy=True).requires_grad_()
         targets = None if start.targets is None else start.targets.to(device)
-        low, high = judge.pixels.bounds
         total = torch.zeros(())
-        done = 0
+        first = 0
         for stage in self._stages:
-            optimizer = torch.optim.Adam([images], lr=self._lr, betas=self._betas, fused=True)
-            progress = Progress(log, steps=done + stage.steps)
-            for step in range(stage.steps):
-                for group in optimizer.param_groups:
-                    group["lr"] = self._lr * warmup_cosine(step, steps=stage.steps, warmup=self._warmup)
-                seen = F.avg_pool2d(images, stage.pool) if stage.pool > 1 else images
-                _, value = judge(self._setting.augment(seen, rng), targets, groups=groups)
-                optimizer.zero_grad()
-                # Terms are means over images; the sum over classes keeps a class's gradient free of its neighbours.
-                (value.total * groups).backward()
-                optimizer.step()
-                if self._clip:
-                    with torch.no_grad():
-                        images.clamp_(low, high)
-                done += 1
-                progress(done, value)
-                total = value.total
-        return judge.keep(images.detach(), targets, total.item())
+            if course.step < first + stage.steps:
+                total = self._run(stage, first, course, targets, log, interlude)
+            first += stage.steps
+        kept = self._setting.judge.keep(course.images.detach(), targets, total.item())
+        course.forget_images()
+        return kept
+
+    def _run(
+        self, stage: Stage, first: int, course: _Course, targets: Tensor | None, log: Log, interlude: Interlude
+    ) -> Tensor:
+        """The steps of ``stage`` that are left, where ``first`` come before it; returns the objective at the last."""
+        judge, images, groups = self._setting.judge, course.images, course.waiting[-1].groups
+        assert images is not None, "there is something to optimise"
+        optimizer = torch.optim.Adam([images], lr=self._lr, betas=self._betas, fused=True)
+        if course.step > first:
+            assert course.optimizer is not None, "a state within a stage has the stage's optimiser"
+            optimizer.load_state_dict(course.optimizer)
+        low, high = judge.pixels.bounds
+        progress = Progress(log, steps=first + stage.steps)
+        total = torch.zeros(())
+        for step in range(course.step - first, stage.steps):
+            interlude(partial(course.state_dict, optimizer))
+            for group in optimizer.param_groups:
+                group["lr"] = self._lr * warmup_cosine(step, steps=stage.steps, warmup=self._warmup)
+            seen = F.avg_pool2d(images, stage.pool) if stage.pool > 1 else images
+            _, value = judge(self._setting.augment(seen, course.augmenting), targets, groups=groups)
+            optimizer.zero_grad()
+            # Terms are means over images; the sum over classes keeps a class's gradient free of its neighbours.
+            (value.total * groups).backward()
+            optimizer.step()
+            if self._clip:
+                with torch.no_grad():
+                    images.clamp_(low, high)
+            course.step += 1
+            progress(course.step, value)
+            total = value.total
+        return total
 
 
 def _try_teacher(setting: Setting, pool: int) -> None:

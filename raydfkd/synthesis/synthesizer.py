@@ -18,6 +18,7 @@ from raydfkd.recipe import ImageSpace
 from raydfkd.registry import Registry
 from raydfkd.schedule import Request
 from raydfkd.synthesis.augment import Augmentation
+from raydfkd.synthesis.interlude import Interlude
 from raydfkd.synthesis.targets import TargetSampler
 
 LOG_EVERY = 50
@@ -98,8 +99,15 @@ class Setting:
 class Synthesizer(Protocol):
     """Makes the images of a request. The result depends on the request and the recipe alone."""
 
-    def produce(self, request: Request, log: Log) -> Iterator[SyntheticBatch]:
-        """Stream the images of ``request``; memory stays bounded. Raises ObjectiveNotFiniteError."""
+    def produce(self, request: Request, log: Log, interlude: Interlude = ...) -> Iterator[SyntheticBatch]:
+        """Stream the images of ``request``, with an ``interlude`` between any two steps; memory stays bounded.
+
+        One that goes on from a state of another process streams the images that are still missing, the same ones.
+
+        Raises:
+            ObjectiveNotFiniteError: the unit has failed.
+            Interrupted: by the interlude.
+        """
 
 
 SYNTHESIZERS: Registry[Synthesizer] = Registry(
@@ -136,3 +144,10 @@ def warmup_cosine(step: int, *, steps: int, warmup: int) -> float:
 def rng_from(seed: int) -> torch.Generator:
     """A CPU generator of random numbers, so that a seed means the same on every device."""
     return torch.Generator().manual_seed(seed)
+
+
+def rng_at(state: Tensor) -> torch.Generator:
+    """A CPU generator that goes on from ``state``."""
+    rng = torch.Generator()
+    rng.set_state(state)
+    return rng

@@ -6,14 +6,16 @@ import ctypes
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
 
 from raydfkd.data.commits import Commit
+from raydfkd.data.sink import ParquetSink
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.images import PixelRange
 from raydfkd.losses.objective import build_objective
@@ -23,6 +25,8 @@ from raydfkd.recipe import Recipe
 from raydfkd.registry import RecipeError
 from raydfkd.schedule import WorkUnit, derive_seed
 from raydfkd.synthesis.augment import build_augmentations
+from raydfkd.synthesis.bookmark import Bookmark, Bookmarks
+from raydfkd.synthesis.interlude import Interrupted
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Judge, Setting, Synthesizer
 from raydfkd.synthesis.targets import TARGETS
 
@@ -78,9 +82,23 @@ def build_synthesizer(recipe: Recipe, teacher: nn.Module, device: torch.device) 
 
 
 class SynthesisWorker:
-    """Works on one unit after another; everything expensive is built once."""
+    """Works on one unit after another; everything expensive is built once.
 
-    def __init__(self, recipe: Recipe, transfer_set: TransferSet, *, device: torch.device) -> None:
+    Args:
+        recipe: what to make, and of which teacher.
+        transfer_set: where it goes.
+        device: to work on.
+        should_stop: whether the unit in work is to be left, its state saved; asked between any two steps.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        transfer_set: TransferSet,
+        *,
+        device: torch.device,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
         if device.type == "cpu":
             keep_freed_memory()
         teacher, weights = load_teacher(recipe)
@@ -91,24 +109,88 @@ class SynthesisWorker:
                 "restore them or use another run_dir"
             )
         self._threads = recipe.synthesis.threads
+        self._checkpoint_every = recipe.runtime.checkpoint_every
         self._transfer_set = transfer_set
+        self._should_stop = should_stop
         self._synthesizer = build_synthesizer(recipe, teacher, device)
 
     def run(self, unit: WorkUnit, attempt: int = 1) -> Commit:
-        """Make the images of ``unit`` and commit them; on any error nothing of the attempt remains."""
-        started = time.monotonic()
-        curve: list[dict[str, float]] = []
-        sink = self._transfer_set.open(unit, attempt=attempt)
+        """Make the images of ``unit`` and commit them, from where another attempt was interrupted if one was.
+
+        On any error nothing of the attempt remains.
+
+        Raises:
+            Interrupted: ``should_stop`` said so; the unit's state is saved.
+        """
+        bookmark = Bookmark(self._transfer_set.store, unit, self._transfer_set.digest)
+        work = self._resume(unit, attempt, bookmark.load())
+        interlude = Bookmarks(
+            bookmark,
+            every=self._checkpoint_every,
+            should_stop=self._should_stop,
+            around=work.state_dict,
+            saved=work.synthesizer_state,
+        )
         try:
             with cpu_threads(self._threads):
-                for batch in self._synthesizer.produce(unit.request, lambda entry: curve.append(dict(entry))):
-                    sink.write(batch)
-            commit = sink.commit(seconds=time.monotonic() - started, curve=curve)
-        except BaseException:
-            sink.abandon()
+                for batch in self._synthesizer.produce(unit.request, work.log, interlude):
+                    work.sink.write(batch)
+            commit = work.sink.commit(seconds=work.seconds, curve=work.curve)
+        except Interrupted:
+            work.sink.release()
             raise
+        except BaseException:
+            work.sink.abandon()
+            bookmark.remove()  # for it may be what led here
+            raise
+        bookmark.remove()
         logger.info("unit %s committed: %d images, objective %.3f", unit.id, commit.images, commit.objective)
         return commit
+
+    def _resume(self, unit: WorkUnit, attempt: int, state: Mapping[str, Any] | None) -> _Attempt:
+        if state is not None:
+            work = _Attempt(sink=self._transfer_set.open(unit, attempt=attempt))
+            try:
+                work.load_state_dict(state)
+            except ValueError as error:
+                logger.warning("unit %s begins anew: %s", unit.id, error)
+                work.sink.abandon()
+            else:
+                logger.info("unit %s goes on from its saved state", unit.id)
+                return work
+        return _Attempt(sink=self._transfer_set.open(unit, attempt=attempt))
+
+
+class _Attempt:
+    """What there is of a unit beside the synthesizer."""
+
+    def __init__(self, sink: ParquetSink) -> None:
+        self.sink = sink
+        self.curve: list[dict[str, float]] = []
+        self.synthesizer_state: Mapping[str, Any] | None = None
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on the images, that of interrupted attempts included."""
+        return time.monotonic() - self._started
+
+    def log(self, entry: Mapping[str, float]) -> None:
+        self.curve.append(dict(entry))
+
+    def state_dict(self, synthesizer: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "synthesizer": dict(synthesizer),
+            "sink": self.sink.state_dict(),
+            "curve": self.curve,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sink.load_state_dict(state["sink"])
+        self.synthesizer_state = state["synthesizer"]
+        self.curve = list(state["curve"])
+        self._started -= state["seconds"]
 
 
 @contextmanager

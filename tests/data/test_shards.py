@@ -13,7 +13,7 @@ import xxhash
 from toy import encode_part
 
 from raydfkd.batches import SyntheticBatch
-from raydfkd.data.shards import GROUP_BYTES, _only_page, decode_part, rows_digest
+from raydfkd.data.shards import GROUP_BYTES, RowsDigest, _only_page, decode_part, rows_digest
 
 
 def encode(*batches):
@@ -163,13 +163,22 @@ def test_rows_digest_does_not_depend_on_how_rows_are_split_into_batches(make_bat
         assert rows_digest([rows_of(whole, slice(cut)), rows_of(whole, slice(cut, None))]) == rows_digest([whole])
 
 
-def test_rows_digest_is_a_hash_of_the_three_streams_of_bytes(make_batch):
+def test_rows_digest_is_a_hash_of_the_rows_hashes(make_batch):
     batch = make_batch(4)
-    streams = (batch.images.numpy(), batch.labels.numpy().astype("<i4"), batch.teacher_logits.numpy().astype("<f2"))
-    expected = xxhash.xxh3_128(b"[3, 4, 5] [7]")
-    for stream in streams:
-        expected.update(xxhash.xxh3_128(np.ascontiguousarray(stream).tobytes()).digest())
-    assert rows_digest([batch]) == expected.hexdigest()
+    rows = b""
+    for image, label, logits in zip(batch.images, batch.labels, batch.teacher_logits, strict=True):
+        data = image.numpy().tobytes() + label.numpy().astype("<i4").tobytes() + logits.numpy().tobytes()
+        rows += xxhash.xxh3_128(data).digest()
+    assert rows_digest([batch]) == xxhash.xxh3_128_hexdigest(b"[3, 4, 5] [7]" + rows)
+
+
+def test_rows_digest_goes_on_from_its_state(make_batch):
+    whole = make_batch(10)
+    half = RowsDigest()
+    half.update(rows_of(whole, slice(4)))
+    resumed = RowsDigest.from_state(*half.state)
+    resumed.update(rows_of(whole, slice(4, None)))
+    assert resumed.hexdigest() == rows_digest([whole])
 
 
 @pytest.mark.parametrize("name", ["images", "labels", "teacher_logits"])

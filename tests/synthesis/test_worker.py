@@ -197,7 +197,7 @@ class Stumbles:
     def __init__(self, setting):
         self._shape = setting.space.shape
 
-    def produce(self, request, log):
+    def produce(self, request, log, interlude):
         yield SyntheticBatch(
             images=torch.zeros(4, *self._shape, dtype=torch.uint8),
             labels=torch.zeros(4, dtype=torch.int64),
@@ -229,9 +229,9 @@ def test_worker_computes_with_the_recipe_s_threads_and_gives_the_rest_back(tmp_p
     seen = []
 
     class Counts(Stumbles):
-        def produce(self, request, log):
+        def produce(self, request, log, interlude):
             seen.append(torch.get_num_threads())
-            yield next(super().produce(request, log))
+            yield next(super().produce(request, log, interlude))
 
     monkeypatch.setitem(SYNTHESIZERS._factories, "counts", Counts)
     settings = ["synthesis={synthesizer: counts, objective: [one_hot], threads: 2}"]

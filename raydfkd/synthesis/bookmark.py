@@ -1,0 +1,92 @@
+"""Where a unit can be gone on from: its state in the transfer set's store, saved now and then or on request."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
+from raydfkd.data.store import Store
+from raydfkd.schedule import WorkUnit
+from raydfkd.synthesis.interlude import Interrupted
+
+logger = logging.getLogger(__name__)
+
+
+class Bookmark:
+    """The newest saved state of a unit; of two attempts at once the later save counts, and both are right.
+
+    Whoever takes the unit next goes on from there. A state is a few numbers more than the generators and their
+    optimiser, or the images in work, and the rows that are too few for a part.
+
+    Args:
+        store: of the transfer set.
+        unit: what the state is of.
+        digest: of the recipe; a state of another one is not gone on from.
+    """
+
+    def __init__(self, store: Store, unit: WorkUnit, digest: str) -> None:
+        self._store = store
+        self._digest = digest
+        self._path = f"resume/{unit.id}.pt"
+
+    def load(self) -> dict[str, Any] | None:
+        """The state, or None where there is none that can be read."""
+        try:
+            state = read_checkpoint(self._store.get(self._path))
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # torch's reader has no error of its own; a lost state costs time and nothing else
+            logger.warning("%s cannot be read (%s); the unit begins anew", self._path, type(error).__name__)
+            return None
+        return state if state.get("digest") == self._digest else None
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Replace the state."""
+        self._store.put(self._path, checkpoint_bytes({**state, "digest": self._digest}))
+
+    def remove(self) -> None:
+        """The unit is committed or has to begin anew."""
+        self._store.delete(self._path)
+
+
+class Bookmarks:
+    """An interlude that saves every ``every`` steps, and saves and leaves once it ``should_stop``.
+
+    Args:
+        bookmark: where the states go.
+        every: steps between two of them.
+        should_stop: whether the unit is to be left; asked at every step.
+        around: completes a synthesizer's state by what the rest of the attempt goes on from.
+        saved: the synthesizer's state to begin with.
+    """
+
+    def __init__(
+        self,
+        bookmark: Bookmark,
+        *,
+        every: int,
+        should_stop: Callable[[], bool],
+        around: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+        saved: Mapping[str, Any] | None,
+    ) -> None:
+        self._bookmark = bookmark
+        self._every = every
+        self._should_stop = should_stop
+        self._around = around
+        self._saved = saved
+        self._steps = 0
+
+    def resumed(self) -> Mapping[str, Any] | None:
+        """See Interlude."""
+        return self._saved
+
+    def __call__(self, state: Callable[[], Mapping[str, Any]]) -> None:
+        """See Interlude."""
+        if self._should_stop():
+            self._bookmark.save(self._around(state()))
+            raise Interrupted
+        if self._steps and self._steps % self._every == 0:
+            self._bookmark.save(self._around(state()))
+        self._steps += 1

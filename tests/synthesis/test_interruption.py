@@ -1,0 +1,166 @@
+"""Units that are left between two steps and gone on with by another worker."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from toy import SYNTHESIZERS_UNDER_TEST, batches_of, joined, toy_recipe
+
+from raydfkd.data.shards import rows_digest
+from raydfkd.data.sink import ParquetSink
+from raydfkd.job import open_job
+from raydfkd.synthesis.bookmark import Bookmark
+from raydfkd.synthesis.interlude import Interrupted
+from raydfkd.synthesis.synthesizer import ObjectiveNotFiniteError
+from raydfkd.synthesis.worker import SynthesisWorker
+
+CPU = torch.device("cpu")
+RENEWED = ("synthesis.emissions=1", "synthesis.conditional=true", "synthesis.renewal={steps: 2, latent_lr: 0.1}")
+VARIANTS = {
+    "pixels": ("pixels", []),
+    "pixels, stages": ("pixels", ["synthesis.stages=[{steps: 3, pool: 2}, {steps: 2}]"]),
+    "generator": ("generator", []),
+    "generator, emissions": ("generator", ["synthesis.steps=6", "synthesis.emissions=3"]),
+    "generator, renewed": ("generator", RENEWED),
+}
+MANY_IMAGES = ("transfer_set.images_per_class=5", "transfer_set.unit.images_per_class=5")
+
+
+def job_of(folder, synthesizer, *settings):
+    job = open_job(toy_recipe(folder, [*MANY_IMAGES, *settings], synthesizer=synthesizer))
+    job.transfer_set.create()
+    return job
+
+
+def worker_of(job, after=None):
+    """A worker that is asked to stop after so many steps."""
+    asked = itertools.count()
+    should_stop = (lambda: next(asked) >= after) if after is not None else (lambda: False)
+    return SynthesisWorker(job.recipe, job.transfer_set, device=CPU, should_stop=should_stop)
+
+
+def objects(job, folder):
+    return job.transfer_set.store.list(folder)
+
+
+@pytest.mark.parametrize("part_rows", [1, 4, 4096])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_unit_that_is_left_at_any_step_and_gone_on_with_has_the_same_bytes(tmp_path, variant, part_rows):
+    synthesizer, settings = VARIANTS[variant]
+    settings = [*settings, f"transfer_set.part_rows={part_rows}"]
+    undisturbed = job_of(tmp_path / "undisturbed", synthesizer, *settings)
+    expected = worker_of(undisturbed).run(undisturbed.units[0])
+    job = job_of(tmp_path / "disturbed", synthesizer, *settings)
+    num_left = 0
+    while True:
+        try:
+            commit = worker_of(job, after=num_left % 4 + 1).run(job.units[0])
+        except Interrupted:
+            num_left += 1
+            assert objects(job, "commits") == []
+        else:
+            break
+    assert num_left >= 2
+    assert (commit.content, commit.images, commit.objective) == (expected.content, expected.images, expected.objective)
+    assert commit.curve == expected.curve
+    assert objects(job, "resume") == []
+    assert set(objects(job, "parts")) >= {part.path for part in commit.parts}
+    for part in commit.parts:
+        job.transfer_set.read(part)
+
+
+class Vanished(BaseException):
+    """Stands for SIGKILL."""
+
+
+@pytest.mark.parametrize("synthesizer", SYNTHESIZERS_UNDER_TEST)
+def test_unit_of_a_worker_that_vanishes_goes_on_from_its_last_checkpoint(tmp_path, monkeypatch, synthesizer):
+    steps = []
+
+    def counted(vanishes_after):
+        def should_stop():
+            steps[-1] += 1
+            if steps[-1] > vanishes_after:
+                raise Vanished
+            return False
+
+        steps.append(0)
+        return should_stop
+
+    jobs = [job_of(tmp_path / name, synthesizer, "runtime.checkpoint_every=2") for name in ("one", "other")]
+    expected = SynthesisWorker(
+        jobs[0].recipe, jobs[0].transfer_set, device=CPU, should_stop=counted(vanishes_after=1000)
+    ).run(jobs[0].units[0])
+    transfer_set, unit = jobs[1].transfer_set, jobs[1].units[0]
+    worker = SynthesisWorker(jobs[1].recipe, transfer_set, device=CPU, should_stop=counted(vanishes_after=3))
+    with monkeypatch.context() as nothing_is_tidied_up:
+        nothing_is_tidied_up.setattr(ParquetSink, "abandon", ParquetSink.release)
+        nothing_is_tidied_up.setattr(Bookmark, "remove", lambda _: None)
+        with pytest.raises(Vanished):
+            worker.run(unit)
+    worker = SynthesisWorker(jobs[1].recipe, transfer_set, device=CPU, should_stop=counted(vanishes_after=1000))
+    assert worker.run(unit).content == expected.content
+    assert steps[2] == steps[0] - 2, "two steps had been saved"
+
+
+@pytest.mark.parametrize("damage", ["part gone", "part damaged", "state damaged", "another recipe's"])
+def test_state_that_cannot_be_gone_on_from_costs_time_and_nothing_else(tmp_path, damage, caplog):
+    settings = ["transfer_set.part_rows=1", "synthesis.steps=6", "synthesis.emissions=3"]
+    job = job_of(tmp_path, "generator", *settings)
+    with pytest.raises(Interrupted):
+        worker_of(job, after=5).run(job.units[0])
+    store = job.transfer_set.store
+    (state,) = store.list("resume")
+    part = store.list("parts")[0]
+    if damage == "part gone":
+        store.delete(part)
+    elif damage == "part damaged":
+        store.put(part, store.get(part)[:-1] + b"?")
+    elif damage == "state damaged":
+        store.put(state, store.get(state)[:100])
+    else:
+        Bookmark(store, job.units[0], "another").save(Bookmark(store, job.units[0], job.digest).load())
+    commit = worker_of(job).run(job.units[0])
+    other = job_of(tmp_path / "other", "generator", *settings)
+    assert commit.content == worker_of(other).run(other.units[0]).content
+    assert ("begins anew" in caplog.text) == (damage != "another recipe's")
+
+
+@pytest.mark.parametrize("first", ["old", "new"])
+def test_attempt_that_is_alive_after_all_and_the_one_that_went_on_from_its_state_do_each_other_no_harm(tmp_path, first):
+    """A network that was cut, not a machine that died: both finish, in either order."""
+    job = job_of(tmp_path, "generator", "transfer_set.part_rows=2")
+    unit, batches = job.units[0], batches_of(job.recipe)
+    sinks = {"old": job.transfer_set.open(unit, attempt=1), "new": job.transfer_set.open(unit, attempt=2)}
+    sinks["old"].write(batches[0])
+    sinks["new"].load_state_dict(sinks["old"].state_dict())
+    for sink in sinks.values():
+        for batch in batches[1:]:
+            sink.write(batch)
+    sinks[first].commit(seconds=1.0, curve=[])
+    (commit,) = job.snapshot().commits
+    for sink in sinks.values():
+        if sink is not sinks[first]:
+            assert sink.commit(seconds=1.0, curve=[]) == commit
+    assert commit.content == rows_digest(batches)
+    assert commit.attempt == {"old": 1, "new": 2}[first]
+    assert objects(job, "parts") == sorted(part.path for part in commit.parts)
+    assert torch.equal(torch.cat([job.transfer_set.read(part).images for part in commit.parts]), joined(batches).images)
+
+
+def test_state_of_an_attempt_that_failed_is_not_gone_on_from(tmp_path, monkeypatch):
+    job = job_of(tmp_path, "generator", "runtime.checkpoint_every=1")
+    worker = worker_of(job)
+    original = worker._synthesizer._update
+
+    def fails(pack, *args):
+        if pack.step == 2:
+            raise ObjectiveNotFiniteError("objective is nan")
+        return original(pack, *args)
+
+    monkeypatch.setattr(worker._synthesizer, "_update", fails)
+    with pytest.raises(ObjectiveNotFiniteError):
+        worker.run(job.units[0])
+    assert objects(job, "resume") == objects(job, "parts") == []
