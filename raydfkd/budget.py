@@ -60,8 +60,10 @@ def run_within(recipe: Recipe, seconds: float, *, monitor: Monitor) -> Outcome:
     The set grows by whole rounds (a unit for each class); at least one is made, however short the budget.
 
     Raises:
-        RecipeError: a unit was set aside, so that the figures would be of another recipe.
+        RecipeError: the recipe has rounds, or a unit was set aside, so that the figures would be of another recipe.
     """
+    if recipe.rounds > 1:
+        raise RecipeError(f"rounds is {recipe.rounds}, but a budget is for one synthesis and one training; use 1")
     clock = device_clock(pick_device(recipe.runtime.device))
     started = clock()
     job = _synthesize(open_job(recipe), rounds=1, monitor=monitor)

@@ -21,6 +21,16 @@ REGISTRIES = {
     "real_data": "raydfkd.real_data:REAL_DATA",
 }
 """Where each family of plug-ins has its registry."""
+BESIDE = {
+    "networks": (
+        ("torchvision:NAME", "A classification network of torchvision."),
+        (
+            "module:callable",
+            "Code of yours, which runs; `raydfkd check --no-code` looks at a recipe without it.",
+        ),
+    )
+}
+"""What a family takes beside the names in its registry."""
 
 
 @cache
@@ -51,6 +61,8 @@ def show(name: str | None) -> Iterator[str]:
             yield from ("", family) if name is None else (family,)
             for plugin in declared(family).names():
                 yield from _plugin(declared(family), plugin)
+            for form, meaning in BESIDE.get(family, ()):
+                yield f"  {form:28} {meaning}"
         return
     families = [declared(family) for family in REGISTRIES]
     found = [family for family in families if name in family.names()]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -13,14 +14,15 @@ from torch import Tensor, nn
 from raydfkd.data.commits import Snapshot
 from raydfkd.data.encodings import Encoding
 from raydfkd.data.transfer_set import TransferSet
+from raydfkd.distill.published import StudentPublisher
 from raydfkd.networks import build_network
 from raydfkd.progress import Monitor
 from raydfkd.recipe import Recipe
 from raydfkd.schedule import Failure, UnitQueue, WorkUnit, derive_seed
-from raydfkd.synthesis.worker import load_teacher
+from raydfkd.synthesis.worker import asks_student, digest_of, load_teacher
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """A recipe that was found sound, with what follows from it and its teacher's weights."""
 
@@ -28,24 +30,39 @@ class Job:
     digest: str
     units: tuple[WorkUnit, ...]
     transfer_set: TransferSet
+    until: int | None = None
+    """Step at which the student's training stops before its last, for a round that others follow."""
+
+    def rounds(self) -> Iterator[Job]:
+        """The job of each round: what is to be there after it, and how far the student is to be trained on that."""
+        last = self.recipe.rounds - 1
+        for number in range(last):
+            units = tuple(unit for unit in self.units if self.recipe.round_of(unit) <= number)
+            yield replace(self, units=units, until=self.recipe.steps_until(number))
+        yield self
+
+    @cached_property
+    def units_by_id(self) -> Mapping[str, WorkUnit]:
+        """The planned units by their names."""
+        return {unit.id: unit for unit in self.units}
 
     @property
-    def unit_ids(self) -> frozenset[str]:
+    def unit_ids(self) -> Set[str]:
         """Names of the planned units."""
-        return frozenset(unit.id for unit in self.units)
+        return self.units_by_id.keys()
 
-    @property
+    @cached_property
     def planned_images(self) -> int:
         """Images of the whole plan."""
         return sum(unit.request.count for unit in self.units)
 
     @property
     def student_digest(self) -> str:
-        """Names a training: another student, criterion or plan starts anew instead of resuming."""
+        """Names a training: another student, criterion or plan starts anew instead of resuming; same in each round."""
         recipe = self.recipe
         payload = {
             "transfer_set": self.digest,
-            "images": self.planned_images,
+            "images": len(recipe.classes) * recipe.transfer_set.images_per_class,
             "encoding": recipe.transfer_set.encoding.model_dump(mode="json"),
             "student": recipe.student.model_dump(mode="json"),
             "distill": recipe.distill.model_dump(mode="json"),
@@ -60,14 +77,31 @@ class Job:
         """Start the set or go on with it; returns the units that are left to make."""
         self.transfer_set.create()
         self.transfer_set.reopen()
-        done = self.transfer_set.committed()
+        done = self.snapshot().units  # whose records were read: one that is damaged is not done
         runtime = self.recipe.runtime
         return UnitQueue(self.units, done=done, max_attempts=runtime.max_attempts, max_losses=runtime.max_losses)
+
+    def catch_up(self, queue: UnitQueue) -> None:
+        """Tell the queue of units that others have committed, and of commits that were found damaged and taken out."""
+        queue.finished_elsewhere(self.transfer_set.committed())
+        for unit_id in self.transfer_set.quarantined() & self.unit_ids:
+            queue.reopened(self.units_by_id[unit_id])
 
     def end_synthesis(self, queue: UnitQueue) -> SynthesisOutcome:
         """Say in the set that no more units will come."""
         self.transfer_set.close([failure.unit for failure in queue.quarantined])
         return SynthesisOutcome(attempted=queue.attempted, quarantined=queue.quarantined)
+
+    def publisher(self) -> Callable[[int, Mapping[str, Tensor]], None] | None:
+        """Takes versions of the student to the set, where synthesis asks it; in rounds the last one of each."""
+        if not asks_student(self.recipe):
+            return None
+        recipe = self.recipe
+        publisher = StudentPublisher(self.transfer_set.store, keep=max(3, recipe.rounds))
+        if recipe.rounds == 1:
+            return publisher.publish
+        ends = {recipe.steps_until(number) for number in range(recipe.rounds)}
+        return lambda version, state: publisher.publish(version, state) if version in ends else None
 
     def fresh_student(self) -> nn.Module:
         """The student before training."""
@@ -81,6 +115,15 @@ class SynthesisOutcome:
 
     attempted: int
     quarantined: tuple[Failure, ...]
+
+
+def in_rounds(job: Job, monitor: Monitor, executor: Executor) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:
+    """Synthesis and training in turns, as often as the recipe has rounds."""
+    attempted = 0
+    for part in job.rounds():
+        outcome, student = executor.synthesize(part, monitor), executor.distill(part, monitor)
+        attempted += outcome.attempted
+    return replace(outcome, attempted=attempted), student
 
 
 class Executor(Protocol):
@@ -99,7 +142,7 @@ class Executor(Protocol):
 def open_job(recipe: Recipe) -> Job:
     """Fix the plan and the set that it fills; the teacher's weights must be there."""
     _, weights = load_teacher(recipe)
-    return job_of(recipe, recipe.digest(weights))
+    return job_of(recipe, digest_of(recipe, weights))
 
 
 def job_of(recipe: Recipe, digest: str) -> Job:

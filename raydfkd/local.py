@@ -9,11 +9,17 @@ from pathlib import Path
 from torch import Tensor
 
 from raydfkd.distill.training import StudentCheckpoint, StudentTraining
-from raydfkd.job import Job, SynthesisOutcome
+from raydfkd.interruption import Interruption
+from raydfkd.job import Job, SynthesisOutcome, in_rounds
 from raydfkd.progress import Monitor
+from raydfkd.schedule import UnitQueue, WorkUnit
+from raydfkd.synthesis.interlude import Interrupted
 from raydfkd.synthesis.worker import SynthesisWorker, pick_device
 
 logger = logging.getLogger(__name__)
+
+FINISH_S = 6.0
+"""How long the unit in work may still finish once the run is interrupted; after that it is left, its state saved."""
 
 
 class LocalExecutor:
@@ -23,11 +29,25 @@ class LocalExecutor:
         """See Executor."""
         queue = job.begin_synthesis()
         if not queue.is_drained:
-            worker = SynthesisWorker(job.recipe, job.transfer_set, device=pick_device(job.recipe.runtime.device))
             monitor.synthesis_started()
-        while (unit := queue.take()) is not None:
+            with Interruption() as interruption:
+                self._work(job, queue, monitor, interruption)
+        return job.end_synthesis(queue)
+
+    def _work(self, job: Job, queue: UnitQueue, monitor: Monitor, interruption: Interruption) -> None:
+        worker = SynthesisWorker(
+            job.recipe,
+            job.transfer_set,
+            device=pick_device(job.recipe.runtime.device),
+            should_stop=lambda: interruption.seconds >= FINISH_S,
+        )
+        while (unit := self._next(job, queue)) is not None:
+            if interruption.is_requested:
+                raise KeyboardInterrupt
             try:
                 commit = worker.run(unit, queue.attempt_of(unit))
+            except Interrupted:
+                raise KeyboardInterrupt from None
             except Exception as error:  # the edge of a unit: whatever it was, the others go on
                 logger.debug("unit %s failed", unit.id, exc_info=True)
                 failure = queue.failed(unit, f"{type(error).__name__}: {error}")
@@ -35,18 +55,24 @@ class LocalExecutor:
             else:
                 queue.finished(unit)
                 monitor.committed(commit, running=queue.num_running)
-        return job.end_synthesis(queue)
+
+    def _next(self, job: Job, queue: UnitQueue) -> WorkUnit | None:
+        if queue.is_drained:
+            job.catch_up(queue)
+        return queue.take()
 
     def distill(self, job: Job, monitor: Monitor) -> Mapping[str, Tensor]:
         """See Executor."""
         checkpoint = StudentCheckpoint(Path(job.recipe.run_dir) / "train", job.student_digest)
-        training = StudentTraining(job, on_log=monitor.student, on_checkpoint=checkpoint.save)
+        training = StudentTraining(
+            job, on_log=monitor.student, on_checkpoint=checkpoint.save, on_publish=job.publisher()
+        )
         saved = checkpoint.load()
         if saved is not None:
             training.load_state_dict(saved)
             monitor.say("student", f"going on from step {training.trainer.step:,}")
-        return training.run()
+        return training.run(until=job.until)
 
     def run(self, job: Job, monitor: Monitor) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:
         """See Executor."""
-        return self.synthesize(job, monitor), self.distill(job, monitor)
+        return in_rounds(job, monitor, self)

@@ -99,7 +99,7 @@ class ObservedNetwork:
         """Move to ``device``, in place; one without bfloat16 computes in float32 instead."""
         self._module.to(device)
         if self._precision == torch.bfloat16 and not _has_bfloat16(device):
-            logger.warning("%s has no bfloat16; the teacher computes in float32", device)
+            logger.warning("%s has no bfloat16; computing in float32", device)
             self._precision = torch.float32
         return self
 

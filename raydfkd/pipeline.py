@@ -19,6 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from raydfkd import __version__
+from raydfkd.data.failures import DamagedError
 from raydfkd.data.store import Store
 from raydfkd.distill.criteria import CRITERIA
 from raydfkd.images import PixelRange
@@ -31,7 +32,7 @@ from raydfkd.recipe import Recipe
 from raydfkd.registry import RecipeError
 from raydfkd.report import Gallery, write_report
 from raydfkd.synthesis.augment import build_augmentations
-from raydfkd.synthesis.worker import build_synthesizer, load_teacher, pick_device
+from raydfkd.synthesis.worker import build_student, build_synthesizer, digest_of, load_teacher, pick_device
 from raydfkd.teach import teach
 
 GALLERY_IMAGES = 12
@@ -47,7 +48,8 @@ def check(recipe: Recipe) -> RealData | None:
         RecipeError: with key, value and remedy.
     """
     teacher = build_network(recipe.teacher, recipe.teacher, where="teacher", seed=0)
-    build_synthesizer(recipe, teacher, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    build_synthesizer(recipe, teacher, cpu, build_student(recipe, None, cpu))
     data = None
     if recipe.real_data is not None:
         data = open_real_data(recipe.real_data, recipe.teacher.image_space, recipe.teacher.classes)
@@ -62,7 +64,7 @@ def check(recipe: Recipe) -> RealData | None:
     Store(recipe.transfer_set.uri, recipe.transfer_set.storage_options).probe()
     if weights_exist(recipe.teacher.weights, where="teacher.weights"):
         teacher, weights = load_teacher(recipe)
-        transfer_set_of(recipe, recipe.digest(weights)).check()
+        transfer_set_of(recipe, digest_of(recipe, weights)).check()
     elif recipe.teacher.train is None:
         load_weights(teacher, recipe.teacher.weights, where="teacher.weights")
     else:
@@ -193,7 +195,10 @@ def _some_images(job: Job, count: int) -> Tensor:
     for commit in job.snapshot().commits:
         for part in commit.parts:
             if sum(map(len, pieces)) < count:
-                pieces.append(job.transfer_set.read(part).images)
+                try:
+                    pieces.append(job.transfer_set.read(part).images)
+                except DamagedError as damage:
+                    job.transfer_set.quarantine(commit, damage)
     if not pieces:
         raise RecipeError(f"transfer_set.uri is {job.recipe.transfer_set.uri}: there is no image yet; synthesize first")
     return torch.cat(pieces)[:count]
@@ -254,7 +259,11 @@ def gallery(job: Job, class_names: tuple[str, ...], *, images: int = GALLERY_IMA
         for commit in job.snapshot().commits:
             if all(len(row) >= images for row in found.values()):
                 break
-            rows = job.transfer_set.read(commit.parts[0])
+            try:
+                rows = job.transfer_set.read(commit.parts[0])
+            except DamagedError as damage:
+                job.transfer_set.quarantine(commit, damage)
+                continue
             probabilities = rows.teacher_logits.float().softmax(1)
             for label in found.keys() & set(rows.labels.tolist()):
                 places = (rows.labels == label).nonzero().flatten()

@@ -433,6 +433,11 @@ class Recipe(Spec):
                     f"transfer_set.classes has {label}, which is twice there or not a class of the teacher; "
                     f"use each of 0 to {self.teacher.classes - 1} at most once"
                 )
+        if self.repeats % self.rounds or self.distill.steps < self.rounds:
+            raise ValueError(
+                f"rounds is {self.rounds}, but there are {self.repeats} units of images of each class and "
+                f"{self.distill.steps} steps of the student to share out; use a divisor of {self.repeats}"
+            )
         if self.transfer_set.unit.classes > len(self.classes):
             raise ValueError(
                 f"transfer_set.unit.classes is {self.transfer_set.unit.classes}, but there are only "
@@ -446,6 +451,19 @@ class Recipe(Spec):
         chosen = self.transfer_set.classes
         return tuple(range(self.teacher.classes)) if chosen == "all" else chosen
 
+    @property
+    def repeats(self) -> int:
+        """Units that each class is in."""
+        return self.transfer_set.images_per_class // self.transfer_set.unit.images_per_class
+
+    def round_of(self, unit: WorkUnit) -> int:
+        """The round that makes ``unit``, from 0; each round makes whole repeats, so that it covers all classes."""
+        return unit.repeat * self.rounds // self.repeats
+
+    def steps_until(self, number: int) -> int:
+        """Student steps until the end of round ``number``; also the version of the student that it trains."""
+        return self.distill.steps * (number + 1) // self.rounds
+
     def plan(self) -> tuple[WorkUnit, ...]:
         """The units of work of this recipe, in order."""
         return plan_units(
@@ -456,10 +474,12 @@ class Recipe(Spec):
             images_per_class_per_unit=self.transfer_set.unit.images_per_class,
         )
 
-    def digest(self, weights_sha256: str) -> str:
+    def digest(self, weights_sha256: str, *, is_against_student: bool = False) -> str:
         """SHA-256 of what affects a unit's pixels: seed, teacher and its weights, synthesis, size of a unit.
 
-        Not the number of images: a longer plan begins with the units of a shorter one, so a set can be extended.
+        Not the number of images: a longer plan begins with the units of a shorter one, so a set can be extended. One
+        whose images are made against the student cannot, because its training depends on all of them; there the
+        student and its training count too.
         """
         payload = {
             "format": 1,
@@ -469,6 +489,13 @@ class Recipe(Spec):
             "synthesis": self.synthesis.model_dump(mode="json"),
             "unit": self.transfer_set.unit.model_dump(mode="json"),
         }
+        if is_against_student:
+            payload["against"] = {
+                "student": self.student.model_dump(mode="json"),
+                "distill": self.distill.model_dump(mode="json", exclude={"log_every", "checkpoint_every"}),
+                "images_per_class": self.transfer_set.images_per_class,
+                "rounds": self.rounds,
+            }
         return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 
     def located(self) -> Recipe:

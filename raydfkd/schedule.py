@@ -65,6 +65,8 @@ class WorkUnit:
 
     id: str
     request: Request
+    repeat: int = 0
+    """Which of the passes over all classes it belongs to."""
 
 
 def plan_units(
@@ -89,7 +91,7 @@ def plan_units(
                 seed=repeat_seed,
                 class_seeds=ClassSeeds(seed=seed, classes=pack, repeat=repeat),
             )
-            units.append(WorkUnit(id=f"r{repeat:03d}-{name}", request=request))
+            units.append(WorkUnit(id=f"r{repeat:03d}-{name}", request=request, repeat=repeat))
     return tuple(units)
 
 
@@ -163,7 +165,7 @@ class UnitQueue:
             self._settle(unit_id)
 
     def reopened(self, unit: WorkUnit) -> None:
-        """The unit's commit was damaged and is no longer part of the set: it waits again, as one that was never done."""
+        """The unit's commit is no longer part of the set: it waits again, as one that was never done."""
         if unit.id in self._done:
             self._done.remove(unit.id)
             self._failures.pop(unit.id, None)

@@ -17,7 +17,9 @@ import safetensors.torch
 import torch
 from toy import FAMILIES, shipped
 
+from raydfkd.catalog import BESIDE
 from raydfkd.cli import main
+from raydfkd.data.failures import StoreError
 from raydfkd.recipe import load_recipe, packaged_recipes
 from raydfkd.synthesis.worker import SynthesisWorker
 
@@ -357,7 +359,14 @@ def test_show_lists_every_recipe_family_and_plugin(raydfkd):
 def test_show_lists_one_family(raydfkd, family):
     lines = raydfkd("show", family).out.splitlines()
     assert lines[0] == family
-    assert {line.split()[0] for line in lines[1:] if line[2] != " "} == set(shipped(FAMILIES[family]))
+    beside = {form for form, _ in BESIDE.get(family, ())}
+    assert {line.split()[0] for line in lines[1:] if line[2] != " "} == {*shipped(FAMILIES[family]), *beside}
+
+
+def test_show_says_that_a_network_may_be_code_and_how_to_look_at_a_recipe_without_running_it(raydfkd):
+    (line,) = [line for line in raydfkd("show", "networks").out.splitlines() if "module:callable" in line]
+    assert "Code of yours, which runs" in line
+    assert "check --no-code" in line
 
 
 def test_show_explains_a_plugin_and_its_options(raydfkd):
@@ -381,6 +390,46 @@ def test_show_of_a_misspelled_name_suggests_the_closest_one(raydfkd):
     answer = raydfkd("show", "bn_momets")
     assert (answer.code, answer.out) == (2, "")
     assert answer.err == "there is nothing called 'bn_momets'; did you mean bn_moments?\n"
+
+
+# The transfer set
+
+
+def test_verify_of_a_finished_run_finds_every_image(finished):
+    terminal, _ = finished
+    answer = terminal("verify", "toy.yaml")
+    assert (answer.code, answer.out) == (0, "2 of 2 units are there and whole, 40 images; 0 damaged\n")
+    assert terminal("verify", "toy.yaml", "--json").json == {"units": 2, "planned": 2, "images": 40, "damaged": {}}
+
+
+def test_verify_sets_a_damaged_unit_aside_and_the_same_run_makes_it_again(finished):
+    terminal, report = finished
+    damaged = next((terminal.folder / "out/transfer_set/parts").glob(f"{UNITS[1]}-*"))
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    answer = terminal("verify", "toy.yaml", "--json")
+    assert answer.code == 1
+    assert (answer.json["units"], answer.json["images"], list(answer.json["damaged"])) == (1, 20, [UNITS[1]])
+    assert answer.err.startswith(f"unit {UNITS[1]}: ")
+    again = terminal.run()
+    assert again.code == 0
+    assert again.json["content_digest"] == report["content_digest"]
+
+
+def test_gc_removes_what_nobody_reads_once_it_is_old(finished):
+    terminal, report = finished
+    orphan = terminal.folder / f"out/transfer_set/parts/{UNITS[0]}-7-0123abcd-0000.parquet"
+    orphan.write_bytes(bytes(2**20))
+    assert terminal("gc", "toy.yaml", "--json").json["paths"] == [], "it is young"
+    os.utime(orphan, (0, 0))
+    looked = terminal("gc", "toy.yaml", "--dry-run")
+    assert looked.out.splitlines()[0] == f"parts/{orphan.name}"
+    assert orphan.exists()
+    answer = terminal("gc", "toy.yaml")
+    assert (answer.code, answer.out) == (0, "1 objects, 1.0 MiB removed from out/transfer_set\n")
+    assert not orphan.exists()
+    assert terminal.run().json["content_digest"] == report["content_digest"]
 
 
 # Wrong input
@@ -590,7 +639,10 @@ def test_matching_moments_of_a_teacher_without_batchnorm_is_refused(cluttered, c
     assert cluttered.files() == before
 
 
-@pytest.mark.parametrize("command", ["check", "run", "teach", "synthesize", "distill", "evaluate", "report"])
+COMMANDS = ("check", "run", "teach", "synthesize", "distill", "evaluate", "report", "verify", "gc", "submit")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_refuses_a_misspelled_key(raydfkd, command):
     before = raydfkd.files()
     answer = raydfkd(command, "toy.yaml", *sets("studnt.network=convnet"))
@@ -604,7 +656,7 @@ def test_every_command_refuses_a_misspelled_key(raydfkd, command):
         (["rnu", "toy.yaml"], "No such command 'rnu'. Did you mean 'run'?"),
         (["run", "toy.yaml", "--run-dri", "x"], "No such option: --run-dri (Possible options: --run-dir)"),
         (["run"], "Missing argument 'RECIPE'."),
-        (["run", "toi.yaml"], "toi.yaml: no such file; give a recipe file or one of: digits-deepinversion"),
+        (["run", "toi.yaml"], "toi.yaml: no such file; give a recipe file or one of: digits-"),
         (["run", "digit-generators"], "digit-generators: no such recipe; did you mean digits-generators?"),
         (["run", "list.yaml"], "list.yaml is not a recipe: the top of the file must be keys like `teacher:`"),
         (["run", "twice.yaml"], "name: given twice, again in line 2; keep one of them"),
@@ -612,6 +664,7 @@ def test_every_command_refuses_a_misspelled_key(raydfkd, command):
         (["run", "toy.yaml", "--on", "lokal"], "--on is 'lokal'; did you mean local?"),
         (["evaluate", "toy.yaml", "--split", "tset"], "--split is 'tset'; did you mean test?"),
         (["report", "toy.yaml"], "run_dir is 'out': there is no report.json; `raydfkd run` writes it"),
+        (["gc", "toy.yaml", "--older-than", "soon"], "--older-than is 'soon'; give a number of s, m, h or d, such as "),
         (["teach", "toy.yaml", "--set", NO_TRAINING], "teacher.train is missing, so there is nothing to teach; "),
         (["teach", "toy.yaml", "--set", "teacher.weights=random"], 'teacher.weights is "random", which nothing is '),
     ],
@@ -711,6 +764,18 @@ def test_interrupted_run_says_how_to_go_on_and_goes_on(finished, raydfkd):
     assert "1 of 2 units are there already; going on from them" in again.err
 
 
+def test_store_that_fails_for_good_is_one_line(raydfkd, monkeypatch):
+    def fail(*_):
+        raise StoreError("s3://bucket/set: slow down (503)")
+
+    monkeypatch.setattr("raydfkd.job.transfer_set_of", fail)
+    answer = raydfkd("verify", "toy.yaml", *sets("teacher.weights=random", NO_TRAINING))
+    assert (answer.code, answer.out) == (1, "")
+    assert answer.err == (
+        "s3://bucket/set: slow down (503); what was committed stays, and the same command goes on from there\n"
+    )
+
+
 # Imports
 
 
@@ -744,12 +809,14 @@ def in_another_process(folder, *args, code=0):
 
 INSTANT = {
     "help": (["--help"], 0),
+    "a misspelled command": (["smubit"], 2),
+    "a submitted run whose report would be lost": (["submit", "toy.yaml"], 2),
     "show": (["show"], 0),
     "check without code": (["check", "toy.yaml", "--no-code"], 0),
     "check of a typo": (["check", "toy.yaml", *sets("synthesis.generator.latnt=4")], 2),
     **{
         f"{command} with a typo": ([command, "toy.yaml", *sets("synthesis.objective.bn_moments.fom=kl")], 2)
-        for command in ("run", "synthesize", "distill", "evaluate", "report")
+        for command in ("run", "synthesize", "distill", "evaluate", "report", "verify", "gc", "submit")
     },
     "teach with a typo": (["teach", "toy.yaml", *sets("teacher.train.epoch=4")], 2),
 }
@@ -764,7 +831,7 @@ def test_command_that_needs_only_the_recipe_is_instant_because_it_imports_little
 
 def test_help_lists_every_command(raydfkd):
     help_text = raydfkd("--help").out
-    for command in ("run", "teach", "synthesize", "distill", "evaluate", "check", "show", "report", "bench"):
+    for command in (*COMMANDS, "show", "bench", "status", "logs", "stop", "node-watch"):
         assert f"  {command} " in help_text
 
 

@@ -26,7 +26,7 @@ class Grey:
     def __init__(self, setting):
         self._shape = setting.space.shape
 
-    def produce(self, request, log):
+    def produce(self, request, log, interlude):
         for label in request.classes:
             if label in Grey.broken:
                 raise RuntimeError(f"class {label} cannot be made")
@@ -193,13 +193,13 @@ def test_distillation_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     synthesize(job, tmp_path / "cut")
 
     class Cut(StudentTraining):
-        def __init__(self, job, *, on_log, on_checkpoint):
+        def __init__(self, job, *, on_log, **others):
             def log(entry):
                 if entry["step"] == 5:
                     raise KeyboardInterrupt
                 on_log(entry)
 
-            super().__init__(job, on_log=log, on_checkpoint=on_checkpoint)
+            super().__init__(job, on_log=log, **others)
 
     monkeypatch.setattr("raydfkd.local.StudentTraining", Cut)
     with pytest.raises(KeyboardInterrupt):

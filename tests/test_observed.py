@@ -197,7 +197,7 @@ def test_device_without_bfloat16_computes_in_float32_and_says_so_once(monkeypatc
     observed = ObservedNetwork(teacher, taps=MOMENTS, frozen=True, precision=torch.bfloat16).to(torch.device("cpu"))
     expected = ObservedNetwork(teacher, taps=MOMENTS, frozen=True)(images)
     torch.testing.assert_close(observed(images).logits, expected.logits, rtol=0, atol=0)
-    assert warnings_of(caplog) == ["cpu has no bfloat16; the teacher computes in float32"]
+    assert warnings_of(caplog) == ["cpu has no bfloat16; computing in float32"]
 
 
 class Branching(nn.Module):

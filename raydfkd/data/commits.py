@@ -1,4 +1,4 @@
-"""Records of what is in a transfer set: parts, commits and snapshots, as data and as JSON."""
+"""Records of what is in a transfer set: parts, commits, quarantines and snapshots, as data and as JSON."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ T = TypeVar("T")
 RECORD = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
 """How every record is read and written."""
 
-UnitId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*$", max_length=128)]
-"""Usable as a file name everywhere; no separator and no ``..``."""
+UNIT_ID = r"[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*"
+"""Usable as a file name everywhere; no separator, no ``..`` and no ``@``."""
+UnitId = Annotated[str, Field(pattern=rf"^{UNIT_ID}$", max_length=128)]
 Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Count = Annotated[int, Field(ge=1)]
+Generation = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +28,7 @@ class Part:
 
     __pydantic_config__ = RECORD
 
-    path: Annotated[str, Field(pattern=r"^parts/[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*\.parquet$")]
+    path: Annotated[str, Field(pattern=rf"^parts/{UNIT_ID}\.parquet$")]
     """Relative to the set."""
     rows: Count
     """Images in it."""
@@ -61,6 +63,8 @@ class Commit:
     """Time the attempt took."""
     curve: tuple[dict[str, float], ...]
     """Parts of the objective over the steps of synthesis."""
+    generation: Generation = 0
+    """How many commits of the unit were quarantined before this one; set when it is published."""
 
     def to_json(self) -> bytes:
         """The record as it is stored."""
@@ -76,7 +80,37 @@ class Commit:
         commit = parse_record(_COMMIT, data)
         if sum(part.rows for part in commit.parts) != commit.images:
             raise ValueError(f"images is {commit.images}, but its parts have {sum(part.rows for part in commit.parts)}")
+        if len({part.path for part in commit.parts}) < len(commit.parts):
+            raise ValueError("a part is named twice")
         return commit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quarantine:
+    """The record that takes a commit out of the set for ever."""
+
+    __pydantic_config__ = RECORD
+
+    unit: UnitId
+    generation: Generation
+    """Of the commit."""
+    path: str
+    """The object that is damaged, relative to the set."""
+    reason: str
+    """One line."""
+
+    def to_json(self) -> bytes:
+        """The record as it is stored."""
+        return _QUARANTINE.dump_json(self)
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Quarantine:
+        """Read a record.
+
+        Raises:
+            ValueError: not exactly such a record.
+        """
+        return parse_record(_QUARANTINE, data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +132,17 @@ class Snapshot:
     def units(self) -> tuple[str, ...]:
         """Ids of the committed units, sorted."""
         return tuple(commit.unit for commit in self.commits)
+
+    def owner_of(self, part: Part) -> Commit:
+        """The commit that a part belongs to.
+
+        Raises:
+            KeyError: none here.
+        """
+        for commit in self.commits:
+            if part in commit.parts:
+                return commit
+        raise KeyError(part.path)
 
     def content_digest(self) -> str:
         """SHA-256 of all rows unit by unit; depends neither on the order of commits nor on who made them."""
@@ -133,4 +178,5 @@ def parse_record(adapter: TypeAdapter[T], data: bytes) -> T:
 
 
 _COMMIT = TypeAdapter(Commit)
+_QUARANTINE = TypeAdapter(Quarantine)
 _COMMITS = TypeAdapter(tuple[Commit, ...])

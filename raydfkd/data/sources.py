@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import closing
@@ -14,11 +15,15 @@ from torch import Tensor
 
 from raydfkd.data.background import ahead
 from raydfkd.data.commits import Part, Snapshot
+from raydfkd.data.failures import DamagedError
+from raydfkd.data.passes import PassLog, PassPlanner
 from raydfkd.data.shards import StoredRows
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.data.windows import Piece, Window
 from raydfkd.recipe import SourceSpec
 from raydfkd.schedule import derive_seed
+
+logger = logging.getLogger(__name__)
 
 POLL_S = 0.25
 AHEAD = 4
@@ -72,6 +77,18 @@ class TransferSetSource:
 
     Before each pass the newest snapshot is taken. A student that is ahead of the synthesis waits: it starts with
     ``wait_for`` images, and after a share s of its steps wants the share s / ``complete_by`` of the planned images.
+    With ``refresh_steps`` a pass ends early, after that many steps or a multiple of them, if a newer snapshot is good
+    enough by then. It does not wait for one, and nothing is left over from the pass that ended.
+
+    So images mix by one rule: a pass, ended early or not, is the beginning of a shuffle of all images that were
+    committed when it began, old and new ones at equal odds. A new image is as likely to be next as any other within
+    ``refresh_steps``, none is forgotten, and once the set is complete every pass sees each image once.
+
+    A source that goes on from a checkpoint repeats what was done since with the same batches: passes that were begun
+    while the set grew are looked up in ``passes``.
+
+    Images that turn out to be damaged are quarantined, and a pass over the others begins; with several ranks the
+    error is raised too, since they are not at the same step, and the pass begins where training goes on.
 
     Args:
         transfer_set: where the images are.
@@ -84,6 +101,7 @@ class TransferSetSource:
         rank: of this process.
         world_size: number of ranks.
         agree: makes all ranks use rank 0's snapshot; called by the thread that iterates.
+        passes: where rank 0 notes and looks up how passes began; unless given, a source that goes on chooses anew.
         pin_memory: whether batches are made in memory that a CUDA device can copy from by itself.
     """
 
@@ -100,13 +118,14 @@ class TransferSetSource:
         rank: int = 0,
         world_size: int = 1,
         agree: Callable[[Snapshot | None], Snapshot | None] = in_this_process,
+        passes: PassLog | None = None,
         pin_memory: bool = False,
     ) -> None:
         self._transfer_set = transfer_set
-        self._spec = spec
-        self._units = units
-        self._planned_images = planned_images
-        self._steps = steps
+        self._planner = PassPlanner(
+            transfer_set, spec, units=units, planned_images=planned_images, steps=steps, log=passes
+        )
+        self._window_rows = max(spec.window_rows, batch_size)
         self._batch_size = batch_size
         self._seed = seed
         self._rank, self._world_size = rank, world_size
@@ -117,6 +136,7 @@ class TransferSetSource:
         self._pass = 0
         self._step_in_pass = 0
         self._snapshot: Snapshot | None = None
+        self._is_restored = False
 
     def __iter__(self) -> Iterator[StudentBatch]:
         """Batches without end; none at all if synthesis has ended without an image."""
@@ -126,14 +146,26 @@ class TransferSetSource:
                 return
             if snapshot.images < self._world_size:
                 raise ValueError(f"{snapshot.images} images cannot be shared by {self._world_size} training workers")
-            with closing(ahead(self._remaining(snapshot, self._step_in_pass), depth=AHEAD)) as batches:
-                for batch in batches:
-                    self._step += 1
-                    self._step_in_pass += 1
-                    yield batch
+            newer = None
+            try:
+                with closing(ahead(self._remaining(snapshot, self._step_in_pass), depth=AHEAD)) as batches:
+                    while (newer := self._newer_than(snapshot)) is None and (batch := next(batches, None)) is not None:
+                        self._step += 1
+                        self._step_in_pass += 1
+                        yield batch
+            except DamagedError as damage:
+                self._quarantine(damage, snapshot)
             self._pass += 1
             self._step_in_pass = 0
-            self._snapshot = None
+            self._snapshot = newer
+
+    def _quarantine(self, damage: DamagedError, snapshot: Snapshot) -> None:
+        """Take what cannot be read out of the set; this pass is over then."""
+        commit = next(commit for commit in snapshot.commits if damage.path in [part.path for part in commit.parts])
+        self._transfer_set.quarantine(commit, damage)
+        if self._world_size > 1:
+            raise damage  # the other ranks wait for this one's step
+        logger.warning("unit %s is quarantined: %s; the student goes on without it", commit.unit, damage)
 
     def state_dict(self) -> dict[str, Any]:
         """Step, pass, position in it, and the pinned snapshot."""
@@ -149,30 +181,34 @@ class TransferSetSource:
         self._step, self._pass, self._step_in_pass = state["step"], state["pass"], state["step_in_pass"]
         pinned = state["snapshot"]
         self._snapshot = None if pinned is None else Snapshot.from_json(pinned.encode())
+        self._is_restored = self._snapshot is not None
 
     def _pinned(self) -> Snapshot:
         """The snapshot of this pass, the same on every rank; waits until there is one.
 
         Ranks agree at every poll rather than at the end, because a collective that waits for hours times out.
         """
+        if self._is_restored:
+            self._is_restored = False
+            assert self._snapshot is not None
+            is_good = self._rank == 0 and self._planner.is_intact(self._snapshot)
+            self._snapshot = self._agree(self._snapshot if is_good else None)
+            if self._snapshot is None:
+                self._pass += 1
+                self._step_in_pass = 0
+        is_asked = self._rank == 0
         while self._snapshot is None:
-            self._snapshot = self._agree(self._newest() if self._rank == 0 else None)
+            self._snapshot = self._agree(self._planner.begin(self._pass, self._step) if is_asked else None)
             if self._snapshot is None:
                 time.sleep(POLL_S)
         return self._snapshot
 
-    def _newest(self) -> Snapshot | None:
-        closed = self._transfer_set.is_closed()  # before the listing, which then cannot miss a last commit
-        snapshot = self._transfer_set.snapshot(within=self._units)
-        return snapshot if closed or snapshot.images >= self._wanted_images() else None
-
-    def _wanted_images(self) -> int:
-        if self._spec.kind == "snapshot":
-            return self._planned_images
-        share = 1.0
-        if self._step < self._spec.complete_by * self._steps:
-            share = self._step / (self._spec.complete_by * self._steps)
-        return min(self._planned_images, max(self._spec.wait_for, int(share * self._planned_images)))
+    def _newer_than(self, snapshot: Snapshot) -> Snapshot | None:
+        """What the next pass goes over if this one ends here, before its time; the same on every rank."""
+        if not self._planner.is_due(snapshot, self._step_in_pass):
+            return None
+        is_asked = self._rank == 0
+        return self._agree(self._planner.end_early(self._pass, self._step, snapshot) if is_asked else None)
 
     def _windows(self, snapshot: Snapshot) -> list[list[Part]]:
         """The parts in this pass's order, cut where a window is full.
@@ -182,10 +218,9 @@ class TransferSetSource:
         """
         parts = [part for commit in snapshot.commits for part in commit.parts]
         order = torch.randperm(len(parts), generator=self._rng("parts")).tolist()
-        full = max(self._spec.window_rows, self._batch_size)
         windows: list[list[Part]] = [[]]
         for index in order:
-            if sum(part.rows for part in windows[-1]) >= full:
+            if sum(part.rows for part in windows[-1]) >= self._window_rows:
                 windows.append([])
             windows[-1].append(parts[index])
         if len(windows) > 1 and sum(part.rows for part in windows[-1]) < self._batch_size:

@@ -3,48 +3,57 @@
 from __future__ import annotations
 
 import contextlib
-import errno
+import logging
 import mmap
-import os
 import re
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import TypeVar
 from uuid import uuid4
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
 
+from raydfkd.data.failures import StoreError, explain, is_missing_bucket, is_transient, patiently, secrets_of
+from raydfkd.data.folders import Entry, Folder, LocalFolder, ObjectFolder
 from raydfkd.registry import RecipeError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """Extra of raydfkd that installs a protocol's file system."""
 
-PUBLIC_OPTIONS = frozenset({"endpoint_url", "client_kwargs.endpoint_url", "client_kwargs.region_name", "profile"})
-"""Storage options that an error may show, because it is of no use without them."""
-
-_MEMORY_LOCK = threading.Lock()
+_PROBE_ATTEMPTS = 3
 
 
 class Store:
     """A folder of objects at any fsspec URI; each object is written whole or not at all.
 
-    Paths are relative to the URI, with forward slashes. Names that begin with a dot are ours alone and never listed.
+    Paths are relative to the URI, with forward slashes. Names that begin with a dot are ours alone and in no ``list``.
     Can be pickled and used from several threads. A local path is made absolute at once, so that a copy that was
     pickled to a process elsewhere means the same folder.
 
+    Object stores that throttle, time out or lose a connection are asked again for about a minute. What fails for good
+    is a ``StoreError`` in one line without any secret: FileNotFoundError is left for objects that are not there.
+
     ``put_new`` is exact on local file systems that have hard links, in memory, and wherever fsspec's
-    ``mode="create"`` is a conditional write (S3, Google Cloud Storage).
+    ``mode="create"`` is a conditional write (S3, Google Cloud Storage). ``probe`` refuses any other place, because
+    nothing built on plain reads and writes could stand in for it: they cannot make two writers agree on one of them
+    (Herlihy 1991), so a commit could change after somebody had trained on it.
     """
 
     def __init__(self, uri: str, storage_options: Mapping[str, object] | None = None) -> None:
-        is_local = get_protocol(uri) in ("file", "local")
+        protocol = get_protocol(uri)
+        is_local = protocol in ("file", "local")
         self._location: str = LocalFileSystem._strip_protocol(uri) if is_local else uri.removesuffix("/")
         self._storage_options = dict(storage_options or {})
-        self._folder: _Folder = (
-            _LocalFolder(Path(self._location)) if is_local else _ObjectFolder(self._location, self._storage_options)
+        self._is_remote = not is_local and protocol != "memory"
+        self._folder: Folder = (
+            LocalFolder(Path(self._location)) if is_local else ObjectFolder(self._location, self._storage_options)
         )
 
     def __reduce__(self) -> tuple[type[Store], tuple[str, dict[str, object]]]:
@@ -59,57 +68,97 @@ class Store:
         return re.sub(r"//[^/@]*@", "//***@", self._location)
 
     def put(self, path: str, data: bytes) -> None:
-        """Write an object, replacing one of the same name; readers see the old bytes or the new ones."""
-        self._folder.put(path, data)
+        """Write an object, replacing one of the same name; readers see the old bytes or the new ones.
+
+        Raises:
+            StoreError: it cannot be written; on local disks nothing of it is left.
+        """
+        self._do("written", path, partial(self._folder.put, path, data))
 
     def put_new(self, path: str, data: bytes) -> bool:
         """Write an object unless there is one of that name; of several racing writers one gets True.
 
-        False can also mean that our own write succeeded, its answer was lost and the client tried again: compare
+        False can also mean that our own write succeeded, its answer was lost and it was tried again: compare
         contents before concluding that somebody else was faster.
+
+        Raises:
+            StoreError: it cannot be written, or nobody knows whether it was.
         """
-        return self._folder.put_new(path, data)
+        return self._do("written", path, partial(self._folder.put_new, path, data))
 
     def get(self, path: str) -> bytes:
         """Read an object whole.
 
         Raises:
             FileNotFoundError: there is none of that name.
+            StoreError: it cannot be read.
         """
-        with self._naming(path):
-            return self._folder.get(path)
+        return self._do("read", path, partial(self._folder.get, path))
 
     def view(self, path: str) -> bytes | mmap.mmap:
         """As ``get``, for objects that are never changed: a local one is mapped rather than copied into memory.
 
         Raises:
             FileNotFoundError: there is none of that name.
+            StoreError: it cannot be read.
         """
-        with self._naming(path):
-            return self._folder.view(path)
-
-    @contextlib.contextmanager
-    def _naming(self, path: str) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{self.uri}/{path} does not exist") from None
+        return self._do("read", path, partial(self._folder.view, path))
 
     def exists(self, path: str) -> bool:
-        """Whether there is an object of that name now."""
-        return self._folder.exists(path)
+        """Whether there is an object of that name now.
+
+        Raises:
+            StoreError: the store does not say.
+        """
+        return self._do("read", path, partial(self._folder.exists, path))
 
     def list(self, prefix: str) -> list[str]:
-        """Sorted paths of the objects directly under folder ``prefix``, as they are now; [] if there is no folder."""
+        """Sorted paths of the objects directly under folder ``prefix``, as they are now; [] if there is no folder.
+
+        Raises:
+            StoreError: it cannot be listed; also where it is the bucket that does not exist.
+        """
         with contextlib.suppress(FileNotFoundError):
-            within = f"{prefix}/" if prefix else ""
-            return sorted(f"{within}{name}" for name in self._folder.names(prefix) if not name.startswith("."))
+            names = self._do("listed", prefix, partial(self._folder.names, prefix))
+            return sorted(_within(prefix, name) for name in names if not name.startswith("."))
         return []
 
-    def delete(self, path: str) -> None:
-        """Remove an object; one that is missing is fine."""
+    def entries(self, prefix: str) -> tuple[Entry, ...]:
+        """As ``list``, with size and time of writing, and with the names that begin with a dot.
+
+        Raises:
+            StoreError: it cannot be listed; also where it is the bucket that does not exist.
+        """
         with contextlib.suppress(FileNotFoundError):
-            self._folder.delete(path)
+            found = self._do("listed", prefix, partial(self._folder.entries, prefix))
+            named = [replace(entry, path=_within(prefix, entry.path)) for entry in found]
+            return tuple(sorted(named, key=lambda entry: entry.path))
+        return ()
+
+    def now(self) -> float:
+        """The time by the clock that ``entries`` go by, in seconds since 1970; writes an object to learn it.
+
+        Raises:
+            StoreError: the object cannot be written, or the store does not keep times.
+        """
+        name = _probe_name()
+        self.put(name, b"probe")
+        try:
+            modified = self._do("read", name, partial(self._folder.modified, name))
+        finally:
+            self.delete(name)
+        if modified is None:
+            raise StoreError(f"{self.uri}: the store does not say when an object was written")
+        return modified
+
+    def delete(self, path: str) -> None:
+        """Remove an object; one that is missing is fine.
+
+        Raises:
+            StoreError: it cannot be removed.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            self._do("deleted", path, partial(self._folder.delete, path))
 
     def probe(self, key: str = "transfer_set.uri") -> None:
         """Make sure that objects can be created here, once each, and leave nothing behind; ``key`` is blamed if not.
@@ -117,14 +166,15 @@ class Store:
         Raises:
             RecipeError: with the reason, in one line that shows no storage option.
         """
-        name = f".probe-{uuid4().hex}"
+        name = _probe_name()
         try:
             folder = self._folder.nearest()
-            folder.put_new(name, b"probe")
+            create = partial(folder.put_new, name, b"probe")
+            self._patiently("written", name, create, attempts=_PROBE_ATTEMPTS)
             try:
-                is_exclusive = not folder.put_new(name, b"probe")
+                is_exclusive = not self._patiently("written", name, create)
             finally:
-                folder.delete(name)
+                self._patiently("deleted", name, partial(folder.delete, name))
         except Exception as error:  # every file system has errors of its own; here they become the user's line
             raise self._refusal(error, key) from None
         if not is_exclusive:
@@ -133,6 +183,35 @@ class Store:
                 "unit; give a URI on a local disk, S3 or Google Cloud Storage"
             )
 
+    def _do(self, act: str, path: str, call: Callable[[], T]) -> T:
+        _check(path)
+        try:
+            return self._patiently(act, path, call)
+        except Exception as error:  # every file system has errors of its own
+            if isinstance(error, FileNotFoundError) and act != "written" and not is_missing_bucket(error):
+                raise FileNotFoundError(f"{self.uri}/{path} does not exist") from None
+            reason = self._explain(error)
+            if self._is_remote and is_transient(error):
+                reason = f"{reason}; tried again and again"
+            raise StoreError(f"{self.uri}/{path} cannot be {act} ({reason})") from None
+
+    def _patiently(self, act: str, path: str, call: Callable[[], T], attempts: int | None = None) -> T:
+        if not self._is_remote:
+            return call()
+
+        def tell(error: BaseException, wait_s: float) -> None:
+            reason = self._explain(error)
+            logger.info("%s/%s was not %s (%s); again in %.1f s", self.uri, path, act, reason, wait_s)
+
+        return patiently(call, tell=tell, attempts=attempts)
+
+    def _explain(self, error: BaseException) -> str:
+        if is_missing_bucket(error):
+            return "no such bucket"
+        in_uri = re.findall(r"//([^/@]*)@", self._location)
+        secrets = [*secrets_of(self._storage_options), *in_uri, *(login.partition(":")[2] for login in in_uri)]
+        return explain(error, [secret for secret in secrets if secret])
+
     def _refusal(self, error: Exception, key: str) -> RecipeError:
         problem, remedy = "cannot be written", "give a URI this machine can write to"
         protocol = get_protocol(self._location)
@@ -140,144 +219,22 @@ class Store:
             problem = "cannot be opened"
             if protocol in EXTRAS:
                 remedy = f"pip install 'raydfkd[{EXTRAS[protocol]}]'"
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        reason = " ".join(reason.split()) or type(error).__name__
-        for secret in sorted(_secrets(self._storage_options), key=len, reverse=True):
-            reason = reason.replace(secret, "***")
-        return RecipeError(f"{key} is {self.uri}: {problem} ({reason}); {remedy}")
+        return RecipeError(f"{key} is {self.uri}: {problem} ({self._explain(error)}); {remedy}")
 
 
-def _secrets(options: Mapping[str, object], within: str = "") -> Iterator[str]:
-    """Text of every option that is not known to be public; below four characters it is no secret but a flag."""
-    for key, value in options.items():
-        if isinstance(value, Mapping):
-            yield from _secrets(value, f"{within}{key}.")
-        elif f"{within}{key}" not in PUBLIC_OPTIONS and len(str(value)) >= 4:
-            yield str(value)
+def _probe_name() -> str:
+    return f".probe-{uuid4().hex}"
 
 
-class _Folder(Protocol):
-    """What a kind of file system has to do for ``Store``; ``delete`` and ``names`` may raise FileNotFoundError."""
-
-    def put(self, path: str, data: bytes) -> None: ...
-    def put_new(self, path: str, data: bytes) -> bool: ...
-    def get(self, path: str) -> bytes: ...
-    def view(self, path: str) -> bytes | mmap.mmap: ...
-    def exists(self, path: str) -> bool: ...
-    def names(self, prefix: str) -> list[str]: ...
-    def delete(self, path: str) -> None: ...
-
-    def nearest(self) -> _Folder:
-        """This folder, or the innermost one above it that exists where folders have to be made."""
-        ...
+def _within(prefix: str, name: str) -> str:
+    return f"{prefix}/{name}" if prefix else name
 
 
-class _LocalFolder:
-    def __init__(self, root: Path) -> None:
-        self._root = root
+def _check(path: str) -> None:
+    """Records may come from a stranger, and no path in them may lead out of the folder.
 
-    def put(self, path: str, data: bytes) -> None:
-        with self._written(path, data) as temporary:
-            os.replace(temporary, self._root / path)
-
-    def put_new(self, path: str, data: bytes) -> bool:
-        with self._written(path, data) as temporary:
-            try:
-                os.link(temporary, self._root / path)
-            except FileExistsError:
-                return False
-            return True
-
-    def get(self, path: str) -> bytes:
-        return (self._root / path).read_bytes()
-
-    def view(self, path: str) -> bytes | mmap.mmap:
-        with (self._root / path).open("rb") as file:
-            if not os.fstat(file.fileno()).st_size:
-                return b""  # which cannot be mapped
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-    def exists(self, path: str) -> bool:
-        return (self._root / path).is_file()
-
-    def names(self, prefix: str) -> list[str]:
-        with os.scandir(self._root / prefix) as entries:
-            return [entry.name for entry in entries if entry.is_file()]
-
-    def delete(self, path: str) -> None:
-        (self._root / path).unlink()
-
-    def nearest(self) -> _LocalFolder:
-        folder = next(folder for folder in (self._root, *self._root.parents) if folder.exists())
-        if not folder.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, f"{folder} is a file")
-        return _LocalFolder(folder)
-
-    @contextlib.contextmanager
-    def _written(self, path: str, data: bytes) -> Iterator[Path]:
-        """A temporary file beside ``path`` with ``data`` on disk; gone afterwards, whatever happens."""
-        target = self._root / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{uuid4().hex}")
-        try:
-            with temporary.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())  # a name must not outlive its bytes when the machine loses power
-            yield temporary
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-class _ObjectFolder:
-    def __init__(self, uri: str, storage_options: Mapping[str, object]) -> None:
-        self._uri = uri
-        self._storage_options = storage_options
-        self._create_lock = _MEMORY_LOCK if get_protocol(uri) == "memory" else contextlib.nullcontext()
-
-    def put(self, path: str, data: bytes) -> None:
-        fs, key = self._open(path)
-        fs.pipe_file(key, data)
-
-    def put_new(self, path: str, data: bytes) -> bool:
-        fs, key = self._open(path)
-        try:
-            with self._create_lock:  # fsspec's memory file system looks first and creates then
-                fs.pipe_file(key, data, mode="create")
-        except OSError:  # FileExistsError, or on S3 one whose number depends on the server
-            if self.exists(path):
-                return False
-            raise
-        return True
-
-    def get(self, path: str) -> bytes:
-        fs, key = self._open(path)
-        data: bytes = fs.cat_file(key)
-        return data
-
-    def view(self, path: str) -> bytes:
-        return self.get(path)
-
-    def exists(self, path: str) -> bool:
-        fs, key = self._open(path)
-        fs.invalidate_cache()  # s3fs would answer from an earlier listing
-        return bool(fs.exists(key))
-
-    def names(self, prefix: str) -> list[str]:
-        fs, key = self._open(prefix)
-        fs.invalidate_cache()
-        entries = fs.ls(key.rstrip("/"), detail=True, refresh=True)
-        names = [entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file"]
-        return [name for name in names if name]  # some S3 servers keep an object that stands for the folder itself
-
-    def delete(self, path: str) -> None:
-        fs, key = self._open(path)
-        fs.rm_file(key)
-
-    def nearest(self) -> _ObjectFolder:
-        return self
-
-    def _open(self, path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-        # not kept: fsspec has one instance for each process and thread and finds it again by itself
-        fs, key = fsspec.url_to_fs(f"{self._uri}/{path}", **self._storage_options)
-        return fs, key
+    Raises:
+        ValueError: it could.
+    """
+    if path.startswith("/") or "\\" in path or "\0" in path or ".." in path.split("/"):
+        raise ValueError(f"{path!r} is not a path in a store: no absolute ones, no .., no backslash")

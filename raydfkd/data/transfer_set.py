@@ -3,34 +3,55 @@
 ``set.json``                                      format and recipe digest, written once
 ``parts/<unit>-<attempt>-<random>-<seq>.parquet`` rows; garbage unless a commit names them
 ``commits/<unit>.json``                           one record per finished unit, created once and never changed
+``quarantine/<unit>.json``                        takes a damaged commit out of the set; the next is ``<unit>@1.json``
 ``closed.json``                                   synthesis has ended
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import xxhash
 from pydantic import TypeAdapter
 
-from raydfkd.data.commits import RECORD, Commit, Part, Snapshot, UnitId, parse_record
+from raydfkd.data.commit_log import CommitLog
+from raydfkd.data.commits import RECORD, Commit, Part, Quarantine, Snapshot, UnitId, parse_record
 from raydfkd.data.encodings import Encoding
+from raydfkd.data.failures import DamagedError
 from raydfkd.data.shards import RAW, StoredRows, decode_part
 from raydfkd.data.sink import ParquetSink
 from raydfkd.data.store import Store
+from raydfkd.data.threads import in_threads
 from raydfkd.registry import RecipeError
 from raydfkd.schedule import WorkUnit
 
 FORMAT = 1
 """Version of layout and records."""
 
+READS = 4
+"""Commits that ``verify`` reads at once; each holds a part."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What ``TransferSet.verify`` found of one unit."""
+
+    unit: str
+    images: int
+    """Images that were read and are as they were committed."""
+    damage: str | None
+    """The first thing that is wrong, in one line; the unit is quarantined then."""
+
 
 class TransferSet:
     """Synthetic images of one recipe at a URI, shared by any number of writers and readers.
 
     A reader sees units, whole ones only: it lists commits and opens the parts they name. Any attempt may be killed
-    at any point and any unit made twice; that leaves files which nobody reads, and never a wrong set.
+    at any point and any unit made twice; that leaves files which nobody reads, and never a wrong set. A commit that
+    turns out to be damaged is quarantined: it is in no later snapshot, and its unit can be committed again.
+
+    Whatever the store cannot do for good raises ``StoreError`` in one line.
 
     Args:
         uri: any fsspec URI.
@@ -53,7 +74,7 @@ class TransferSet:
         self.digest = digest
         self._part_rows = part_rows
         self._encoding = encoding
-        self._commits: dict[str, Commit] = {}
+        self._log = CommitLog(self.store, self.check)
 
     def create(self) -> None:
         """Start the set, or go on with it.
@@ -99,43 +120,70 @@ class TransferSet:
             attempt=attempt,
             part_rows=self._part_rows,
             encoding=self._encoding,
-            publish=self._publish,
+            publish=self._log.publish,
         )
 
     def committed(self) -> set[str]:
         """Ids of committed units, from names alone."""
-        return {path[len("commits/") : -len(".json")] for path in self.store.list("commits") if path.endswith(".json")}
+        return self._log.committed()
+
+    def quarantined(self) -> set[str]:
+        """Ids of units whose commit was quarantined and that have no other yet, from names alone: to be made again.
+
+        Units that a run gave up are others; ``close`` keeps those.
+        """
+        return self._log.quarantined()
 
     def snapshot(self, within: Collection[str] | None = None) -> Snapshot:
         """What is committed now, of the units ``within`` if they are given; a record is fetched once.
 
+        A record that is not one is quarantined with a warning, and its unit left out.
+
         Raises:
-            ValueError: a record is not one; names it.
+            RecipeError: a record is not one, and the set is of another recipe or format.
         """
-        units = self.committed() if within is None else self.committed() & set(within)
-        return Snapshot(tuple(self._commit_of(unit) for unit in units))
+        return self._log.snapshot(within)
+
+    def commit_of(self, unit: str) -> Commit | None:
+        """The commit of a unit that counts now, or None; as exact as single objects are where listings lag behind."""
+        return self._log.find(unit)
 
     def read(self, part: Part) -> StoredRows:
         """Fetch a part whole.
 
         Raises:
-            FileNotFoundError: somebody removed it.
-            ValueError: its bytes or rows are not those that were committed; names it.
+            DamagedError: it is gone, or its bytes or rows are not those that were committed; names it.
         """
-        data = self.store.view(part.path)
-        found = xxhash.xxh3_128_hexdigest(data)
-        if found != part.xxh3:
-            raise ValueError(
-                f"{self.store.uri}/{part.path} is damaged: {len(data)} bytes with XXH3 {found[:12]}, "
-                f"but {part.bytes} with {part.xxh3[:12]} were committed"
-            )
         try:
-            rows = decode_part(data)
-        except ValueError as error:
-            raise ValueError(f"{self.store.uri}/{part.path} is not a part of a transfer set: it {error}") from error
-        if len(rows) != part.rows:
-            raise ValueError(f"{self.store.uri}/{part.path} has {len(rows)} rows, but {part.rows} were committed")
-        return rows
+            return self._read_once(part)
+        except DamagedError:
+            return self._read_once(part)  # what was damaged on its way here arrives the second time
+
+    def quarantine(self, commit: Commit, damage: DamagedError) -> bool:
+        """Take a damaged commit out of the set; returns whether this call did.
+
+        False where that commit is out of the set already, whoever took it out and whatever was committed since.
+
+        Args:
+            commit: from a snapshot, however old.
+            damage: why; what ``read`` raised.
+        """
+        return self._log.quarantine(commit, damage)
+
+    def verify(self, within: Collection[str] | None = None) -> Iterator[Verdict]:
+        """Read every part that is committed; quarantines what is damaged and says of each unit how it is.
+
+        Raises:
+            RecipeError: the set is of another recipe or format.
+        """
+        self.check()
+        known = self.quarantined()
+        snapshot = self.snapshot(within)
+        for unit in sorted(self.quarantined() - known - set(snapshot.units)):
+            record = self._log.reason(unit)
+            if record is not None:
+                yield Verdict(unit=unit, images=0, damage=str(self._damage(record)))
+        yield from in_threads(self._verdict_on, snapshot.commits, threads=READS)
 
     def content_digest(self, within: Collection[str] | None = None) -> str:
         """``Snapshot.content_digest`` of what is committed now."""
@@ -153,23 +201,37 @@ class TransferSet:
         """Whether synthesis has ended."""
         return self.store.exists("closed.json")
 
-    def _publish(self, commit: Commit) -> Commit:
-        if self.store.put_new(f"commits/{commit.unit}.json", commit.to_json()):
-            return commit
-        return self._commit_of(commit.unit)
+    def _read_once(self, part: Part) -> StoredRows:
+        try:
+            data = self.store.view(part.path)
+        except FileNotFoundError:
+            raise DamagedError(self.store.uri, part.path, "does not exist, but was committed") from None
+        found = xxhash.xxh3_128_hexdigest(data)
+        if found != part.xxh3:
+            problem = f"is damaged: {len(data)} bytes with XXH3 {found[:12]}"
+            raise DamagedError(
+                self.store.uri, part.path, f"{problem}, but {part.bytes} with {part.xxh3[:12]} were committed"
+            )
+        try:
+            rows = decode_part(data)
+        except ValueError as error:
+            raise DamagedError(self.store.uri, part.path, f"is not a part of a transfer set: it {error}") from error
+        if len(rows) != part.rows:
+            raise DamagedError(self.store.uri, part.path, f"has {len(rows)} rows, but {part.rows} were committed")
+        return rows
 
-    def _commit_of(self, unit: str) -> Commit:
-        if unit not in self._commits:
-            path = f"commits/{unit}.json"
-            data = self.store.get(path)
-            try:
-                commit = Commit.from_json(data)
-                if commit.unit != unit:
-                    raise ValueError(f"unit is {commit.unit}")
-            except ValueError as error:
-                raise ValueError(f"{self.store.uri}/{path} is not the record of a commit: {error}") from None
-            self._commits[unit] = commit
-        return self._commits[unit]
+    def _verdict_on(self, commit: Commit) -> Verdict:
+        images = 0
+        try:
+            for part in commit.parts:
+                images += len(self.read(part))
+        except DamagedError as damage:
+            self.quarantine(commit, damage)
+            return Verdict(unit=commit.unit, images=images, damage=str(damage))
+        return Verdict(unit=commit.unit, images=images, damage=None)
+
+    def _damage(self, record: Quarantine) -> DamagedError:
+        return DamagedError(self.store.uri, record.path, record.reason)
 
     def _refusal(self, problem: str) -> RecipeError:
         return RecipeError(f"transfer_set.uri is {self.store.uri}: {problem}; give another uri or delete it")

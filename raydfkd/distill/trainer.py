@@ -53,6 +53,9 @@ class StudentTrainer:
         rank: of this process.
         on_log: receives step, loss, agreement, images_seen and snapshot_images every ``log_every`` steps.
         on_checkpoint: called every ``checkpoint_every`` steps and after the last.
+        on_publish: called before the first step, every ``publish_every`` steps and after the last, with the number of
+            steps made; before a checkpoint of the same step, so that none is left out after a kill.
+        wants_checkpoint: asked after each step whether to make a checkpoint out of turn; all ranks answer alike.
     """
 
     def __init__(  # noqa: PLR0913 - one value for each sentence above
@@ -67,10 +70,12 @@ class StudentTrainer:
         rank: int = 0,
         on_log: Callable[[Mapping[str, float]], None],
         on_checkpoint: Callable[[int], None],
+        on_publish: Callable[[int], None] | None = None,
+        wants_checkpoint: Callable[[], bool] = lambda: False,
     ) -> None:
         self._student = student
         precision: torch.dtype = getattr(torch, spec.precision)
-        self._observed = ObservedNetwork(student, frozen=False, batchnorm="batch", precision=precision)
+        self._observed = ObservedNetwork(student, frozen=False, batchnorm="batch", precision=precision).to(device)
         self._teacher = teacher
         self._spec = spec
         self._pixels = pixels
@@ -79,12 +84,15 @@ class StudentTrainer:
         self._criterion = CRITERIA.build(spec.criterion.kind, spec.criterion.options, where="distill.criterion")
         self._augment = build_augmentations(spec.augment, where="distill.augment")
         self._optimizer, self._schedule = build_optimizer(student, spec.optimizer, steps=spec.steps)
-        self._on_log, self._on_checkpoint = on_log, on_checkpoint
+        self._on_log, self._on_checkpoint, self._on_publish = on_log, on_checkpoint, on_publish
+        self._wants_checkpoint = wants_checkpoint
         self._images_seen = 0
         self.step = 0
 
     def fit(self, source: BatchSource, *, steps: int) -> None:
         """Make steps until ``steps`` are done in all; the set may grow meanwhile, so there are no epochs."""
+        if self._on_publish is not None and self.step == 0:
+            self._on_publish(0)
         if self.step >= steps:
             return
         self._student.train()
@@ -102,10 +110,16 @@ class StudentTrainer:
                         "snapshot_images": batch.snapshot_images,
                     }
                 )
-            if self.step % self._spec.checkpoint_every == 0 or self.step == steps:
-                self._on_checkpoint(self.step)
+            self._save(is_last=self.step >= steps)
             if self.step >= steps:
                 break
+
+    def _save(self, *, is_last: bool) -> None:
+        if self._on_publish is not None and (is_last or self.step % self._spec.publish_every == 0):
+            self._on_publish(self.step)
+        is_wanted = self._wants_checkpoint()  # whatever the step is: to ask is to meet the other ranks
+        if is_last or is_wanted or self.step % self._spec.checkpoint_every == 0:
+            self._on_checkpoint(self.step)
 
     def _train_step(self, batch: StudentBatch) -> tuple[torch.Tensor, torch.Tensor]:
         torch.manual_seed(derive_seed(self._seed, "student", self.step, self._rank))  # what a student's dropout draws

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
 from raydfkd.data.commits import Snapshot
+from raydfkd.data.passes import PassLog
 from raydfkd.data.sources import TransferSetSource, in_this_process
 from raydfkd.data.store import Store
 from raydfkd.distill.trainer import StudentTrainer
@@ -22,7 +23,22 @@ from raydfkd.synthesis.worker import cpu_threads, keep_freed_memory, load_teache
 
 
 class StudentTraining:
-    """Student, teacher, trainer and source of one rank, put together as the recipe says."""
+    """Student, teacher, trainer and source of one rank, put together as the recipe says.
+
+    Args:
+        job: whose student is trained.
+        on_log: receives the learning curve, see StudentTrainer.
+        on_checkpoint: receives the state to go on from.
+        on_publish: receives a version of the student and its state dict: before the first step (version 0), every
+            ``publish_every`` steps and after the last, the version being the number of steps. Rank 0 only. The
+            tensors are the student's own; they change with the next step.
+        wants_checkpoint: asked after each step whether to make a checkpoint out of turn; all ranks answer alike.
+        rank: of this process.
+        world_size: number of ranks.
+        agree: see TransferSetSource.
+        parallel: wraps the student for data parallelism.
+        device: the recipe's unless given.
+    """
 
     def __init__(  # noqa: PLR0913 - what differs between one process and several
         self,
@@ -30,6 +46,8 @@ class StudentTraining:
         *,
         on_log: Callable[[Mapping[str, float]], None],
         on_checkpoint: Callable[[dict[str, Any]], None],
+        on_publish: Callable[[int, Mapping[str, Tensor]], None] | None = None,
+        wants_checkpoint: Callable[[], bool] = lambda: False,
         rank: int = 0,
         world_size: int = 1,
         agree: Callable[[Snapshot | None], Snapshot | None] = in_this_process,
@@ -45,6 +63,11 @@ class StudentTraining:
         self._on_checkpoint = on_checkpoint
         self._student = job.fresh_student().to(device).to(memory_format=torch.channels_last)
         teacher, _ = load_teacher(recipe)
+
+        def publish(step: int) -> None:
+            assert on_publish is not None
+            on_publish(step, self._student.state_dict())
+
         self.trainer = StudentTrainer(
             parallel(self._student),
             ObservedNetwork(teacher, frozen=True, precision=getattr(torch, recipe.distill.precision)).to(device),
@@ -55,6 +78,8 @@ class StudentTraining:
             rank=rank,
             on_log=on_log,
             on_checkpoint=lambda _: self._on_checkpoint(self.state_dict()),
+            on_publish=publish if on_publish is not None and rank == 0 else None,
+            wants_checkpoint=wants_checkpoint,
         )
         self._source = TransferSetSource(
             job.transfer_set,
@@ -67,13 +92,19 @@ class StudentTraining:
             rank=rank,
             world_size=world_size,
             agree=agree,
+            passes=PassLog(Store(str(Path(recipe.run_dir) / "train")), job.student_digest),
             pin_memory=device.type == "cuda",
         )
 
-    def run(self) -> Mapping[str, Tensor]:
-        """Train to the last step; returns the student's state dict."""
+    def run(self, *, until: int | None = None) -> Mapping[str, Tensor]:
+        """Train to the last step, or to step ``until`` before it; returns the student's state dict.
+
+        Learning rates are those of the whole training: a later call, here or from the checkpoint that was made at
+        ``until``, goes on as if this one had not stopped.
+        """
+        steps = self._spec.steps if until is None else min(until, self._spec.steps)
         with cpu_threads(self._spec.threads):
-            self.trainer.fit(self._source, steps=self._spec.steps)
+            self.trainer.fit(self._source, steps=steps)
         return self._student.state_dict()
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,119 +18,148 @@ from ray.exceptions import (
 )
 
 from raydfkd.data.commits import Commit
-from raydfkd.job import Job, transfer_set_of
+from raydfkd.distributed.actor import SynthesisActor
+from raydfkd.interruption import Interruption
+from raydfkd.job import Job
 from raydfkd.progress import Monitor
 from raydfkd.recipe import Recipe
+from raydfkd.registry import RecipeError
 from raydfkd.schedule import UnitQueue, WorkUnit
-from raydfkd.synthesis.worker import SynthesisWorker, pick_device
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.5
+SYNC_S = 5.0
+"""Seconds between looks at what others have committed to the set or taken out of it."""
+FINISH_S = 6.0
+"""How long units in work may still finish once the run is interrupted; after that they are left, their state saved."""
+LEAVE_S = 10.0
+"""When workers are ended that have neither finished nor left by then."""
+MAX_STILLBORN = 5
+"""Deaths in a row of workers that are being built, preempted machines aside, that end the run."""
 LOST = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
 """What Ray raises when a machine or process went away under a call: not a failure, but see UnitQueue.lost."""
-
-
-class SynthesisActor:
-    """A worker in a process of its own; builds everything at the first call, so that a mistake reaches the driver."""
-
-    def __init__(self, recipe: str, digest: str) -> None:
-        self._recipe = Recipe.model_validate_json(recipe)
-        self._digest = digest
-        self._worker: SynthesisWorker | None = None
-
-    def ready(self) -> None:
-        """Build the worker: teacher, objective, synthesizer."""
-        if self._worker is None:
-            device = pick_device(self._recipe.runtime.device)
-            transfer_set = transfer_set_of(self._recipe, self._digest)
-            self._worker = SynthesisWorker(self._recipe, transfer_set, device=device)
-
-    def run(self, unit: WorkUnit, attempt: int) -> bytes:
-        """Commit ``unit``; only the commit's record travels, never pixels."""
-        self.ready()
-        assert self._worker is not None
-        return self._worker.run(unit, attempt).to_json()
 
 
 class SynthesisPool:
     """Keeps up to ``runtime.workers.max`` actors busy with the units of a queue.
 
-    All actors are requested at once: those that find no room stay pending, which is what an autoscaler sees as
-    demand, and join when a node does. A restarted actor is used again under its old handle.
+    As many actors are requested as there are units for, up to that number: those that find no room stay pending, which
+    is what an autoscaler sees as demand, and join when a node does. One that dies is replaced. When the queue drains,
+    actors without a unit are ended, down to ``runtime.workers.min``, so that their machines can go.
     """
 
     def __init__(self, job: Job, monitor: Monitor) -> None:
         self._job = job
         self._monitor = monitor
-        self._actors: list[Any] = []
+        self._workers = job.recipe.runtime.workers
         self._idle: list[Any] = []
         self._starting: dict[Any, Any] = {}
+        self._unreachable: list[Any] = []
         self._busy: dict[Any, tuple[Any, WorkUnit]] = {}
+        self._num_stillborn = 0
+        self._next_sync = time.monotonic() + SYNC_S
 
-    def run(self, queue: UnitQueue, on_tick: Callable[[], None]) -> None:
-        """Work until the queue is drained; ``on_tick`` is called twice a second or more often."""
+    def run(self, queue: UnitQueue, on_tick: Callable[[], None], interruption: Interruption) -> None:
+        """Work until the queue is drained; ``on_tick`` is called twice a second or more often.
+
+        Raises:
+            RecipeError: workers cannot be built.
+            KeyboardInterrupt: there was an ``interruption``; what was in work is committed or its state saved.
+        """
         if queue.is_drained:
             return
         warn_of_workers_without_room(self._job.recipe, self._monitor)
         self._monitor.synthesis_started()
         try:
-            for _ in range(min(self._job.recipe.runtime.workers.max, len(self._job.units) - queue.num_done)):
-                self._await_ready(self._new_actor())
-            while not queue.is_drained:
-                finished, _ = ray.wait([*self._starting, *self._busy], num_returns=1, timeout=POLL_S)
-                for reference in finished:
-                    if reference in self._starting:
-                        self._started(reference, queue)
-                    else:
-                        self._worked(reference, queue)
+            while not queue.is_drained and not interruption.is_requested:
+                self._resize(queue)
+                self._look(queue, POLL_S)
                 # A unit that failed or was lost elsewhere may have come back.
                 for actor in [self._idle.pop() for _ in range(len(self._idle))]:
                     self._give_work(actor, queue)
+                self._sync(queue)
                 on_tick()
+            if interruption.is_requested:
+                self._wind_up(queue, interruption)
+                raise KeyboardInterrupt
         finally:
-            self._dismiss()
+            for actor in self._actors():
+                ray.kill(actor)
+
+    def _actors(self) -> list[Any]:
+        busy = [actor for actor, _ in self._busy.values()]
+        return [*self._idle, *self._unreachable, *self._starting.values(), *busy]
+
+    def _resize(self, queue: UnitQueue) -> None:
+        """As many actors as there are units to work on, within bounds."""
+        while self._unreachable:
+            self._await_ready(self._unreachable.pop())
+        num_actors = len(self._idle) + len(self._starting) + len(self._busy)
+        for _ in range(min(self._workers.max, queue.num_open) - num_actors):
+            self._await_ready(self._new_actor())
+        for _ in range(num_actors - max(self._workers.min, queue.num_open)):
+            if self._starting:
+                _, actor = self._starting.popitem()
+            elif self._idle:
+                actor = self._idle.pop()
+            else:
+                break
+            ray.kill(actor)
 
     def _new_actor(self) -> Any:
         runtime = self._job.recipe.runtime
-        actor = (
-            ray.remote(SynthesisActor)
-            .options(
-                num_cpus=runtime.cpus_per_worker,
-                num_gpus=runtime.gpus_per_worker,
-                max_restarts=-1,
-                max_task_retries=0,
-            )
-            .remote(self._job.recipe.located().model_dump_json(), self._job.digest)
+        decorated: Any = ray.remote(concurrency_groups={"control": 1})  # type: ignore[call-overload]  # not in its stub
+        remote = decorated(SynthesisActor).options(
+            num_cpus=runtime.cpus_per_worker,
+            num_gpus=runtime.gpus_per_worker,
+            resources=dict(runtime.resources_per_worker),
+            max_restarts=0,  # we see each death, and replace the actor if it is still wanted
         )
-        self._actors.append(actor)
-        return actor
+        return remote.remote(self._job.recipe.located().model_dump_json(), self._job.digest)
 
     def _await_ready(self, actor: Any) -> None:
         self._starting[actor.ready.remote()] = actor
+
+    def _look(self, queue: UnitQueue, timeout_s: float) -> None:
+        """Wait for news of any actor, then take all there are."""
+        waiting = [*self._starting, *self._busy]
+        if not waiting:
+            time.sleep(timeout_s)
+            return
+        if ray.wait(waiting, timeout=timeout_s)[0]:
+            for reference in ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]:
+                if reference in self._starting:
+                    self._started(reference, queue)
+                else:
+                    self._worked(reference, queue)
 
     def _started(self, reference: Any, queue: UnitQueue) -> None:
         actor = self._starting.pop(reference)
         try:
             ray.get(reference)
         except LOST as error:
-            self._replace(actor, error)
+            self._num_stillborn += isinstance(error, ActorDiedError) and not _was_preempted(error)
+            if self._num_stillborn >= MAX_STILLBORN:
+                raise RecipeError(
+                    f"runtime.workers: {self._num_stillborn} in a row died while they were built, the last with "
+                    f"{type(error).__name__}: out of memory, or a crash below Python; try fewer workers a machine, or "
+                    "--on local to see it"
+                ) from None
+            self._await_again(actor, error)
         except RayTaskError as error:
             raise _cause(error) from None
         else:
+            self._num_stillborn = 0
             self._give_work(actor, queue)
 
     def _worked(self, reference: Any, queue: UnitQueue) -> None:
         actor, unit = self._busy.pop(reference)
         try:
-            commit = Commit.from_json(ray.get(reference))
+            record = ray.get(reference)
         except LOST as error:
-            failure = queue.lost(unit, preempted=isinstance(error, RayActorError) and error.preempted)
-            if failure is None:
-                self._monitor.lost(unit.id, type(error).__name__)
-            else:
-                self._monitor.failed(failure, is_final=True)
-            self._replace(actor, error)
+            self._lost(unit, error, queue)
+            self._await_again(actor, error)
             return
         except RayTaskError as error:
             cause = _cause(error)
@@ -137,9 +167,21 @@ class SynthesisPool:
             failure = queue.failed(unit, f"{type(cause).__name__}: {cause}")
             self._monitor.failed(failure, is_final=queue.is_quarantined(unit))
         else:
+            if record is None:
+                queue.lost(unit, preempted=True)
+                self._monitor.lost(unit.id, "its machine is about to go; its state is saved")
+                ray.kill(actor)
+                return
             queue.finished(unit)
-            self._monitor.committed(commit, running=queue.num_running)
+            self._monitor.committed(Commit.from_json(record), running=queue.num_running)
         self._give_work(actor, queue)
+
+    def _lost(self, unit: WorkUnit, error: Exception, queue: UnitQueue) -> None:
+        failure = queue.lost(unit, preempted=_was_preempted(error))
+        if failure is None:
+            self._monitor.lost(unit.id, type(error).__name__)
+        else:
+            self._monitor.failed(failure, is_final=True)
 
     def _give_work(self, actor: Any, queue: UnitQueue) -> None:
         unit = queue.take()
@@ -148,15 +190,43 @@ class SynthesisPool:
         else:
             self._idle.append(actor)
 
-    def _replace(self, actor: Any, error: Exception) -> None:
-        if isinstance(error, ActorDiedError):
-            self._actors.remove(actor)
-            actor = self._new_actor()
-        self._await_ready(actor)
+    def _await_again(self, actor: Any, error: Exception) -> None:
+        """Ask the actor again if it may only be unreachable; another one takes the place of a dead one."""
+        if not isinstance(error, ActorDiedError):
+            self._unreachable.append(actor)
 
-    def _dismiss(self) -> None:
-        for actor in self._actors:
-            ray.kill(actor)
+    def _sync(self, queue: UnitQueue) -> None:
+        """Take note of what others have done to the set; always where nothing seems to be left."""
+        if queue.is_drained or time.monotonic() >= self._next_sync:
+            self._job.catch_up(queue)
+            self._next_sync = time.monotonic() + SYNC_S
+
+    def _wind_up(self, queue: UnitQueue, interruption: Interruption) -> None:
+        """Let what is in work finish, or leave with its state saved."""
+        is_told = False
+        while self._busy and interruption.seconds < LEAVE_S:
+            if interruption.seconds >= FINISH_S and not is_told:
+                is_told = True
+                for actor, _ in self._busy.values():
+                    actor.leave.remote()
+            for reference in ray.wait(list(self._busy), timeout=POLL_S)[0]:
+                self._end(reference, queue)
+
+    def _end(self, reference: Any, queue: UnitQueue) -> None:
+        actor, unit = self._busy.pop(reference)
+        self._idle.append(actor)
+        try:
+            record = ray.get(reference)
+        except (RayTaskError, *LOST):
+            logger.debug("unit %s ended while the run did", unit.id, exc_info=True)
+        else:
+            if record is not None:
+                queue.finished(unit)
+                self._monitor.committed(Commit.from_json(record), running=len(self._busy))
+
+
+def _was_preempted(error: Exception) -> bool:
+    return isinstance(error, RayActorError) and bool(error.preempted)
 
 
 def _cause(error: RayTaskError) -> Exception:
@@ -167,17 +237,21 @@ def _cause(error: RayTaskError) -> Exception:
 def warn_of_workers_without_room(recipe: Recipe, monitor: Monitor) -> None:
     """Say so where Ray could not hold as many workers as are asked for; pending ones are demand to an autoscaler."""
     runtime, has = recipe.runtime, capacity()
-    wanted = {"CPU": runtime.cpus_per_worker, "GPU": runtime.gpus_per_worker}
-    room = min((int(has[resource] / share) for resource, share in wanted.items() if share), default=runtime.workers.max)
+    wanted = {"CPU": runtime.cpus_per_worker, "GPU": runtime.gpus_per_worker, **runtime.resources_per_worker}
+    room = min(
+        (int(has.get(resource, 0.0) / share) for resource, share in wanted.items() if share),
+        default=runtime.workers.max,
+    )
     if room < runtime.workers.max:
+        others = "".join(f" and {has.get(name, 0.0):g} {name}" for name in runtime.resources_per_worker)
         monitor.say(
             "workers",
-            f"runtime.workers.max is {runtime.workers.max}, but Ray has {has['CPU']:g} CPUs and {has['GPU']:g} GPUs, "
-            f"room for {room}; the others wait for nodes to join",
+            f"runtime.workers.max is {runtime.workers.max}, but Ray has {has['CPU']:g} CPUs and {has['GPU']:g} GPUs"
+            f"{others}, room for {room}; the others wait for nodes to join",
         )
 
 
 def capacity() -> dict[str, float]:
-    """CPUs and GPUs of the cluster that this process is connected to."""
+    """Resources of the cluster that this process is connected to, CPUs and GPUs always among them."""
     resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no stub for it
-    return {resource: resources.get(resource, 0.0) for resource in ("CPU", "GPU")}
+    return {"CPU": 0.0, "GPU": 0.0, **resources}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from raydfkd.distributed.pool import SynthesisPool, capacity
 from raydfkd.distributed.train import ProgressBoard, train_student
-from raydfkd.job import Job, SynthesisOutcome
+from raydfkd.interruption import Interruption
+from raydfkd.job import Job, SynthesisOutcome, in_rounds
 from raydfkd.progress import Monitor
 from raydfkd.registry import RecipeError
 from raydfkd.schedule import UnitQueue
@@ -27,7 +28,8 @@ class RayExecutor:
     def synthesize(self, job: Job, monitor: Monitor) -> SynthesisOutcome:
         """See Executor."""
         _connect(job, monitor)
-        return _synthesize(job, monitor, job.begin_synthesis(), training=None)
+        with Interruption() as interruption:
+            return _synthesize(job, monitor, job.begin_synthesis(), _nothing, interruption)
 
     def distill(self, job: Job, monitor: Monitor) -> Mapping[str, Tensor]:
         """See Executor."""
@@ -37,14 +39,19 @@ class RayExecutor:
     def run(self, job: Job, monitor: Monitor) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:
         """See Executor."""
         _connect(job, monitor)
+        if job.recipe.rounds > 1:
+            return in_rounds(job, monitor, self)
         queue = job.begin_synthesis()  # before the student, who would take the end of an earlier run for this one's
         training = _Training(job, monitor)
-        outcome = _synthesize(job, monitor, queue, training)
+        with Interruption() as interruption:
+            outcome = _synthesize(job, monitor, queue, training.look, interruption)
         return outcome, training.wait()
 
 
-def _synthesize(job: Job, monitor: Monitor, queue: UnitQueue, training: _Training | None) -> SynthesisOutcome:
-    SynthesisPool(job, monitor).run(queue, on_tick=training.look if training is not None else _nothing)
+def _synthesize(
+    job: Job, monitor: Monitor, queue: UnitQueue, on_tick: Callable[[], None], interruption: Interruption
+) -> SynthesisOutcome:
+    SynthesisPool(job, monitor).run(queue, on_tick, interruption)
     return job.end_synthesis(queue)
 
 
@@ -66,7 +73,7 @@ class _Training:
 
     def _run(self, job: Job) -> None:
         try:
-            self._student = train_student(job, self._board)
+            self._student = train_student(job, self._board, until=job.until)
         except Exception as error:  # raised again in the main thread
             self._error = error
 

@@ -26,7 +26,7 @@ class View:
     observe: Callable[[Tensor], Observation]
     """The teacher again, for terms that make a second view of their own."""
     student: Observation | None = None
-    """What the student says of the images, where a term needs it."""
+    """What the student says of the images, where a term needs it and there is one."""
     latents: Tensor | None = None
     """[N, Z], where the images were generated."""
 
@@ -55,7 +55,10 @@ class Term(nn.Module):
         """Take note of a batch that was kept (memory banks); nothing by default."""
 
 
-TERMS: Registry[Term] = Registry("term", ["raydfkd.losses.outputs", "raydfkd.losses.moments", "raydfkd.losses.priors"])
+TERMS: Registry[Term] = Registry(
+    "term",
+    ["raydfkd.losses.outputs", "raydfkd.losses.moments", "raydfkd.losses.priors", "raydfkd.losses.disagreement"],
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +88,12 @@ class Objective(nn.Module):
         return {name: term for name, term in self._terms.items() if isinstance(term, Term)}
 
     def forward(self, view: View) -> ObjectiveValue:
-        """Evaluate every term on ``view``."""
-        parts = {name: term(view) for name, term in self.terms.items()}
+        """Evaluate every term on ``view``; those about the student rest where there is none yet."""
+        parts = {
+            name: term(view)
+            for name, term in self.terms.items()
+            if view.student is not None or Need.STUDENT not in term.taps
+        }
         total = sum((self._weights[name] * part for name, part in parts.items()), start=view.images.new_zeros(()))
         return ObjectiveValue(total=total, parts={name: part.detach() for name, part in parts.items()})
 
@@ -111,6 +118,8 @@ def build_objective(specs: Sequence[TermSpec], *, has_targets: bool, has_latents
         if Need.LATENTS in term.taps and not has_latents:
             raise RecipeError(f"{where}: {spec.term} needs latents, which only `synthesizer: generator` has")
         if Need.STUDENT in term.taps and not has_student:
-            raise RecipeError(f"{where}: {spec.term} needs the student, which this pipeline does not offer")
+            raise RecipeError(
+                f"{where}: {spec.term} needs the student, but none is trained beside this synthesis; drop the term"
+            )
         terms.append((spec.name, spec.weight, term))
     return Objective(terms)

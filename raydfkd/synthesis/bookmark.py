@@ -58,6 +58,7 @@ class Bookmarks:
         bookmark: where the states go.
         every: steps between two of them.
         should_stop: whether the unit is to be left; asked at every step.
+        on_step: told the number of steps that were made here, before each.
         around: completes a synthesizer's state by what the rest of the attempt goes on from.
         saved: the synthesizer's state to begin with.
     """
@@ -68,12 +69,14 @@ class Bookmarks:
         *,
         every: int,
         should_stop: Callable[[], bool],
+        on_step: Callable[[int], None],
         around: Callable[[Mapping[str, Any]], Mapping[str, Any]],
         saved: Mapping[str, Any] | None,
     ) -> None:
         self._bookmark = bookmark
         self._every = every
         self._should_stop = should_stop
+        self._on_step = on_step
         self._around = around
         self._saved = saved
         self._steps = 0
@@ -89,4 +92,5 @@ class Bookmarks:
             raise Interrupted
         if self._steps and self._steps % self._every == 0:
             self._bookmark.save(self._around(state()))
+        self._on_step(self._steps)
         self._steps += 1

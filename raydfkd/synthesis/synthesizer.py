@@ -29,13 +29,17 @@ Log = Callable[[Mapping[str, float]], None]
 
 
 class StudentFeed(Protocol):
-    """The student inside the objective: the live object of this process or the newest published one."""
+    """The student inside the objective: the live object of this process or a published one."""
+
+    @property
+    def version(self) -> int:
+        """Number of the version in use, which is recorded beside every image; -1 for one that nobody has published."""
 
     def refresh(self) -> int:
-        """Take the newest version; returns its number, which is recorded beside every image."""
+        """Take the newest version; returns its number."""
 
-    def __call__(self, images: Tensor) -> Observation:
-        """What the student says of ``images``."""
+    def __call__(self, images: Tensor) -> Observation | None:
+        """What the student says of ``images``; None while there is none to challenge."""
 
 
 class ObjectiveNotFiniteError(ArithmeticError):
@@ -81,7 +85,7 @@ class Judge:
             labels=labels.long().cpu().clone(),
             teacher_logits=logits.half().cpu(),
             objective=objective,
-            student_version=-1 if self.student is None else self.student.refresh(),
+            student_version=-1 if self.student is None else self.student.version,
         )
 
 

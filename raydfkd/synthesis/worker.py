@@ -17,17 +17,18 @@ from torch import nn
 from raydfkd.data.commits import Commit
 from raydfkd.data.sink import ParquetSink
 from raydfkd.data.transfer_set import TransferSet
+from raydfkd.distill.published import PublishedStudent, PublishedStudents
 from raydfkd.images import PixelRange
-from raydfkd.losses.objective import build_objective
+from raydfkd.losses.objective import TERMS, build_objective
 from raydfkd.networks import build_network, load_weights
-from raydfkd.observed import ObservedNetwork
+from raydfkd.observed import Need, ObservedNetwork
 from raydfkd.recipe import Recipe
 from raydfkd.registry import RecipeError
 from raydfkd.schedule import WorkUnit, derive_seed
 from raydfkd.synthesis.augment import build_augmentations
 from raydfkd.synthesis.bookmark import Bookmark, Bookmarks
 from raydfkd.synthesis.interlude import Interrupted
-from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Judge, Setting, Synthesizer
+from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Judge, Setting, StudentFeed, Synthesizer
 from raydfkd.synthesis.targets import TARGETS
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,52 @@ def load_teacher(recipe: Recipe) -> tuple[nn.Module, str]:
     return teacher, load_weights(teacher, recipe.teacher.weights, where="teacher.weights")
 
 
-def build_synthesizer(recipe: Recipe, teacher: nn.Module, device: torch.device) -> Synthesizer:
-    """Put judge and synthesizer together as the recipe says.
+def asks_student(recipe: Recipe) -> bool:
+    """Whether a term of the recipe's objective asks the student."""
+    return any(
+        Need.STUDENT in TERMS.get(term.term, where=f"synthesis.objective[{index}]").needs  # type: ignore[attr-defined]
+        for index, term in enumerate(recipe.synthesis.objective)
+    )
+
+
+def digest_of(recipe: Recipe, weights_sha256: str) -> str:
+    """Digest of all that the recipe's images depend on."""
+    return recipe.digest(weights_sha256, is_against_student=asks_student(recipe))
+
+
+def build_student(recipe: Recipe, students: PublishedStudents | None, device: torch.device) -> PublishedStudent | None:
+    """The student for the objective, where a term asks it: one of ``students``, or a fresh one where there are none.
+
+    Raises:
+        RecipeError: it is asked where nobody trains it in time, or never where rounds are.
+    """
+    if not asks_student(recipe):
+        if recipe.rounds > 1:
+            raise RecipeError(
+                f"rounds is {recipe.rounds}, but no term of synthesis.objective asks the student; add competition, "
+                "logit_gap or decision_gap, or drop rounds"
+            )
+        return None
+    if recipe.rounds == 1 and recipe.runtime.executor == "local":
+        raise RecipeError(
+            "synthesis.objective asks the student, but in one process it is trained after the synthesis; "
+            "use rounds: 2 or more, or runtime.executor ray"
+        )
+    spec = recipe.synthesis
+    seed = derive_seed(recipe.seed, "student")
+    return PublishedStudent(
+        build_network(recipe.student, recipe.teacher, where="student", seed=seed),
+        students.newest if students is not None else lambda _: None,
+        device=device,
+        precision=getattr(torch, spec.precision),
+        compiled=device.type == "cuda" if spec.compile == "auto" else spec.compile,
+    )
+
+
+def build_synthesizer(
+    recipe: Recipe, teacher: nn.Module, device: torch.device, student: StudentFeed | None = None
+) -> Synthesizer:
+    """Put judge and synthesizer together as the recipe says, with the ``student`` that its objective may ask.
 
     Raises:
         RecipeError: anything in ``synthesis`` that is unknown, of the wrong type or does not suit the teacher.
@@ -61,7 +106,7 @@ def build_synthesizer(recipe: Recipe, teacher: nn.Module, device: torch.device) 
         spec.objective,
         has_targets=targets.is_conditional,
         has_latents=spec.synthesizer == "generator",
-        has_student=False,
+        has_student=student is not None,
     ).to(device)
     observed = ObservedNetwork(
         teacher,
@@ -72,7 +117,7 @@ def build_synthesizer(recipe: Recipe, teacher: nn.Module, device: torch.device) 
     ).to(device)
     pixels = PixelRange(recipe.teacher.image_space, device)
     setting = Setting(
-        judge=Judge(teacher=observed, objective=objective, pixels=pixels),
+        judge=Judge(teacher=observed, objective=objective, pixels=pixels, student=student),
         space=recipe.teacher.image_space,
         targets=targets,
         augment=build_augmentations(spec.augment, where="synthesis.augment"),
@@ -102,7 +147,7 @@ class SynthesisWorker:
         if device.type == "cpu":
             keep_freed_memory()
         teacher, weights = load_teacher(recipe)
-        digest = recipe.digest(weights)
+        digest = digest_of(recipe, weights)
         if digest != transfer_set.digest:
             raise RecipeError(
                 f"teacher.weights is {recipe.teacher.weights!r}: not the weights that this run began with; "
@@ -112,7 +157,10 @@ class SynthesisWorker:
         self._checkpoint_every = recipe.runtime.checkpoint_every
         self._transfer_set = transfer_set
         self._should_stop = should_stop
-        self._synthesizer = build_synthesizer(recipe, teacher, device)
+        self._recipe = recipe
+        self._students = PublishedStudents(transfer_set.store)
+        self._student = build_student(recipe, self._students, device)
+        self._synthesizer = build_synthesizer(recipe, teacher, device, self._student)
 
     def run(self, unit: WorkUnit, attempt: int = 1) -> Commit:
         """Make the images of ``unit`` and commit them, from where another attempt was interrupted if one was.
@@ -123,11 +171,13 @@ class SynthesisWorker:
             Interrupted: ``should_stop`` said so; the unit's state is saved.
         """
         bookmark = Bookmark(self._transfer_set.store, unit, self._transfer_set.digest)
+        self._meet_student(unit)
         work = self._resume(unit, attempt, bookmark.load())
         interlude = Bookmarks(
             bookmark,
             every=self._checkpoint_every,
             should_stop=self._should_stop,
+            on_step=self._look_for_student,
             around=work.state_dict,
             saved=work.synthesizer_state,
         )
@@ -146,6 +196,24 @@ class SynthesisWorker:
         bookmark.remove()
         logger.info("unit %s committed: %d images, objective %.3f", unit.id, commit.images, commit.objective)
         return commit
+
+    def _meet_student(self, unit: WorkUnit) -> None:
+        """In rounds the student that the round before has trained, none in the first; else the newest one."""
+        if self._student is None:
+            return
+        if self._recipe.rounds > 1:
+            number = self._recipe.round_of(unit)
+            version = self._recipe.steps_until(number - 1)
+            self._student.follow(self._students.pinned(version) if number else None)
+        self._student.refresh()
+
+    def _look_for_student(self, steps: int) -> None:
+        if (
+            self._student is not None
+            and self._recipe.rounds == 1
+            and steps % self._recipe.synthesis.student_refresh == 0
+        ):
+            self._student.refresh()
 
     def _resume(self, unit: WorkUnit, attempt: int, state: Mapping[str, Any] | None) -> _Attempt:
         if state is not None:

@@ -69,15 +69,16 @@ def test_commands_that_are_written_down_exist():
     text = " ".join(path.read_text() for path in FILES)
     ours = typer.main.get_command(app).commands
 
-    assert set(re.findall(r"\braydfkd ([a-z]\S*)", text)) <= set(ours)
+    assert set(re.findall(r"(?:^|[`\"] ?|cluster |lock )raydfkd ([a-z][\w-]*)", text, re.MULTILINE)) <= set(ours)
     assert set(re.findall(r"\bray ([a-z]\S*) (?:-y )?(?:cluster/|--)", text)) <= set(ray_cli.commands)
 
 
 def test_both_ways_run_the_same():
-    (written,) = re.findall(r"-- (raydfkd run .*?)\"\n", README.replace("\\\n", ""))
+    (written,) = re.findall(r"^raydfkd submit (.*?) --address \S+(.*)$", README.replace("\\\n", ""), re.MULTILINE)
     (job,) = yaml.safe_load((CLUSTER / "kuberay.job.yaml").read_text())["items"]
 
-    assert shlex.split(written.replace("$BUCKET", "${BUCKET}")) == shlex.split(job["spec"]["entrypoint"])
+    arguments = shlex.split(" ".join(written).replace("$BUCKET", "${BUCKET}"))
+    assert ["raydfkd", "run", *arguments] == shlex.split(job["spec"]["entrypoint"])
 
 
 def test_each_way_is_five_commands():
@@ -107,3 +108,13 @@ def test_image_has_the_tools_that_ray_and_kuberay_call():
     packages = set(shlex.split(re.search(r"apt-get install (.*?)&&", DOCKERFILE, re.DOTALL)[1]))
 
     assert {"rsync", "openssh-client", "wget", "gcc"} <= packages
+
+
+def test_every_option_of_ours_that_is_written_down_exists():
+    commands = re.findall(r"^raydfkd ([a-z-]+) (.*)$", README.replace("\\\n", ""), re.MULTILINE)
+    ours = typer.main.get_command(app).commands
+
+    assert commands
+    for name, rest in commands:
+        known = {option for parameter in ours[name].params for option in parameter.opts}
+        assert set(re.findall(r" (--[a-z-]+)", f" {rest.partition('#')[0]}")) <= known

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import json
+import shlex
 from importlib.resources import files
 
 import jsonschema
 import pytest
+import typer.main
 from manifests import CLUSTER, filled, load
 from ray.autoscaler._private.util import prepare_config, validate_config
+
+from raydfkd.cli import app
 
 LAUNCHERS = ["launcher.aws.yaml", "launcher.gcp.yaml"]
 SCHEMA = json.loads((files("ray.autoscaler") / "ray-schema.json").read_text())
@@ -71,3 +75,18 @@ def test_maximum_of_all_groups_together_is_the_global_maximum(name):
 
     groups = config["available_node_types"].values()
     assert config["max_workers"] == sum(group.get("max_workers", 0) for group in groups)
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_every_worker_watches_for_the_notice_of_its_own_cloud_and_the_head_for_none(name):
+    config = prepare_config(load(name))
+    (command,) = config["worker_setup_commands"]
+    shell, _, ours = command.partition(" raydfkd ")
+
+    assert shell.startswith("setsid --fork flock -n "), "it outlives the launcher's shell, and there is one a machine"
+    arguments = shlex.split(ours.partition("<")[0])
+    assert arguments == ["node-watch", "--provider", config["provider"]["type"]]
+    typer.main.get_command(app).commands["node-watch"].make_context("node-watch", arguments[1:])
+    assert "raydfkd" not in " ".join(config["head_setup_commands"] + config["head_start_ray_commands"])
+    for node in config["available_node_types"].values():
+        assert "worker_setup_commands" not in node, "which would replace it"

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from manifests import items, load
+from manifests import REPOSITORY, items, load
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
+
+from raydfkd.recipe import load_recipe
 
 CLUSTERS = ["launcher.aws.yaml", "launcher.gcp.yaml", "kuberay.cluster.yaml"]
 pytestmark = pytest.mark.parametrize("name", CLUSTERS)
@@ -55,6 +57,19 @@ def test_workers_beyond_the_spot_maximum_come_on_demand(name):
 def test_train_and_synth_resources_choose_their_groups(name):
     assert started(name, {"GPU": 1, "train": 1}, count=2) == {"train": 2}
     assert started(name, {"GPU": 1, "synth": 1}, count=2) == {"spot": 2}
+
+
+def test_the_job_for_64_spot_machines_gets_them_and_its_students_workers_others(name):
+    runtime = load_recipe(REPOSITORY / "jobs/spot-64.yaml").runtime
+    worker = {"CPU": runtime.cpus_per_worker, "GPU": runtime.gpus_per_worker, **runtime.resources_per_worker}
+    student = {
+        "CPU": runtime.cpus_per_student_worker,
+        "GPU": runtime.gpus_per_student_worker,
+        **runtime.resources_per_student_worker,
+    }
+
+    assert started(name, worker, count=runtime.workers.max) == {"spot": 64}
+    assert started(name, student, count=runtime.student_workers.max) == {"train": 8}
 
 
 def test_nothing_runs_where_nothing_is_asked_for_and_nothing_runs_on_the_head(name):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from toy import BATCHNORM_TAPS, batchnorm_teacher, plain_teacher, shipped, toy_images, toy_view, variants
@@ -28,7 +30,9 @@ def cases(*, where=lambda term: True):
 
 def view_for(term, images=None, targets=None):
     groups = 2 if Need.CLASS_MOMENTS in term.taps else 1
-    return toy_view(images, targets, taps=BATCHNORM_TAPS, groups=groups)
+    view = toy_view(images, targets, taps=BATCHNORM_TAPS, groups=groups)
+    surer = Observation(logits=2 * view.teacher.logits)  # who decides alike, as some terms ask of an image
+    return replace(view, student=surer)
 
 
 @cases()
@@ -87,12 +91,15 @@ def test_order_of_the_images_does_not_matter(case):
 @cases(where=lambda term: not term.taps & MOMENTS)
 def test_gradient_agrees_with_finite_differences(case):
     term = build(*case)
-    weights = torch.randn(16, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    weights, others = torch.randn(2, 16, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    targets = torch.tensor([0, 1, 2])
 
     def value(images):
         features = images.flatten(1)
         seen = Observation(logits=features @ weights, features=features)
-        return term(View(images=images, targets=torch.tensor([0, 1, 2]), teacher=seen, observe=lambda _: seen))
+        student = Observation(logits=features @ (0.9 * weights + 0.1 * others))
+        assert student.logits.argmax(1).equal(seen.logits.argmax(1))
+        return term(View(images=images, targets=targets, teacher=seen, observe=lambda _: seen, student=student))
 
     images = torch.randn(3, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
     assert torch.autograd.gradcheck(value, images.requires_grad_())
@@ -139,13 +146,16 @@ def test_term_declares_everything_it_reads(case):
     targets = torch.arange(6) % 4 if term.needs_targets else None
     groups = 2 if Need.CLASS_MOMENTS in term.taps else 1
     seen = observed(images, groups=groups)
-    assert term(View(images=images, targets=targets, teacher=seen, observe=observed)).isfinite()
+    student = Observation(logits=plain_teacher(seed=1)(images)) if Need.STUDENT in term.taps else None
+    view = View(images=images, targets=targets, teacher=seen, observe=observed, student=student)
+    assert term(view).isfinite()
 
 
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
         ("cross_entropy", {"temperature": 0.0}, "positive"),
+        ("competition", {"temperature": -1.0}, "positive"),
         ("bn_moments", {"form": "kl", "statistic": "std"}, "statistic is std"),
         ("bn_moments", {"form": "l3"}, "form"),
         ("total_variation", {"norm": "l3"}, "norm"),

@@ -9,8 +9,11 @@ import torch
 
 from raydfkd.batches import SyntheticBatch
 from raydfkd.data import sources
+from raydfkd.data.failures import DamagedError
+from raydfkd.data.passes import PassLog
 from raydfkd.data.shards import StoredRows
 from raydfkd.data.sources import TransferSetSource
+from raydfkd.data.store import Store
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.recipe import SourceSpec
 from raydfkd.schedule import Request, WorkUnit
@@ -48,7 +51,7 @@ class Rows:
             written += numbers.tolist()
         return written
 
-    def sources(self, ranks=1, *, steps=1000, batch_size=8, seed=3, planned=None, on_wait=None, **spec):
+    def sources(self, ranks=1, *, steps=1000, batch_size=8, seed=3, planned=None, on_wait=None, passes=None, **spec):
         """One source a rank; rank 0 must be asked first in every step. It calls ``on_wait`` instead of waiting."""
         agreed = []
 
@@ -70,10 +73,17 @@ class Rows:
                 seed=seed,
                 rank=rank,
                 world_size=ranks,
-                agree=agree if rank == 0 else lambda _: agreed[-1],
+                agree=agree if rank == 0 else follower(agreed),
+                passes=passes,
             )
             for rank in range(ranks)
         ]
+
+
+def follower(agreed):
+    """How a rank that is not asked learns what rank 0 said: once for each time that was asked."""
+    number = itertools.count()
+    return lambda _: agreed[next(number)]
 
 
 def passes(sources, count):
@@ -380,23 +390,160 @@ def test_set_that_fits_into_a_window_is_read_once(tmp_path, monkeypatch):
     assert len(reads) == len(set(reads)) == 10
 
 
-def test_part_that_cannot_be_read_fails_the_batch_that_needs_it_and_not_those_before(tmp_path):
-    rows = Rows(tmp_path, part_rows=8)
-    rows.write(16)
-    (source,) = rows.sources(window_rows=8)
+def part_of_the_second_window(rows):
     (first,) = passes(rows.sources(window_rows=8), 1)
-    broken = next(
+    return next(
         part
         for commit in rows.set.snapshot().commits
         for part in commit.parts
         if rows.set.read(part).labels[0] in first[1][0].labels
     )
+
+
+def test_unit_that_cannot_be_read_is_quarantined_and_the_student_goes_on_without_it(tmp_path, caplog):
+    rows = Rows(tmp_path, part_rows=8)
+    written = rows.write(8, 8, 8)
+    rows.set.close([])
+    broken = part_of_the_second_window(rows)
+    unit = rows.set.snapshot().owner_of(broken).unit
     rows.set.store.put(broken.path, b"damaged")
-    stream = iter(source)
-    assert sorted(next(stream).labels.tolist()) == sorted(numbers_of(first[:1]))
-    with pytest.raises(ValueError, match="is damaged"):
+    (source,) = rows.sources(window_rows=8)
+    begun = taken(iter(source), 1)
+    rest = taken(iter(source), 2)
+    assert rows.set.quarantined() == {unit}
+    assert [record.getMessage() for record in caplog.records if unit in record.getMessage()]
+    left = [number for number in written if number // 8 != int(unit[1:])]
+    assert sorted(sum(rest, [])) == left, "a pass over all others"
+    assert set(begun[0]) <= set(left)
+
+
+def test_with_several_ranks_damage_ends_the_training_so_that_all_begin_a_pass_together(tmp_path):
+    rows = Rows(tmp_path, part_rows=8)
+    written = rows.write(8, 8, 8)
+    rows.set.close([])
+    broken = part_of_the_second_window(rows)
+    unit = rows.set.snapshot().owner_of(broken).unit
+    content = rows.set.store.get(broken.path)
+    both = rows.sources(2, window_rows=8)
+    streams = [iter(source) for source in both]
+    for stream in streams:
         next(stream)
-    assert source.state_dict()["step"] == 1
+    states = [source.state_dict() for source in both]
+    for stream in streams:
+        stream.close()
+    rows.set.store.put(broken.path, b"damaged")
+    restored = rows.sources(2, window_rows=8, on_wait=lambda: None)
+    for source, state in zip(restored, states, strict=True):
+        source.load_state_dict(state)
+    with pytest.raises(DamagedError):
+        list(zip(*map(iter, restored), strict=True))
+    assert rows.set.quarantined() == {unit}
+    rows.set.store.put(broken.path, content)  # whatever is there now, nobody reads it
+    restored = rows.sources(2, window_rows=8, on_wait=lambda: None)
+    for source, state in zip(restored, states, strict=True):
+        source.load_state_dict(state)
+    streams = [iter(source) for source in restored]
+    seen = numbers_of([[next(stream) for stream in streams] for _ in range(2)])
+    assert sorted(seen) == [number for number in written if number // 8 != int(unit[1:])]
+
+
+def test_pass_ends_early_for_a_newer_snapshot_and_only_for_one(tmp_path):
+    rows = Rows(tmp_path)
+    rows.write(40)
+    (source,) = rows.sources(wait_for=1, planned=1000, refresh_steps=2, on_wait=lambda: None)
+    stream, sizes = iter(source), []
+    for step in range(12):
+        if step == 3:
+            rows.write(40)
+        sizes.append(next(stream).snapshot_images)
+    assert sizes == [40] * 4 + [80] * 8, "the next look after step 3 is that after step 4"
+    assert source.state_dict()["pass"] == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_pass_that_nothing_ends_early_sees_every_row_once(tmp_path, ranks):
+    rows = Rows(tmp_path, part_rows=7)
+    written = rows.write(5, 16, 9, 23)
+    for steps in passes(rows.sources(ranks, refresh_steps=2, planned=1000, wait_for=1, on_wait=lambda: None), 3):
+        assert sorted(numbers_of(steps)) == written
+
+
+def test_refresh_never_waits_for_images(tmp_path):
+    """A student that may not have the next pass yet goes on with this one."""
+    rows = Rows(tmp_path)
+    rows.write(40)
+    (source,) = rows.sources(wait_for=1, complete_by=1.0, planned=200, steps=10, refresh_steps=1, on_wait=lambda: None)
+    stream = iter(source)
+    for step in range(5):
+        if step == 3:
+            rows.write(1)  # of the 60 wanted by then
+        next(stream)
+    assert source.state_dict()["pass"] == 0
+
+
+def test_old_and_new_images_are_equally_likely_to_be_next_after_a_refresh(tmp_path):
+    rows = Rows(tmp_path, part_rows=4)
+    old = set(rows.write(48))
+    states = []
+    for seed in range(40):
+        (source,) = rows.sources(seed=seed, wait_for=1, planned=1000, refresh_steps=3)
+        taken(iter(source), 3)
+        states.append(source.state_dict())
+    new = set(rows.write(48))
+    views = {number: 0 for number in old | new}
+    for seed, state in enumerate(states):
+        (source,) = rows.sources(seed=seed, wait_for=1, planned=1000, refresh_steps=3)
+        source.load_state_dict(state)
+        for number in sum(taken(iter(source), 3), []):
+            views[number] += 1
+    drawn = sum(views.values())
+    assert drawn == 40 * 24
+    # parts of 4 rows are drawn together, so the share's standard deviation is about 3 %
+    assert sum(views[number] for number in new) / drawn == pytest.approx(1 / 2, abs=0.1)
+    assert min(views.values()) > 0, "none is left out"
+
+
+def grown(rows, sources, script, first, last):
+    """Numbers of each step's rows, rank by rank; before step s ``script[s]`` rows are committed, once."""
+    streams = [iter(source) for source in sources]
+    steps = {}
+    for step in range(first, last):
+        if count := script.pop(step, None):
+            rows.write(count)
+        steps[step] = [next(stream).labels.tolist() for stream in streams]
+    return steps, streams
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("refresh_steps", [None, 3])
+@pytest.mark.parametrize(("saved", "killed"), [(2, 9), (6, 23), (0, 17)])
+def test_training_that_is_killed_while_the_set_grows_repeats_its_batches(tmp_path, ranks, refresh_steps, saved, killed):
+    """What it went over between checkpoint and kill was chosen from a set that is larger by now."""
+    script = {3: 16, 4: 8, 8: 24, 13: 8, 14: 8, 21: 30, 24: 10}
+    spec = {"wait_for": 1, "planned": 24 + sum(script.values()), "refresh_steps": refresh_steps, "window_rows": 40}
+    spec["on_wait"] = lambda: None
+    undisturbed = Rows(tmp_path / "one", part_rows=7)
+    undisturbed.write(24)
+    expected, _ = grown(undisturbed, undisturbed.sources(ranks, **spec), dict(script), 0, 30)
+
+    rows = Rows(tmp_path / "other", part_rows=7)
+    rows.write(24)
+    left = dict(script)
+    log = PassLog(Store(str(tmp_path / "run")), "t" * 64)
+    before = rows.sources(ranks, passes=log, **spec)
+    _, streams = grown(rows, before, left, 0, saved)
+    states = [source.state_dict() for source in before]
+    for stream in streams:
+        stream.close()
+    _, streams = grown(rows, before, left, saved, killed)
+    for stream in streams:
+        stream.close()
+
+    resumed = rows.sources(ranks, passes=PassLog(Store(str(tmp_path / "run")), "t" * 64), **spec)
+    for source, state in zip(resumed, states, strict=True):
+        source.load_state_dict(state)
+    found, _ = grown(rows, resumed, left, saved, 30)
+    assert found == {step: expected[step] for step in range(saved, 30)}
 
 
 def test_ranks_agree_in_the_thread_that_trains(tmp_path):

@@ -1,13 +1,22 @@
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import re
+import resource
 import threading
+import time
+import traceback
+import uuid
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+from faulty import PLANS, Script
 
+from raydfkd.data import failures
+from raydfkd.data.failures import StoreError
 from raydfkd.data.store import Store
 from raydfkd.registry import RecipeError
 
@@ -85,14 +94,153 @@ def test_local_readers_never_see_part_of_an_object(write, tmp_path):
         assert seen.result() <= {len(data)}
 
 
-def test_failed_local_write_leaves_no_temporary_file(tmp_path, monkeypatch):
+@pytest.fixture
+def scripted(monkeypatch):
+    """Makes a store whose operations fail as told, and its faults."""
+    monkeypatch.setattr(failures, "_FIRST_WAIT_S", 0.0)
+
+    def make(*kinds):
+        plan = uuid.uuid4().hex
+        PLANS[plan] = Script(*kinds)
+        return Store(f"faulty://{plan}/set", {"plan": plan}), PLANS[plan]
+
+    return make
+
+
+@pytest.mark.parametrize("fault", ["refused", "timeout", "lost"])
+def test_operations_on_objects_are_done_again_when_an_error_passes(fault, scripted):
+    for act, expected in (
+        (lambda store: store.put("a", b"new"), {"a": b"new"}),
+        (lambda store: store.put_new("b", b"new"), {"a": b"old", "b": b"new"}),
+        (lambda store: store.get("a") == b"old" or pytest.fail("other bytes"), {"a": b"old"}),
+        (lambda store: store.exists("a") or pytest.fail("not there"), {"a": b"old"}),
+        (lambda store: store.exists("b") and pytest.fail("there"), {"a": b"old"}),
+        (lambda store: store.list("") == ["a"] or pytest.fail("other list"), {"a": b"old"}),
+        (lambda store: store.delete("a"), {}),
+    ):
+        store, faults = scripted(None, fault, fault)
+        store.put("a", b"old")
+        act(store)
+        assert faults.counts.total() == 0
+        assert {path: store.get(path) for path in store.list("")} == expected
+
+
+def test_write_that_left_half_an_object_is_done_again(scripted):
+    store, _ = scripted("partial", "partial")
+    store.put("a", b"whole")
+    assert store.get("a") == b"whole"
+
+
+def test_create_whose_answer_was_lost_says_false_and_has_written_our_bytes(scripted):
+    store, _ = scripted("lost")
+    assert not store.put_new("a", b"own")
+    assert store.get("a") == b"own"
+
+
+def test_create_that_was_refused_and_then_done_says_true(scripted):
+    store, _ = scripted("refused", None, "refused")
+    assert store.put_new("a", b"own")
+    assert not store.put_new("a", b"other")
+
+
+@pytest.mark.parametrize(
+    ("act", "verb"),
+    [
+        (lambda store: store.put("a", b"x"), "written"),
+        (lambda store: store.put_new("a", b"x"), "written"),
+        (lambda store: store.get("a"), "read"),
+        (lambda store: store.view("a"), "read"),
+        (lambda store: store.exists("a"), "read"),
+        (lambda store: store.list("a"), "listed"),
+        (lambda store: store.entries("a"), "listed"),
+        (lambda store: store.delete("a"), "deleted"),
+    ],
+)
+def test_operation_that_keeps_failing_is_one_line_with_object_and_reason(act, verb, scripted):
+    store, _ = scripted(*["refused"] * 100)
+    with pytest.raises(StoreError) as caught:
+        act(store)
+    assert str(caught.value) == (
+        f"{store.uri}/a cannot be {verb} (Please reduce your request rate.; tried again and again)"
+    )
+
+
+def test_attempts_are_logged_with_the_reason(scripted, caplog):
+    caplog.set_level(logging.INFO, "raydfkd")
+    store, _ = scripted("refused")
+    store.put("a", b"x")
+    (record,) = caplog.records
+    assert record.getMessage() == f"{store.uri}/a was not written (Please reduce your request rate.); again in 0.0 s"
+
+
+@pytest.mark.parametrize("write", ["put", "put_new"])
+def test_disk_that_fills_up_is_named_and_nothing_half_written_stays(write, tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        Store(str(tmp_path)).put("a", b"data")
+    with pytest.raises(StoreError) as caught:
+        getattr(Store(str(tmp_path)), write)("parts/a", b"data")
+    assert str(caught.value) == f"{tmp_path}/parts/a cannot be written (No space left on device)"
+    assert files_under(tmp_path) == ["parts"]
+
+
+@pytest.mark.parametrize("write", ["put", "put_new"])
+def test_write_that_the_system_ends_half_way_leaves_the_old_object_only(write, tmp_path):
+    store, limits = Store(str(tmp_path)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    store.put("old", b"old")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(StoreError, match=r"cannot be written \(File too large\)$"):
+            getattr(store, write)("old" if write == "put" else "new", b"x" * 200_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files_under(tmp_path) == ["old"]
+    assert store.get("old") == b"old"
+
+
+def test_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path):
+    with pytest.raises(StoreError, match=r"^/proc/x/a cannot be written \(No such file or directory\)$"):
+        Store("/proc/x").put("a", b"x")
+
+    def read_only(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "open", read_only)  # a mode would not keep root out
+    with pytest.raises(StoreError) as caught:
+        Store(str(tmp_path)).put("a", b"x")
+    assert str(caught.value) == f"{tmp_path}/a cannot be written (Read-only file system)"
     assert files_under(tmp_path) == []
+
+
+@pytest.mark.parametrize("path", ["../a", "a/../../b", "/etc/passwd", "a\\b", "..\\a", "a\0b"])
+def test_path_that_leads_out_of_the_folder_is_refused(path, uri):
+    store = Store(uri)
+    for act in (store.get, store.view, store.exists, store.list, store.entries, store.delete):
+        with pytest.raises(ValueError, match="not a path in a store"):
+            act(path)
+    for act in (store.put, store.put_new):
+        with pytest.raises(ValueError, match="not a path in a store"):
+            act(path, b"x")
+
+
+def test_entries_have_sizes_and_times_of_all_objects_in_a_folder(uri):
+    store = Store(uri)
+    assert store.entries("parts") == ()
+    before = store.now()
+    for path in ("parts/b", "parts/.a.0", "parts/deep/c", "d"):
+        store.put(path, b"four")
+    found = store.entries("parts")
+    assert [(entry.path, entry.bytes) for entry in found] == [("parts/.a.0", 4), ("parts/b", 4)]
+    assert all(before <= entry.modified <= store.now() for entry in found)
+    assert [entry.path for entry in store.entries("")] == ["d"]
+
+
+@pytest.mark.parametrize("skew_s", [-86400, 86400])
+def test_time_is_that_of_the_store_whatever_the_clock_here_says(skew_s, tmp_path, monkeypatch):
+    real = time.time()
+    monkeypatch.setattr(time, "time", lambda: real + skew_s)
+    assert abs(Store(str(tmp_path)).now() - real) < 60
 
 
 def test_list_has_files_directly_under_the_folder_sorted_and_as_they_are_now(uri):
@@ -184,3 +332,32 @@ def test_secrets_are_in_no_error_and_no_repr(monkeypatch):
     assert "cannot log in as *** with *** at http://127.0.0.1:9000" in str(caught.value)
     for text in (str(caught.value), repr(store)):
         assert not re.search("key-0123|hunter", text)
+
+
+def test_secrets_are_nowhere_in_what_a_failing_operation_says(monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG, "raydfkd")
+    monkeypatch.setattr(failures, "_FIRST_WAIT_S", 0.0)
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "hunter-token")
+
+    def refuse(*_, **__):
+        raise ConnectionError("s3://user:hunter33@host rejects key-0123, hunter22, hunter-44 and hunter-token")
+
+    monkeypatch.setattr("fsspec.url_to_fs", refuse)
+    options = {"key": "key-0123", "secret": "hunter22", "client_kwargs": {"tokens": ["hunter-44"]}}
+    store = Store("s3://user:hunter33@host/set", options)
+    said = [repr(store), str(store)]
+    for act in (store.get, store.exists, store.list, store.entries, store.delete, lambda path: store.put(path, b"x")):
+        with pytest.raises(StoreError, match=r"^s3://\*\*\*@host/set/a cannot be") as caught:
+            act("a")
+        said += [str(caught.value), repr(caught.value), "".join(traceback.format_exception(caught.value))]
+    said.append(caplog.text)
+    assert "was not read" in caplog.text
+    for text in said:
+        assert not re.search("key-0123|hunter", text)
+
+
+def test_store_that_cannot_be_pickled_shows_no_secret():
+    store = Store("memory://x", {"secret": "hunter22", "session": threading.Lock()})
+    with pytest.raises(TypeError) as caught:
+        pickle.dumps(store)
+    assert "hunter22" not in "".join(traceback.format_exception(caught.value))

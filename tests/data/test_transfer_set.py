@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import math
 import pickle
-import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +10,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import xxhash
 from toy import encode_part
 
-from raydfkd.data.commits import Commit, Snapshot
+from raydfkd.data.commits import Commit, Quarantine, Snapshot
 from raydfkd.data.encodings import Encoding
+from raydfkd.data.failures import DamagedError
 from raydfkd.data.shards import GROUP_BYTES, rows_digest
 from raydfkd.data.sink import WAITING
 from raydfkd.data.transfer_set import TransferSet
@@ -335,21 +336,36 @@ def test_set_at_a_place_that_cannot_be_written_is_refused():
 def test_damaged_part_is_named(damage, transfer_set, make_batch):
     (part,) = commit(transfer_set, UNITS[0], make_batch(4)).parts
     transfer_set.store.put(part.path, damage(transfer_set.store.get(part.path)))
-    with pytest.raises(ValueError, match=f"{part.path} is damaged"):
+    with pytest.raises(DamagedError, match=f"{part.path} is damaged") as caught:
         transfer_set.read(part)
+    assert caught.value.path == part.path
 
 
 def test_part_with_other_rows_than_committed_is_named(transfer_set, make_batch):
     (part,) = commit(transfer_set, UNITS[0], make_batch(4)).parts
-    with pytest.raises(ValueError, match=f"{part.path} has 4 rows, but 3 were committed"):
+    with pytest.raises(DamagedError, match=f"{part.path} has 4 rows, but 3 were committed"):
         transfer_set.read(replace(part, rows=3))
 
 
 def test_removed_part_is_named(transfer_set, make_batch):
     (part,) = commit(transfer_set, UNITS[0], make_batch(4)).parts
     transfer_set.store.delete(part.path)
-    with pytest.raises(FileNotFoundError, match=part.path):
+    with pytest.raises(DamagedError, match=f"{part.path} does not exist, but was committed"):
         transfer_set.read(part)
+
+
+def test_part_that_is_no_parquet_is_named(transfer_set, make_batch):
+    (part,) = commit(transfer_set, UNITS[0], make_batch(4)).parts
+    transfer_set.store.put(part.path, b"garbage")
+    with pytest.raises(DamagedError, match=f"{part.path} is not a part of a transfer set: it cannot be read"):
+        transfer_set.read(replace(part, xxh3=xxhash.xxh3_128_hexdigest(b"garbage")))
+
+
+def test_part_damaged_on_its_way_is_read_again(transfer_set, make_batch, monkeypatch):
+    (part,) = commit(transfer_set, UNITS[0], make_batch(4)).parts
+    view, answers = transfer_set.store.view, [lambda data: bytes(data)[:-1], bytes]
+    monkeypatch.setattr(transfer_set.store, "view", lambda path: answers.pop(0)(view(path)))
+    assert len(transfer_set.read(part)) == 4
 
 
 def first_part(record, **changes):
@@ -370,28 +386,239 @@ def first_part(record, **changes):
         lambda record: first_part(record, path="parts/../../x.parquet"),
         lambda record: first_part(record, path="/etc/passwd"),
         lambda record: first_part(record, path="parts/a/b.parquet"),
+        lambda record: first_part(record, path="parts/..\\a.parquet"),
+        lambda record: first_part(record, path="parts/a\0.parquet"),
+        lambda record: {**record, "images": 8, "parts": record["parts"] * 2},
+        lambda record: {**record, "generation": 1},
+        lambda record: {**record, "generation": -1},
         lambda record: first_part(record, rows="4"),
         lambda record: first_part(record, xxh3=""),
     ],
 )
-def test_garbage_commit_is_named_and_not_read(change, transfer_set, uri, make_batch):
-    made = commit(transfer_set, UNITS[0], make_batch(4))
+def test_garbage_commit_is_quarantined_and_left_out(change, transfer_set, make_batch, caplog):
+    made, other = (commit(transfer_set, unit, make_batch(4)) for unit in UNITS[:2])
     path = f"commits/{made.unit}.json"
     transfer_set.store.put(path, json.dumps(change(json.loads(made.to_json()))).encode())
-    with pytest.raises(ValueError, match=re.escape(f"{uri}/{path} is not the record of a commit: ")):
-        transfer_set.snapshot()
+    assert transfer_set.snapshot().commits == (other,)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"unit {made.unit} is quarantined and has to be made again: ")
+    assert f"{transfer_set.store.uri}/{path} is not the record of a commit: " in record.getMessage()
+    assert transfer_set.quarantined() == {made.unit}
+    assert transfer_set.committed() == {other.unit}
 
 
-@pytest.mark.parametrize("garbage", [b"", b"{", b"\xff\xfe", b"null"])
-def test_commit_that_is_no_json_is_named(garbage, transfer_set):
+@pytest.mark.parametrize("garbage", [b"", b"{", b"\xff\xfe", b"null", b"[" * 100_000, b"\x80\x04K\x01."])
+def test_commit_that_is_no_json_is_quarantined(garbage, transfer_set):
     transfer_set.store.put("commits/unit.json", garbage)
-    with pytest.raises(ValueError, match="commits/unit.json is not the record of a commit"):
+    assert transfer_set.snapshot().commits == ()
+    assert transfer_set.quarantined() == {"unit"}
+
+
+def test_record_damaged_on_its_way_is_read_again(transfer_set, make_batch, monkeypatch):
+    made = commit(transfer_set, UNITS[0], make_batch(4))
+    get, answers = transfer_set.store.get, [lambda data: data[:-1], bytes]
+    monkeypatch.setattr(transfer_set.store, "get", lambda path: answers.pop(0)(get(path)))
+    assert transfer_set.snapshot().commits == (made,)
+
+
+@pytest.mark.parametrize(
+    "name", ["..json", "a b.json", "a@0.json", "a@1@1.json", "@1.json", "a@-1.json", "a.txt", "a@x.json"]
+)
+def test_object_that_has_no_record_s_name_is_not_ours(name, transfer_set):
+    for folder in ("commits", "quarantine"):
+        transfer_set.store.put(f"{folder}/{name}", b"x")
+    assert transfer_set.committed() == transfer_set.quarantined() == set()
+    assert transfer_set.snapshot().commits == ()
+
+
+@pytest.mark.parametrize(
+    "header", [b'{"format": 2, "digest": "%s"}' % DIGEST.encode(), b'{"format": 1, "digest": "x"}']
+)
+def test_records_of_another_format_or_recipe_are_not_taken_for_damaged_ones(header, transfer_set):
+    transfer_set.store.put("set.json", header)
+    transfer_set.store.put("commits/unit.json", b'{"unit": "of another format"}')
+    with pytest.raises(RecipeError, match="holds a set of"):
         transfer_set.snapshot()
+    assert transfer_set.store.list("quarantine") == []
 
 
-@pytest.mark.parametrize("name", ["a/b", "..", "../a", "a..b", ".a", "", "a\n"])
+def damage_of(transfer_set, made):
+    transfer_set.store.put(made.parts[0].path, b"damaged")
+    with pytest.raises(DamagedError) as caught:
+        transfer_set.read(made.parts[0])
+    return caught.value
+
+
+def test_quarantined_commit_is_out_of_the_set_and_its_unit_can_be_committed_again(transfer_set, uri, make_batch):
+    batch, reader = make_batch(4), TransferSet(uri, digest=DIGEST)
+    first, other = commit(transfer_set, UNITS[0], batch), commit(transfer_set, UNITS[1], make_batch(2))
+    before = reader.content_digest()
+    assert transfer_set.quarantine(first, damage_of(transfer_set, first))
+    for each in (transfer_set, reader):
+        assert each.snapshot().commits == (other,)
+        assert each.committed() == {other.unit}
+        assert each.quarantined() == {first.unit}
+    second = commit(transfer_set, UNITS[0], batch, attempt=2)
+    assert (first.generation, second.generation) == (0, 1)
+    assert transfer_set.store.list("commits") == sorted(
+        f"commits/{name}.json" for name in (first.unit, f"{first.unit}@1", other.unit)
+    )
+    for each in (transfer_set, reader):
+        assert each.snapshot().commits == (second, other)
+        assert each.commit_of(first.unit) == second
+        assert each.quarantined() == set()
+    assert reader.content_digest() == before
+
+
+def test_commit_can_be_quarantined_again_and_again(transfer_set, make_batch):
+    for generation in range(12):
+        made = commit(transfer_set, UNITS[0], make_batch(4))
+        assert made.generation == generation
+        assert transfer_set.snapshot().commits == (made,)
+        assert transfer_set.quarantine(made, damage_of(transfer_set, made))
+        assert transfer_set.commit_of(made.unit) is None
+    assert len(transfer_set.store.list("quarantine")) == 12
+
+
+def test_late_reader_of_the_old_commit_does_not_quarantine_the_new_one(transfer_set, make_batch):
+    first = commit(transfer_set, UNITS[0], make_batch(4))
+    damage = damage_of(transfer_set, first)
+    assert transfer_set.quarantine(first, damage)
+    second = commit(transfer_set, UNITS[0], make_batch(4))
+    assert not transfer_set.quarantine(first, damage)
+    assert transfer_set.snapshot().commits == (second,)
+
+
+def test_reader_of_a_set_that_was_deleted_does_not_quarantine_the_new_one(transfer_set, make_batch):
+    old = commit(transfer_set, UNITS[0], make_batch(4))
+    damage = damage_of(transfer_set, old)
+    transfer_set.store.delete(f"commits/{old.unit}.json")
+    assert not transfer_set.quarantine(old, damage)
+    new = commit(transfer_set, UNITS[0], make_batch(4))
+    assert not transfer_set.quarantine(old, damage)
+    assert transfer_set.snapshot().commits == (new,)
+
+
+def test_of_readers_that_quarantine_at_once_one_makes_the_record(transfer_set, make_batch):
+    made = commit(transfer_set, UNITS[0], make_batch(4))
+    damage, barrier = damage_of(transfer_set, made), threading.Barrier(8)
+
+    def quarantine(_):
+        barrier.wait()
+        return transfer_set.quarantine(made, damage)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(quarantine, range(8))).count(True) == 1
+    assert transfer_set.store.list("quarantine") == [f"quarantine/{made.unit}.json"]
+
+
+def test_record_of_a_quarantine_says_what_is_damaged(transfer_set, make_batch):
+    made = commit(transfer_set, UNITS[0], make_batch(4))
+    damage = damage_of(transfer_set, made)
+    transfer_set.quarantine(made, damage)
+    record = Quarantine.from_json(transfer_set.store.get(f"quarantine/{made.unit}.json"))
+    assert record == Quarantine(unit=made.unit, generation=0, path=made.parts[0].path, reason=damage.reason)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage"])
+def test_quarantine_whose_record_is_damaged_counts_all_the_same(content, transfer_set, make_batch):
+    made = commit(transfer_set, UNITS[0], make_batch(4))
+    transfer_set.quarantine(made, damage_of(transfer_set, made))
+    transfer_set.store.put(f"quarantine/{made.unit}.json", content)
+    assert transfer_set.snapshot().commits == ()
+    assert transfer_set.quarantined() == {made.unit}
+
+
+def test_commit_that_is_quarantined_while_a_snapshot_is_taken_is_not_in_it(transfer_set, make_batch, monkeypatch):
+    made = commit(transfer_set, UNITS[0], make_batch(4))
+    damage, listed = damage_of(transfer_set, made), transfer_set.store.list
+
+    def quarantined_after(prefix):
+        found = listed(prefix)
+        if prefix == "commits":
+            transfer_set.quarantine(made, damage)
+        return found
+
+    monkeypatch.setattr(transfer_set.store, "list", quarantined_after)
+    assert transfer_set.snapshot().commits == ()
+
+
+@pytest.mark.parametrize("also_removed", [False, True])
+def test_attempt_whose_generation_is_quarantined_while_it_commits_gets_the_next_one(
+    also_removed, transfer_set, make_batch, monkeypatch
+):
+    first = commit(transfer_set, UNITS[0], make_batch(4))
+    damage, put_new = damage_of(transfer_set, first), transfer_set.store.put_new
+    sink = filled(transfer_set.open(UNITS[0], attempt=2), make_batch(4))
+
+    def after_the_quarantine(path, data):
+        monkeypatch.setattr(transfer_set.store, "put_new", put_new)
+        transfer_set.quarantine(first, damage)
+        if also_removed:
+            transfer_set.store.delete(f"commits/{first.unit}.json")
+        return put_new(path, data)
+
+    monkeypatch.setattr(transfer_set.store, "put_new", after_the_quarantine)
+    second = sink.commit(seconds=1.0, curve=[])
+    assert (second.attempt, second.generation) == (2, 1)
+    assert transfer_set.snapshot().commits == (second,)
+    assert sum(len(transfer_set.read(part)) for part in second.parts) == 4
+
+
+def test_attempt_that_meets_a_garbage_commit_takes_its_place(transfer_set, make_batch):
+    transfer_set.store.put(f"commits/{UNITS[0].id}.json", b"garbage")
+    made = commit(transfer_set, UNITS[0], make_batch(4))
+    assert made.generation == 1
+    assert transfer_set.snapshot().commits == (made,)
+
+
+def test_verify_says_of_every_unit_how_it_is_and_quarantines_what_is_damaged(transfer_set, uri, make_batch):
+    commits = [commit(transfer_set, unit, make_batch(6)) for unit in UNITS]
+    assert [(verdict.images, verdict.damage) for verdict in transfer_set.verify()] == [(6, None)] * 3
+    transfer_set.store.delete(commits[0].parts[1].path)
+    transfer_set.store.put(f"commits/{commits[2].unit}.json", b"garbage")
+    reader = TransferSet(uri, digest=DIGEST)
+    verdicts = {verdict.unit: verdict for verdict in reader.verify()}
+    lost, sound, garbage = (verdicts.pop(unit.id) for unit in UNITS)
+    assert verdicts == {}
+    assert (lost.images, sound.images, garbage.images) == (4, 6, 0)
+    assert lost.damage == f"{reader.store.uri}/{commits[0].parts[1].path} does not exist, but was committed"
+    assert sound.damage is None
+    assert f"commits/{commits[2].unit}.json is not the record of a commit" in garbage.damage
+    assert reader.quarantined() == {commits[0].unit, commits[2].unit}
+    assert [verdict.unit for verdict in reader.verify()] == [commits[1].unit]
+
+
+def test_verify_looks_only_at_the_wanted_units(transfer_set, make_batch):
+    for unit in UNITS:
+        commit(transfer_set, unit, make_batch(4))
+    assert [verdict.unit for verdict in transfer_set.verify(within=[UNITS[1].id])] == [UNITS[1].id]
+
+
+def test_part_is_traced_to_its_commit(transfer_set, make_batch):
+    commits = [commit(transfer_set, unit, make_batch(6)) for unit in UNITS]
+    snapshot = transfer_set.snapshot()
+    assert [snapshot.owner_of(made.parts[1]) for made in commits] == commits
+    with pytest.raises(KeyError):
+        snapshot.owner_of(replace(commits[0].parts[0], path="parts/other.parquet"))
+
+
+@pytest.mark.parametrize("within", [None, "some"])
+def test_many_records_are_fetched_at_once_and_come_in_order(within, transfer_set, make_batch, monkeypatch):
+    units = plan_units(seed=1, classes=range(40), images_per_class=1, classes_per_unit=1, images_per_class_per_unit=1)
+    for unit in units:
+        commit(transfer_set, unit, make_batch(1))
+    wanted = sorted(unit.id for unit in (units if within is None else units[5:]))
+    barrier, get = threading.Barrier(5), transfer_set.store.get
+    monkeypatch.setattr(transfer_set.store, "get", lambda path: barrier.wait(5) is not None and get(path))
+    assert transfer_set.snapshot(within and wanted).units == tuple(wanted)
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b", "..", "../a", "a..b", ".a", "", "a\n", "/a", "a\\b", "a\0", "a@1", "a b", "a" * 129]
+)
 def test_unit_id_that_is_no_file_name_is_refused(name, transfer_set):
-    with pytest.raises(ValueError, match="pattern"):
+    with pytest.raises(ValueError, match="pattern|128"):
         transfer_set.open(replace(UNITS[0], id=name))
 
 

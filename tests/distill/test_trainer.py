@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -14,6 +15,7 @@ from toy import (
     toy_recipe,
 )
 
+from raydfkd import observed
 from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
 from raydfkd.data.sources import StudentBatch
 from raydfkd.distill.trainer import StudentTrainer, build_optimizer
@@ -79,6 +81,161 @@ def test_resumed_training_equals_uninterrupted_training_bit_for_bit(tmp_path, ov
         assert resumed.trainer.step == step
         assert_same_weights(resumed.run(), expected)
         assert resumed_curve == curve[step:]
+
+
+class Killed(BaseException):
+    """Ends a training where no code of ours expects it."""
+
+
+class GrowingSet:
+    """A job's set whose units are committed one by one as its student makes steps."""
+
+    def __init__(self, folder, *overrides):
+        self.job = job_with_images(folder, *overrides)
+        self._store = self.job.transfer_set.store
+        self._records = {}
+        for path in self._store.list("commits"):
+            self._records[path] = self._store.get(path)
+            self._store.delete(path)
+        self.job.transfer_set.reopen()
+        self.commit()
+
+    def commit(self):
+        path = min(self._records)
+        self._store.put(path, self._records.pop(path))
+
+    def train(self, monkeypatch, checkpoint=None, *, killed_at=None):
+        """Checkpoints by step, hashes of each step's images and labels, and the final weights."""
+        checkpoints, batches = {}, {}
+        train_step = StudentTrainer._train_step
+
+        def watched(trainer, batch):
+            if trainer.step == killed_at:
+                raise Killed
+            if trainer.step in (2, 5, 7) and len(self._records) == {2: 3, 5: 2, 7: 1}[trainer.step]:
+                self.commit()
+            batches[trainer.step] = hash(batch.images.numpy().tobytes() + batch.labels.numpy().tobytes())
+            return train_step(trainer, batch)
+
+        monkeypatch.setattr(StudentTrainer, "_train_step", watched)
+        training = training_of(
+            self.job,
+            on_checkpoint=lambda state: checkpoints.update({state["trainer"]["step"]: checkpoint_bytes(state)}),
+        )
+        if checkpoint is not None:
+            training.load_state_dict(read_checkpoint(checkpoint))
+        student = None
+        with contextlib.suppress(Killed):
+            student = {name: value.clone() for name, value in training.run().items()}
+        monkeypatch.undo()
+        return checkpoints, batches, student
+
+
+@pytest.mark.parametrize("refresh_steps", ["null", 2])
+@pytest.mark.parametrize("killed_at", [6, 9, 11])
+def test_training_that_is_killed_while_the_set_grows_ends_in_the_same_student(
+    tmp_path, monkeypatch, refresh_steps, killed_at
+):
+    """Steps after the last checkpoint are made again with the batches that they had, though the set is larger now."""
+    settings = ["distill.steps=16", "distill.checkpoint_every=4", f"distill.source.refresh_steps={refresh_steps}"]
+    settings += ["distill.batch_size=2", "distill.source.complete_by=1.0"]
+    _, expected, student = GrowingSet(tmp_path / "one", *settings).train(monkeypatch)
+    assert len(expected) == 16
+
+    grows = GrowingSet(tmp_path / "other", *settings)
+    checkpoints, before, _ = grows.train(monkeypatch, killed_at=killed_at)
+    saved = max(checkpoints)
+    assert saved < killed_at == len(before)
+    _, after, resumed = grows.train(monkeypatch, checkpoints[saved])
+    assert {**before, **after} == expected
+    assert after == {step: expected[step] for step in range(saved, 16)}
+    assert_same_weights(resumed, student)
+
+
+def test_training_in_two_calls_makes_the_steps_of_one_with_the_learning_rates_of_one(tmp_path):
+    job = job_with_images(tmp_path, "distill.steps=9", "distill.checkpoint_every=100")
+    expected = training_of(job).run()
+    states = []
+    first = training_of(job, on_checkpoint=lambda state: states.append(checkpoint_bytes(state)))
+    first.run(until=5)
+    assert first.trainer.step == 5
+    assert len(states) == 1, "there is a checkpoint to go on from"
+    second = training_of(job)
+    second.load_state_dict(read_checkpoint(states[0]))
+    assert_same_weights(second.run(until=90), expected)
+    first.run()
+    assert_same_weights(first.run(), expected)
+
+
+def test_student_is_published_when_fresh_every_so_often_and_at_the_end(tmp_path):
+    job = job_with_images(tmp_path, "distill.steps=9", "distill.publish_every=4", "distill.checkpoint_every=4")
+    versions, states = {}, []
+
+    def publish(version, state):
+        assert version not in versions
+        versions[version] = {name: value.clone() for name, value in state.items()}
+
+    training = StudentTraining(
+        job,
+        on_log=lambda _: None,
+        on_checkpoint=lambda state: states.append((len(versions), checkpoint_bytes(state))),
+        on_publish=publish,
+        device=CPU,
+    )
+    student = training.run()
+    assert list(versions) == [0, 4, 8, 9]
+    assert_same_weights(versions[0], job.fresh_student().state_dict())
+    assert_same_weights(versions[9], student)
+    assert [published for published, _ in states] == [2, 3, 4], "a kill after the checkpoint would leave a version out"
+
+    versions.clear()
+    resumed = StudentTraining(job, on_log=lambda _: None, on_checkpoint=lambda _: None, on_publish=publish, device=CPU)
+    resumed.load_state_dict(read_checkpoint(states[0][1]))
+    resumed.run()
+    assert list(versions) == [8, 9]
+
+
+def test_only_the_first_rank_publishes(tmp_path):
+    job = job_with_images(tmp_path, "distill.steps=1")
+    published = []
+    training = StudentTraining(
+        job,
+        on_log=lambda _: None,
+        on_checkpoint=lambda _: None,
+        on_publish=lambda *_: published.append(_),
+        rank=1,
+        world_size=2,
+        device=CPU,
+        agree=lambda _: job.snapshot(),
+    )
+    training.run()
+    assert not published
+
+
+def test_checkpoint_is_made_out_of_turn_when_one_is_wanted(tmp_path):
+    job = job_with_images(tmp_path, "distill.steps=6", "distill.checkpoint_every=100")
+    asked, saved = [], []
+    training = StudentTraining(
+        job,
+        on_log=lambda _: None,
+        on_checkpoint=lambda state: saved.append(state["trainer"]["step"]),
+        wants_checkpoint=lambda: asked.append(1) or len(asked) == 3,
+        device=CPU,
+    )
+    training.run()
+    assert saved == [3, 6]
+    assert len(asked) == 6, "every rank is asked equally often"
+
+
+def test_student_computes_in_float32_where_there_is_no_bfloat16(monkeypatch, caplog):
+    monkeypatch.setattr(observed, "_has_bfloat16", lambda _: False)
+    losses = []
+    for precision in ("bfloat16", "float32"):
+        trainer = trainer_of(plain_teacher(seed=1), precision=precision)
+        trainer._on_log = losses.append
+        trainer.fit([batch_of(slice(0, 8))], steps=1)
+    assert losses[0]["loss"] == losses[1]["loss"]
+    assert "cpu has no bfloat16; computing in float32" in caplog.text
 
 
 def test_training_twice_gives_the_same_student(tmp_path):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,12 +24,16 @@ from raydfkd.recipe import Recipe, load_recipe
 
 pytestmark = pytest.mark.ray
 
+MARK = uuid.uuid4().hex
+"""In the environment of this test's own processes."""
+
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
     import ray
 
     os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+    os.environ["RAYDFKD_TEST"] = MARK
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)  # more than there are: nothing is measured
     yield
     ray.shutdown()
@@ -68,10 +73,14 @@ class KillsAWorkerAfterTheFirstCommit(Monitor):
         super().committed(commit, running=running)
         if self.killed is None:
             for process in Path("/proc").glob("[0-9]*"):
-                if b"ray::SynthesisActor.run" in command_of(process):
+                if b"ray::SynthesisActor.run" in command_of(process) and is_ours(process):
                     self.killed = int(process.name)
                     os.kill(self.killed, signal.SIGKILL)
                     return
+
+
+def is_ours(process: Path) -> bool:
+    return MARK.encode() in (process / "environ").read_bytes()
 
 
 def command_of(process: Path) -> bytes:

@@ -37,10 +37,11 @@ def test_every_part_of_a_packaged_recipe_can_be_built(name, tmp_path):
 
 @pytest.mark.parametrize("name", packaged_recipes())
 def test_packaged_recipe_makes_images_and_five_steps(name, tmp_path):
-    synthesizer = load_recipe(name).synthesis.synthesizer
+    packaged = load_recipe(name)
+    images_per_class = 2 * packaged.rounds
     short = [
-        *SHORT[synthesizer],
-        "transfer_set.images_per_class=2",
+        *SHORT[packaged.synthesis.synthesizer],
+        f"transfer_set.images_per_class={images_per_class}",
         "transfer_set.unit.images_per_class=2",
         "distill.steps=5",
         "distill.batch_size=8",
@@ -49,7 +50,7 @@ def test_packaged_recipe_makes_images_and_five_steps(name, tmp_path):
     job = open_job(load_recipe(name, [*NO_DATA, *HERE, *short], run_dir=str(tmp_path)))
     outcome, _ = LocalExecutor().run(job, quiet_monitor(tmp_path))
     assert outcome.quarantined == ()
-    assert job.snapshot().images == job.planned_images == 2 * len(job.recipe.classes)
+    assert job.snapshot().images == job.planned_images == images_per_class * len(job.recipe.classes)
     steps = [entry for entry in read_metrics(tmp_path / "metrics.jsonl") if entry["event"] == "student"]
     assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5]
     assert all(entry["loss"] is not None for entry in steps)

@@ -1,0 +1,1 @@
+"""The commands, a module for each kind. Torch and Ray are imported once a recipe shows no mistake by itself."""

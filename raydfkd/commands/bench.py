@@ -1,0 +1,126 @@
+"""Commands that measure: bench."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from raydfkd.commands.answers import DONE
+from raydfkd.commands.arguments import AsJson, Overrides, load
+
+if TYPE_CHECKING:
+    from raydfkd.bench.table import Row
+
+bench = typer.Typer(help="Measure speed against published loops and raw libraries.", no_args_is_help=True)
+
+Rounds = Annotated[int, typer.Option(min=1, help="Alternating rounds; the median counts.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+@bench.command("synthesis")
+def bench_synthesis(
+    as_json: AsJson = False,
+    rounds: Rounds = 7,
+    device: Device = "auto",
+    case: Annotated[list[str] | None, typer.Option(help="Only this case; may be repeated.")] = None,
+) -> int:
+    """Steps per second of pixel synthesis against the loop as published and a fair one."""
+    from raydfkd.bench.synthesis import bench_synthesis as measure
+
+    return _print_rows(measure(rounds=rounds, device=device, cases=tuple(case or ())), is_json=as_json)
+
+
+@bench.command("shards")
+def bench_shards(
+    as_json: AsJson = False,
+    rounds: Rounds = 7,
+    with_ray: Annotated[bool, typer.Option(help="Ray Data too, which takes minutes.")] = True,
+) -> int:
+    """Rows per second of the transfer set against raw pyarrow and other readers."""
+    from raydfkd.bench.feeders import FEEDERS
+    from raydfkd.bench.shards import bench_shards as measure
+
+    feeders = dict(FEEDERS)
+    if with_ray:
+        from raydfkd.distributed.feeding import ray_data
+
+        feeders["Ray Data"] = ray_data
+    return _print_rows(measure(rounds=rounds, feeders=feeders), is_json=as_json)
+
+
+@bench.command("generators")
+def bench_generators(as_json: AsJson = False, rounds: Rounds = 5, device: Device = "auto") -> int:
+    """Training steps of many generators as one stack against one by one."""
+    from raydfkd.bench.generators import bench_generators as measure
+
+    return _print_rows(measure(rounds=rounds, device=device), is_json=as_json)
+
+
+@bench.command("overlap")
+def bench_overlap(as_json: AsJson = False, rounds: Rounds = 3, device: Device = "auto") -> int:
+    """Share of its time that a device waits for shards to be encoded, written and committed."""
+    from raydfkd.bench.overlap import bench_overlap as measure
+
+    return _print_rows(measure(rounds=rounds, device=device), is_json=as_json)
+
+
+@bench.command("student")
+def bench_student(as_json: AsJson = False, rounds: Rounds = 5, device: Device = "auto") -> int:
+    """Images per second of a student's training from the transfer set against the same from memory."""
+    from raydfkd.bench.student import bench_student as measure
+
+    return _print_rows(measure(rounds=rounds, device=device), is_json=as_json)
+
+
+@bench.command("quality")
+def bench_quality(  # noqa: PLR0913 - one option each
+    recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Recipe files or packaged recipes.")],
+    budget: Annotated[list[float] | None, typer.Option(min=1, help="Device-seconds; repeatable [default: 60].")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds; repeatable [default: 0].")] = None,
+    split: Annotated[
+        Literal["validation", "test"], typer.Option(help="validation to choose by, test to judge once.")
+    ] = "validation",
+    out: Annotated[Path, typer.Option(help="Results and teachers; the same folder goes on.")] = Path("runs/quality"),
+    at_once: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = 1,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> int:
+    """Student accuracy for a budget of device-seconds, synthesis and training together."""
+    from raydfkd.bench.quality import Cell, markdown
+    from raydfkd.bench.quality import bench_quality as measure
+
+    changes = tuple(overrides or ())
+    for recipe in recipes:
+        load(recipe, overrides, None)
+    cells = [
+        Cell(recipe=recipe, budget_s=seconds, seed=number, split=split, overrides=changes)
+        for recipe in recipes
+        for number in seed or [0]
+        for seconds in sorted(budget or [60.0])
+    ]
+    found = []
+    for result in measure(cells, out, at_once=at_once):
+        found.append(result)
+        line = json.dumps(asdict(result)) if as_json else f"{result.student_top1:.1%}   {result.command}"
+        typer.echo(line, err=not as_json)
+    if not as_json:
+        typer.echo(markdown(found))
+    return DONE
+
+
+def _print_rows(rows: Iterable[Row], *, is_json: bool) -> int:
+    from raydfkd.bench.table import table
+
+    found = []
+    for row in rows:
+        found.append(row)
+        if is_json:
+            typer.echo(row.to_json())
+    if not is_json:
+        typer.echo(table(found))
+    return DONE

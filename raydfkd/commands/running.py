@@ -1,0 +1,189 @@
+"""Commands that work: run, teach, synthesize, distill, evaluate."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from raydfkd.commands.answers import DONE, INCOMPLETE, complain, console_for, print_summary
+from raydfkd.commands.arguments import AsJson, On, Overrides, RunDir, Source, allow_code, load, read
+from raydfkd.recipe import Recipe
+from raydfkd.registry import RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from raydfkd.job import Executor, SynthesisOutcome
+    from raydfkd.progress import Monitor
+
+
+def run(
+    recipe: Source,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    on: On = None,
+    as_json: AsJson = False,
+) -> int:
+    """Do everything: teach if needed, synthesize and distil at once, judge, report."""
+    started = time.monotonic()
+    plan = load(recipe, overrides, run_dir, on)
+    from raydfkd import pipeline
+    from raydfkd.job import open_job
+
+    data = pipeline.check(plan)
+    console = console_for(is_json=as_json)
+    with pipeline.monitored(plan, console) as monitor:
+        pipeline.ensure_teacher(plan, monitor)
+        job = open_job(plan)
+        monitor.say("teacher", "from here on no real image is read")
+        pipeline.announce(job, monitor)
+        outcome, state = _executor(plan).run(job, monitor)
+    if not job.snapshot().images:
+        _explain_incomplete(outcome, len(job.units))
+        complain("no image was made, so there is no student and no report")
+        return INCOMPLETE
+    student = pipeline.save_student(job, state)
+    judged = pipeline.evaluate(plan, str(student), data)
+    found = pipeline.report(
+        job, judged, monitor, outcome, seconds=time.monotonic() - started, command=pipeline.command_line()
+    )
+    page = pipeline.write(job, found, data)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        print_summary(console, found, report=page, student=student)
+    if outcome.quarantined:
+        _explain_incomplete(outcome, len(job.units))
+    return _exit_code(outcome)
+
+
+def teach(recipe: Source, overrides: Overrides = None, run_dir: RunDir = None, as_json: AsJson = False) -> int:
+    """Train the recipe's teacher on real data, anew even where its weights are there."""
+    plan = read(recipe, overrides, run_dir)
+    allow_code()
+    from raydfkd import pipeline
+
+    pipeline.check_teacher(plan)
+    with pipeline.monitored(plan, console_for(is_json=as_json)) as monitor:
+        pipeline.ensure_teacher(plan, monitor, again=True)
+    if as_json:
+        typer.echo(json.dumps({"weights": plan.teacher.weights}))
+    return DONE
+
+
+def synthesize(
+    recipe: Source, overrides: Overrides = None, run_dir: RunDir = None, on: On = None, as_json: AsJson = False
+) -> int:
+    """Make the transfer set only."""
+
+    def work(executor: Executor, job: Any, monitor: Monitor) -> dict[str, Any]:
+        outcome = executor.synthesize(job, monitor)
+        if outcome.quarantined:
+            _explain_incomplete(outcome, len(job.units))
+        snapshot = job.snapshot()
+        return {
+            "images": snapshot.images,
+            "images_per_second": round(monitor.images_per_second, 3),
+            "units": f"{len(snapshot.commits)}/{len(job.units)}",
+            "content_digest": snapshot.content_digest(),
+            "transfer_set": job.recipe.transfer_set.uri,
+            "exit_code": _exit_code(outcome),
+        }
+
+    return _with_job(recipe, overrides, run_dir, on, as_json, work)
+
+
+def distill(
+    recipe: Source, overrides: Overrides = None, run_dir: RunDir = None, on: On = None, as_json: AsJson = False
+) -> int:
+    """Train the student only, on a transfer set that is there or being made elsewhere."""
+
+    def work(executor: Executor, job: Any, monitor: Monitor) -> dict[str, Any]:
+        from raydfkd import pipeline
+
+        if job.snapshot().images < job.planned_images and not job.transfer_set.is_closed():
+            monitor.say("student", "the set is not complete yet; training keeps pace with whoever makes it")
+        state = executor.distill(job, monitor)
+        images = job.snapshot().images
+        if not images:
+            raise RecipeError(f"transfer_set.uri is {job.recipe.transfer_set.uri}: no image came of its synthesis")
+        return {"student": str(pipeline.save_student(job, state)), "images": images}
+
+    return _with_job(recipe, overrides, run_dir, on, as_json, work)
+
+
+def evaluate(
+    recipe: Source,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    student: Annotated[str | None, typer.Option(help="Weights; the run's student.safetensors unless given.")] = None,
+    split: Annotated[str, typer.Option(help="test or validation; choose methods on validation only.")] = "test",
+    as_json: AsJson = False,
+) -> int:
+    """Judge a saved student on the recipe's real data."""
+    if split not in ("test", "validation"):
+        raise RecipeError(f"--split is {split!r}; {did_you_mean(split, ['test', 'validation'])}")
+    plan = load(recipe, overrides, run_dir)
+    from raydfkd import pipeline
+
+    data = pipeline.check(plan)
+    weights = student or str(Path(plan.run_dir) / "student.safetensors")
+    chosen: Literal["test", "validation"] = "test" if split == "test" else "validation"
+    judged = pipeline.evaluate(plan, weights, data, split=chosen)
+    if as_json:
+        typer.echo(json.dumps(judged))
+    else:
+        for role in ("teacher", "student"):
+            top1 = judged[role]["top1"]
+            typer.echo(f"{role:10} {'not judged (no real data)' if top1 is None else f'{top1:.2%}'}")
+        typer.echo(f"agreement  {judged['agreement']:.2%}   on {judged['judged_on']}")
+    return DONE
+
+
+def _with_job(
+    source: str,
+    overrides: list[str] | None,
+    run_dir: str | None,
+    on: str | None,
+    is_json: bool,
+    work: Callable[[Executor, Any, Monitor], dict[str, Any]],
+) -> int:
+    plan = load(source, overrides, run_dir, on)
+    from raydfkd import pipeline
+    from raydfkd.job import open_job
+
+    pipeline.check(plan)
+    console = console_for(is_json=is_json)
+    with pipeline.monitored(plan, console) as monitor:
+        pipeline.ensure_teacher(plan, monitor)
+        job = open_job(plan)
+        pipeline.announce(job, monitor)
+        found = work(_executor(plan), job, monitor)
+    code = int(found.pop("exit_code", DONE))
+    typer.echo(json.dumps(found) if is_json else "\n".join(f"{key:20} {value}" for key, value in found.items()))
+    return code
+
+
+def _executor(recipe: Recipe) -> Executor:
+    if recipe.runtime.executor == "ray":
+        from raydfkd.distributed.run import RayExecutor
+
+        return RayExecutor()
+    from raydfkd.local import LocalExecutor
+
+    return LocalExecutor()
+
+
+def _exit_code(outcome: SynthesisOutcome) -> int:
+    return INCOMPLETE if outcome.quarantined else DONE
+
+
+def _explain_incomplete(outcome: SynthesisOutcome, planned: int) -> None:
+    for failure in outcome.quarantined:
+        complain(f"unit {failure.unit} failed {failure.attempt} times ({failure.error}); set aside")
+    complain(
+        f"{planned - len(outcome.quarantined)} of {planned} units are done; the same command tries the others again"
+    )

@@ -1,0 +1,170 @@
+"""Which commit of a unit counts, by records that are created once and never changed.
+
+``commits/<unit>.json``       the unit's first commit, of generation 0; ``commits/<unit>@1.json`` the next, and so on
+``quarantine/<unit>.json``    takes that commit out of the set; ``quarantine/<unit>@1.json`` the next, and so on
+
+The live generation of a unit is the first one without a quarantine, and the unit is committed if that generation has
+a commit. Neither kind of record is ever deleted: a slow attempt could create it a second time.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
+from itertools import count
+
+from raydfkd.data.commits import UNIT_ID, Commit, Quarantine, Snapshot
+from raydfkd.data.failures import DamagedError
+from raydfkd.data.store import Store
+from raydfkd.data.threads import in_threads
+
+logger = logging.getLogger(__name__)
+
+FETCHES = 16
+"""Records that are fetched at once."""
+
+_RECORD_NAME = re.compile(rf"(?P<unit>{UNIT_ID})(@(?P<generation>[1-9][0-9]{{0,5}}))?\.json")
+
+
+class CommitLog:
+    """The commits of a transfer set.
+
+    Args:
+        store: of the set.
+        check: raises where the set is of another format or recipe, whose records must not be taken for damaged ones.
+    """
+
+    def __init__(self, store: Store, check: Callable[[], None]) -> None:
+        self._store = store
+        self._check = check
+        self._known: dict[str, Commit] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_known": {}}  # of a large set it would be most of what goes to each worker
+
+    def committed(self) -> set[str]:
+        """Ids of committed units, from names alone."""
+        return set(self._live()[0])
+
+    def quarantined(self) -> set[str]:
+        """Ids of units whose last commit was taken out and that have no other yet, from names alone."""
+        live, quarantined = self._live()
+        return quarantined - live.keys()
+
+    def snapshot(self, within: Collection[str] | None = None) -> Snapshot:
+        """What is committed now; a record is fetched once, and one that is damaged is quarantined."""
+        live, _ = self._live()
+        wanted = live.keys() if within is None else live.keys() & set(within)
+        unknown = sorted(unit for unit in wanted if not self._knows(unit, live[unit]))
+        list(in_threads(lambda unit: self._fetch_if_there(unit, live[unit]), unknown, threads=FETCHES))
+        return Snapshot(tuple(self._known[unit] for unit in wanted if self._knows(unit, live[unit])))
+
+    def find(self, unit: str) -> Commit | None:
+        """The commit of a unit that counts now, looked up by its names; None if there is none."""
+        generation = self._live_generation(unit)
+        commit = self._fetch_if_there(unit, generation)
+        return None if self._is_quarantined(unit, generation) else commit
+
+    def publish(self, own: Commit) -> Commit:
+        """Create the record of a commit; returns the one that counts, which another attempt may have created."""
+        for generation in count():
+            mine = replace(own, generation=generation)
+            is_first = self._store.put_new(f"commits/{_name(own.unit, generation)}", mine.to_json())
+            winner = mine if is_first else self._fetch(own.unit, generation)
+            # asked last, since it may have been taken out between any two of our requests
+            if winner is not None and not self._is_quarantined(own.unit, generation):
+                return winner
+        raise AssertionError("there is always another generation")
+
+    def quarantine(self, commit: Commit, damage: DamagedError) -> bool:
+        """Take a commit out of the set, unless it is out of it; returns whether this call did."""
+        path = f"commits/{_name(commit.unit, commit.generation)}"
+        try:
+            recorded = self._parsed(path)
+        except FileNotFoundError:
+            return False
+        except ValueError as error:
+            damage = self._not_a_record(path, error)
+        else:
+            if recorded.parts != commit.parts:
+                return False  # the caller's commit is from a set that was at this place earlier
+        return self._take_out(commit.unit, commit.generation, damage)
+
+    def reason(self, unit: str) -> Quarantine | None:
+        """The newest quarantine of a unit, or None; one whose record is damaged too counts all the same."""
+        generation = self._live_generation(unit) - 1
+        if generation < 0:
+            return None
+        path = f"quarantine/{_name(unit, generation)}"
+        try:
+            return Quarantine.from_json(self._store.get(path))
+        except ValueError as error:
+            return Quarantine(unit=unit, generation=generation, path=path, reason=f"is damaged: {error}")
+
+    def _live(self) -> tuple[dict[str, int], set[str]]:
+        """The generation of each committed unit, and the units that were ever quarantined."""
+        commits = list(self._names("commits"))  # first, so that what is quarantined meanwhile is left out
+        quarantines = set(self._names("quarantine"))
+        quarantined = {unit for unit, _ in quarantines}
+        first_free = {unit: next(g for g in count() if (unit, g) not in quarantines) for unit in quarantined}
+        return {unit: generation for unit, generation in commits if generation == first_free.get(unit, 0)}, quarantined
+
+    def _names(self, folder: str) -> Iterator[tuple[str, int]]:
+        """Unit and generation of each record; what is no record's name is not ours."""
+        for path in self._store.list(folder):
+            match = _RECORD_NAME.fullmatch(path, len(folder) + 1)
+            if match:
+                yield match["unit"], int(match["generation"] or 0)
+
+    def _live_generation(self, unit: str) -> int:
+        return next(generation for generation in count() if not self._is_quarantined(unit, generation))
+
+    def _is_quarantined(self, unit: str, generation: int) -> bool:
+        return self._store.exists(f"quarantine/{_name(unit, generation)}")
+
+    def _knows(self, unit: str, generation: int) -> bool:
+        return unit in self._known and self._known[unit].generation == generation
+
+    def _fetch_if_there(self, unit: str, generation: int) -> Commit | None:
+        try:
+            return self._fetch(unit, generation)
+        except FileNotFoundError:
+            return None
+
+    def _fetch(self, unit: str, generation: int) -> Commit | None:
+        """A commit by its name; None if what is there is no commit, which is quarantined then."""
+        if self._knows(unit, generation):
+            return self._known[unit]
+        path = f"commits/{_name(unit, generation)}"
+        try:
+            commit = self._parsed(path)
+            if (commit.unit, commit.generation) != (unit, generation):
+                raise ValueError(f"it is of unit {commit.unit}, generation {commit.generation}")
+        except ValueError as error:
+            self._take_out(unit, generation, self._not_a_record(path, error))
+            return None
+        self._known[unit] = commit
+        return commit
+
+    def _parsed(self, path: str) -> Commit:
+        try:
+            return Commit.from_json(self._store.get(path))
+        except ValueError:
+            return Commit.from_json(self._store.get(path))  # what was damaged on its way here arrives the second time
+
+    def _take_out(self, unit: str, generation: int, damage: DamagedError) -> bool:
+        self._check()
+        record = Quarantine(unit=unit, generation=generation, path=damage.path, reason=damage.reason)
+        is_first = self._store.put_new(f"quarantine/{_name(unit, generation)}", record.to_json())
+        if is_first:
+            logger.warning("unit %s is quarantined and has to be made again: %s", unit, damage)
+        return is_first
+
+    def _not_a_record(self, path: str, error: ValueError) -> DamagedError:
+        return DamagedError(self._store.uri, path, f"is not the record of a commit: {error}")
+
+
+def _name(unit: str, generation: int) -> str:
+    return f"{unit}@{generation}.json" if generation else f"{unit}.json"

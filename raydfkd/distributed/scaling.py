@@ -1,0 +1,156 @@
+"""How many training workers there are, while nodes come and go."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
+
+import ray
+from ray._private import state
+from ray.train.constants import TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2._internal.execution.controller.state import ReschedulingState
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
+from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+Resources = dict[str, float]
+
+GETS_ON_S = 600.0
+"""A training that has run for so long since it last failed does not fail for the same reason."""
+NODE_ID = "ray.io/node-id"
+"""Label that every node has."""
+ANSWER_S = 2.0
+"""Seconds within which a node that is there takes a connection."""
+LEAVE_S = 3
+"""Seconds for ranks to leave their process group; where one of them is lost, the others never can."""
+
+
+class ElasticTorchTrainer(TorchTrainer):
+    """A trainer whose elastic group is as large as the nodes that are there now allow, and that outlives many losses.
+
+    See LiveNodesPolicy and FailuresInARow.
+    """
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        config = cast(ScalingConfig, self.scaling_config)
+        failures = cast(RunConfig, self.run_config).failure_config
+        assert failures is not None, "RunConfig fills it in"
+        parts["failure_policy"] = FailuresInARow(failures)
+        if config.elasticity_enabled:
+            parts["scaling_policy"] = LiveNodesPolicy(config)
+        return super()._initialize_and_run_controller(**parts)
+
+
+class FailuresInARow(DefaultFailurePolicy):
+    """Gives a training up after ``max_failures`` failures in a row, rather than in all.
+
+    A machine that is killed without notice is a failure to Ray. In days on spot machines there are many, but between
+    them training gets on; a mistake comes back before it does.
+    """
+
+    def __init__(self, failure_config: FailureConfig) -> None:
+        super().__init__(failure_config)
+        self._failed = float("-inf")
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        """Retry or raise."""
+        now = time.monotonic()
+        if now - self._failed > GETS_ON_S:
+            self._worker_group_failures = 0
+        self._failed = now
+        return super().make_decision(training_failed_error)
+
+
+class LiveNodesPolicy(ElasticScalingPolicy):
+    """Sizes a training by the nodes that answer and are not about to go, asked at the moment of the decision.
+
+    Ray's own policy asks a coordinator that looks at the cluster every 20 s, counts draining nodes, and believes in a
+    killed node until its health checks have failed, 15 s and more. After a loss it waits for workers that nobody can
+    start until a timeout of a minute, and again if that was too early.
+
+    A group that is lost starts again at once with as many workers as fit, on nodes that answered; one less after each
+    start that found no room. A group that runs grows where there is free room beside it, when a checkpoint was just
+    registered, so that hardly a step is made twice. Free room is not looked at for a lost group, whose own resources
+    would be missing from it; where other actors want what the workers want, give the workers a custom resource.
+    """
+
+    def __init__(self, scaling_config: ScalingConfig) -> None:
+        super().__init__(scaling_config)
+        self._tried = self._at_most = scaling_config.max_workers
+        self._nodes: tuple[str, ...] = ()
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Runs where the group is shut down: what Ray reads there is only read from that process's environment."""
+        os.environ.setdefault(TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S, str(LEAVE_S))
+        super().after_controller_start(train_run_context)
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
+    ) -> NoopDecision | ResizeDecision:
+        """Grow, or leave it."""
+        self._maybe_send_resource_request()  # type: ignore[no-untyped-call]  # as is much of Ray
+        self._at_most = self.scaling_config.max_workers
+        reports = [status.training_report for status in worker_group_status.worker_statuses.values()]
+        is_saved = any(report is not None and report.checkpoint is not None for report in reports)
+        has_run_s = time.monotonic() - worker_group_state.start_time
+        is_due = has_run_s >= self.scaling_config.elastic_resize_monitor_interval_s
+        running = worker_group_state.num_workers
+        if not (is_saved and is_due) or running == self._at_most:
+            return NoopDecision()
+        free = state.available_resources_per_node()  # type: ignore[no-untyped-call]
+        room = self._count_possible_workers({node: free.get(node, {}) for node in self._get_reserved_resources()})
+        workers = min(self._at_most, running + room)
+        return self._get_resize_decision(workers) if workers > running else NoopDecision()
+
+    def on_controller_start_worker_group(self, *, scaling_config: ScalingConfig, num_workers: int) -> dict[str, str]:
+        """Keep the group off nodes that are still listed though they are gone."""
+        return {NODE_ID: f"in({','.join(self._nodes)})"}
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Ask for one worker less after a start that found no room."""
+        if isinstance(current_state, ReschedulingState):
+            error = current_state.training_failed_error
+            if isinstance(error, ControllerError) and isinstance(
+                error.controller_failure, WorkerGroupStartupTimeoutError
+            ):
+                self._at_most = max(self.scaling_config.min_workers, self._tried - 1)
+
+    def _get_reserved_resources(self) -> dict[str, Resources]:
+        """All resources of the nodes that a worker can start on."""
+        leaving = state.state.get_draining_nodes()
+        wanted = self.scaling_config._resources_per_worker_not_none
+        nodes = [
+            node
+            for node in ray.nodes()  # type: ignore[no-untyped-call]
+            if node["Alive"]
+            and node["NodeID"] not in leaving
+            and all(node["Resources"].get(resource, 0) >= share for resource, share in wanted.items())
+        ]
+        with ThreadPoolExecutor(32) as threads:
+            answers = list(threads.map(_answers, nodes))
+        found = {node["NodeID"]: node["Resources"] for node, is_there in zip(nodes, answers, strict=True) if is_there}
+        self._nodes = tuple(found)
+        return found
+
+    def _count_possible_workers(self, reserved_resources: dict[str, Resources]) -> int:
+        return min(self._at_most, super()._count_possible_workers(reserved_resources))
+
+    def _get_resize_decision(self, num_workers: int) -> ResizeDecision:
+        self._tried = num_workers
+        return super()._get_resize_decision(num_workers)
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    """Whether the node's Ray process takes connections; that of a killed one refuses them, or nothing comes back."""
+    try:
+        with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=ANSWER_S):
+            return True
+    except OSError:
+        return False

@@ -1,0 +1,121 @@
+"""A transfer set may come from a stranger, and its options hold secrets."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import pickle
+import re
+import sys
+import traceback
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import xxhash
+from toy import encode_part
+
+from raydfkd.data import failures
+from raydfkd.data.collect import collect_garbage
+from raydfkd.data.failures import DamagedError
+from raydfkd.data.transfer_set import TransferSet
+from raydfkd.registry import RecipeError
+
+DIGEST = "d" * 64
+
+
+class Bomb:
+    """Leaves a mark when somebody unpickles it."""
+
+    def __reduce__(self):
+        return exec, ("import sys; sys.raydfkd_was_here = True",)
+
+
+@pytest.fixture
+def strangers_set(uri):
+    """A set to which anybody can add: ``put_commit`` makes a record that names a part of the given bytes."""
+    made = TransferSet(uri, digest=DIGEST)
+    made.create()
+    made.put_commit = lambda data, **changes: put_commit(made, data, **changes)
+    yield made
+    assert not hasattr(sys, "raydfkd_was_here")
+
+
+def put_commit(transfer_set, data, **changes):
+    transfer_set.store.put("parts/u-1-00000000-0000.parquet", data)
+    digest = xxhash.xxh3_128_hexdigest(data)
+    part = {"path": "parts/u-1-00000000-0000.parquet", "rows": 2, "bytes": len(data), "xxh3": digest}
+    record = {"unit": "u", "attempt": 1, "seed": 1, "images": 2, "parts": [part], "content": digest}
+    rest = {"objective": 1.0, "student_version": -1, "seconds": 1.0, "curve": []}
+    transfer_set.store.put("commits/u.json", json.dumps({**record, **rest, **changes}).encode())
+
+
+def test_pickle_in_place_of_a_part_is_refused_and_runs_no_code(strangers_set):
+    strangers_set.put_commit(pickle.dumps(Bomb()))
+    (commit,) = strangers_set.snapshot().commits
+    with pytest.raises(DamagedError, match="is not a part of a transfer set"):
+        strangers_set.read(commit.parts[0])
+
+
+@pytest.mark.parametrize("place", ["set.json", "commits/u.json", "quarantine/u.json", "closed.json", "resume/u.pt"])
+def test_pickle_in_place_of_a_record_runs_no_code(place, strangers_set):
+    strangers_set.store.put(place, pickle.dumps(Bomb()))
+    for act in (
+        strangers_set.check,
+        strangers_set.snapshot,
+        strangers_set.is_closed,
+        lambda: list(strangers_set.verify()),
+        lambda: collect_garbage(strangers_set, older_than_s=0.0, dry_run=True),
+    ):
+        with contextlib.suppress(RecipeError):
+            act()
+
+
+def test_part_with_columns_that_carry_code_is_refused(strangers_set, make_batch):
+    honest = encode_part([make_batch(2)], unit="u", seed=1, first_index=0)
+    table = pq.read_table(io.BytesIO(honest))
+    bomb = pa.array([pickle.dumps(Bomb())] * 2)
+    extension = table.append_column(
+        pa.field("bomb", bomb.type, metadata={"ARROW:extension:name": "arrow.py_extension_type"}), bomb
+    )
+    renamed = table.replace_schema_metadata({"pandas": pickle.dumps(Bomb())})
+    for changed in (extension, renamed):
+        data = io.BytesIO()
+        pq.write_table(changed, data)
+        strangers_set.put_commit(data.getvalue())
+        (part,) = TransferSet(strangers_set.store._location, digest=DIGEST).snapshot().commits[0].parts
+        with pytest.raises(DamagedError, match="is not a part of a transfer set: it has"):
+            strangers_set.read(part)
+
+
+def test_commit_names_no_file_outside_the_parts(strangers_set, make_batch):
+    for path in ("../secret.parquet", "/etc/passwd", "parts/../set.json", "parts\\x.parquet", "parts/a\0.parquet"):
+        part = {"path": path, "rows": 2, "bytes": 1, "xxh3": "0" * 32}
+        strangers_set.put_commit(b"x", parts=[part])
+        assert TransferSet(strangers_set.store._location, digest=DIGEST).snapshot().commits == ()
+        for folder in ("quarantine", "commits"):
+            for record in strangers_set.store.list(folder):
+                strangers_set.store.delete(record)
+
+
+def test_secrets_of_a_set_are_in_no_text_about_it(monkeypatch, caplog):
+    monkeypatch.setattr(failures, "_FIRST_WAIT_S", 0.0)
+
+    def refuse(*_, **__):
+        raise ConnectionError("key-0123 with hunter22 and hunter33 is not welcome")
+
+    monkeypatch.setattr("fsspec.url_to_fs", refuse)
+    options = {"key": "key-0123", "secret": "hunter22", "client_kwargs": {"aws_session_token": "hunter33"}}
+    transfer_set = TransferSet("s3://bucket/set", digest=DIGEST, storage_options=options)
+    said = [repr(transfer_set), repr(transfer_set.store)]
+    for act in (transfer_set.create, transfer_set.check, transfer_set.snapshot, transfer_set.is_closed):
+        with pytest.raises((OSError, RecipeError)) as caught:
+            act()
+        said.append("".join(traceback.format_exception(caught.value)))
+    transfer_set.unpicklable = (value for value in ())
+    with pytest.raises(TypeError) as caught:
+        pickle.dumps(transfer_set)
+    said += ["".join(traceback.format_exception(caught.value)), caplog.text]
+    assert "*** with *** and *** is not welcome" in said[2]
+    assert not any(re.search("key-0123|hunter", text) for text in said)

@@ -1,0 +1,30 @@
+"""A driver to test: trains the student of a recipe file on a Ray cluster and writes its curve as it arrives."""
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+import ray
+
+from raydfkd.distributed.train import new_board, train_student
+from raydfkd.job import open_job
+from raydfkd.metrics import MetricsLog
+from raydfkd.recipe import load_recipe
+
+
+def main(recipe: str, run_dir: str, address: str, metrics: str) -> None:
+    job = open_job(load_recipe(recipe, (), run_dir))
+    ray.init(address)
+    board = new_board()
+    training = threading.Thread(target=train_student, args=(job, board), daemon=True)
+    training.start()
+    log = MetricsLog(Path(metrics), fresh=True)
+    while training.is_alive():
+        for entry in ray.get(board.take.remote()):
+            log.write("student", **entry)
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

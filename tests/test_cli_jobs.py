@@ -1,0 +1,73 @@
+"""Every file of jobs/ by the commands that people use on it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raydfkd.recipe import load_recipe
+
+JOBS = Path(__file__).parents[1] / "jobs"
+NAMES = sorted(path.name for path in JOBS.glob("*.yaml"))
+NO_FILES = ["teacher.weights=random", "runtime.device=cpu", "runtime.executor=local"]
+
+
+def raydfkd(*args: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from raydfkd.cli import main; main()", *args]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+
+
+def sets(*overrides: str) -> list[str]:
+    return [part for override in overrides for part in ("--set", override)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_job_shows_no_mistake_by_itself(name, tmp_path):
+    answer = raydfkd("check", str(JOBS / name), "--no-code", folder=tmp_path)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_header_of_a_job_says_its_command(name):
+    header = (JOBS / name).read_text().partition("\nname:")[0]
+    assert f"#   raydfkd run jobs/{name}" in header or f"#   raydfkd submit jobs/{name}" in header
+
+
+@pytest.mark.parametrize("name", ["one-gpu.yaml", "chaos.yaml"])  # the other large ones have the networks of the first
+def test_every_part_of_a_job_can_be_built_without_its_files(name, tmp_path):
+    answer = raydfkd("check", str(JOBS / name), *sets(*NO_FILES), folder=tmp_path)
+    assert (answer.returncode, answer.stderr) == (0, "")
+
+
+def test_missing_weights_of_a_large_job_are_one_line(tmp_path):
+    answer = raydfkd("check", str(JOBS / "one-gpu.yaml"), *sets("runtime.device=cpu"), folder=tmp_path)
+    assert answer.returncode == 2
+    assert answer.stderr == (
+        "teacher.weights is 'resnet50.pth': no such file; give trained weights, or teacher.train to train them\n"
+    )
+
+
+def test_smoke_runs_here(tmp_path):
+    answer = raydfkd("run", str(JOBS / "smoke.yaml"), "--on", "local", folder=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert (tmp_path / "runs/smoke/report.html").is_file()
+
+
+def test_chaos_has_many_small_units_and_asks_for_no_student():
+    recipe = load_recipe(JOBS / "chaos.yaml")
+    assert len(recipe.plan()) == 200
+    assert recipe.rounds == 1
+    assert {term.term for term in recipe.synthesis.objective} <= {"cross_entropy", "bn_moments"}
+
+
+def test_large_jobs_differ_from_the_smallest_in_scale_only():
+    for name in ("eight-gpus.yaml", "spot-64.yaml"):
+        changed = yaml.safe_load((JOBS / name).read_text())
+        assert changed["recipe"] == "one-gpu.yaml"
+        assert changed.keys() <= {"recipe", "name", "run_dir", "teacher", "transfer_set", "distill", "runtime"}
+        assert changed["distill"].keys() <= {"steps", "batch_size", "optimizer", "checkpoint_every"}
