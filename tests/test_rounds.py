@@ -15,6 +15,7 @@ from raydfkd.distill.published import PublishedStudents
 from raydfkd.distill.training import StudentTraining
 from raydfkd.job import open_job
 from raydfkd.local import LocalExecutor
+from raydfkd.metrics import read_metrics
 from raydfkd.recipe import load_recipe
 from raydfkd.registry import RecipeError
 from raydfkd.synthesis.worker import SynthesisWorker
@@ -29,6 +30,10 @@ def job_in_rounds(folder, synthesizer="pixels", *settings):
 
 def run(job, folder):
     return LocalExecutor().run(job, quiet_monitor(folder))
+
+
+def student_entries(folder):
+    return [entry for entry in read_metrics(folder / "metrics.jsonl") if entry["event"] == "student"]
 
 
 def versions_in(job, commit):
@@ -48,6 +53,9 @@ def test_second_round_is_made_against_the_student_that_the_first_has_trained(tmp
         assert commit.student_version == expected
         assert versions_in(job, commit) == {expected}
         assert ("competition" in commit.curve[0]) == (expected == 3)
+    seen = {entry["step"]: entry["snapshot_images"] for entry in student_entries(tmp_path)}
+    assert {seen[step] for step in (1, 2, 3)} == {24}
+    assert {seen[step] for step in (4, 5, 6, 7)} == {48}
     newest = PublishedStudents(job.transfer_set.store).state(7)
     assert all(torch.equal(newest[name], value) for name, value in student.items())
 

@@ -165,7 +165,7 @@ class TransferSetSource:
         self._transfer_set.quarantine(commit, damage)
         if self._world_size > 1:
             raise damage  # the other ranks wait for this one's step
-        logger.warning("unit %s is quarantined: %s; the student goes on without it", commit.unit, damage)
+        logger.info("the student goes on without unit %s", commit.unit)
 
     def state_dict(self) -> dict[str, Any]:
         """Step, pass, position in it, and the pinned snapshot."""
@@ -183,6 +183,12 @@ class TransferSetSource:
         self._snapshot = None if pinned is None else Snapshot.from_json(pinned.encode())
         self._is_restored = self._snapshot is not None
 
+    def start_over(self) -> None:
+        """Begin another pass, with the snapshot of then; on every rank alike."""
+        self._pass += 1
+        self._step_in_pass = 0
+        self._snapshot, self._is_restored = None, False
+
     def _pinned(self) -> Snapshot:
         """The snapshot of this pass, the same on every rank; waits until there is one.
 
@@ -194,8 +200,7 @@ class TransferSetSource:
             is_good = self._rank == 0 and self._planner.is_intact(self._snapshot)
             self._snapshot = self._agree(self._snapshot if is_good else None)
             if self._snapshot is None:
-                self._pass += 1
-                self._step_in_pass = 0
+                self.start_over()
         is_asked = self._rank == 0
         while self._snapshot is None:
             self._snapshot = self._agree(self._planner.begin(self._pass, self._step) if is_asked else None)

@@ -60,6 +60,7 @@ class StudentTraining:
             keep_freed_memory()
         seed = derive_seed(recipe.seed, "student")
         self._spec = recipe.distill
+        self._round_ends = {recipe.steps_until(number) for number in range(recipe.rounds - 1)}
         self._on_checkpoint = on_checkpoint
         self._student = job.fresh_student().to(device).to(memory_format=torch.channels_last)
         teacher, _ = load_teacher(recipe)
@@ -116,10 +117,12 @@ class StudentTraining:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``."""
+        """Go on from ``state``; after a round with all images that there are then."""
         self._student.load_state_dict(state["student"])
         self.trainer.load_state_dict(state["trainer"])
         self._source.load_state_dict(state["source"])
+        if self.trainer.step in self._round_ends:
+            self._source.start_over()
 
 
 class StudentCheckpoint:

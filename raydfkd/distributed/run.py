@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +11,7 @@ import ray
 from torch import Tensor
 
 from raydfkd.distributed.pool import SynthesisPool, capacity
-from raydfkd.distributed.train import ProgressBoard, train_student
+from raydfkd.distributed.train import new_board, train_student
 from raydfkd.interruption import Interruption
 from raydfkd.job import Job, SynthesisOutcome, in_rounds
 from raydfkd.progress import Monitor
@@ -65,7 +64,7 @@ class _Training:
     def __init__(self, job: Job, monitor: Monitor) -> None:
         self._monitor = monitor
         monitor.student_started()
-        self._board: Any = ray.remote(ProgressBoard).options(num_cpus=0).remote()
+        self._board = new_board()
         self._student: Mapping[str, Tensor] = {}
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, args=(job,), name="student", daemon=True)
@@ -96,8 +95,6 @@ class _Training:
 def _connect(job: Job, monitor: Monitor) -> None:
     if ray.is_initialized():
         return
-    # Train's controller looks at reports this often; its own default of 2 s is for jobs of hours.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     address = job.recipe.runtime.address
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:

@@ -30,7 +30,7 @@ SAVE_S = 60
 """Seconds that a job has from SIGTERM to its end; Ray's own are 3, too few to save a student."""
 AWAY_S = 60.0
 """Seconds that the head may be out of reach before nobody follows any longer."""
-BEGIN_S = 180.0
+BEGIN_S = 60.0
 """Seconds that a head may take from its first answer until it takes jobs."""
 
 

@@ -67,7 +67,8 @@ def train_student(job: Job, board: Any, *, until: int | None = None) -> Mapping[
     if runtime.gpus_per_student_worker:
         resources["GPU"] = runtime.gpus_per_student_worker
     recipe = job.recipe.located()
-    config = {"recipe": recipe.model_dump_json(), "digest": job.digest, "board": board, "until": until}
+    sealed = ray.put(recipe.model_dump_json())  # Ray Train writes the config into its logs, secrets and all
+    config = {"recipe": sealed, "digest": job.digest, "board": board, "until": until}
     trainer = ElasticTorchTrainer(
         train_worker,
         train_loop_config=config,
@@ -95,7 +96,8 @@ def train_student(job: Job, board: Any, *, until: int | None = None) -> Mapping[
 
 def train_worker(config: Mapping[str, Any]) -> None:
     """One rank of the training."""
-    whole, until = job_of(Recipe.model_validate_json(config["recipe"]), config["digest"]), config["until"]
+    recipe = Recipe.model_validate_json(ray.get(config["recipe"]))
+    whole, until = job_of(recipe, config["digest"]), config["until"]
     job = next((part for part in whole.rounds() if part.until == until), whole)
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from s3_server import KEY, SECRET, S3Server
 
 from raydfkd.data import failures
 from raydfkd.data.collect import collect_garbage
@@ -30,62 +23,24 @@ from raydfkd.schedule import plan_units
 
 pytestmark = pytest.mark.cluster
 
-KEY, SECRET = "raydfkd-test-key", "raydfkd-test-secret"
+UNREACHABLE = {"key": KEY, "secret": SECRET, "client_kwargs": {"endpoint_url": "http://127.0.0.1:9"}}
 (UNIT,) = plan_units(seed=1, classes=range(2), images_per_class=4, classes_per_unit=2, images_per_class_per_unit=4)
 
 
-def options_for(endpoint):
-    return {"key": KEY, "secret": SECRET, "client_kwargs": {"endpoint_url": endpoint, "region_name": "us-east-1"}}
-
-
 @pytest.fixture(scope="module")
-def endpoint(tmp_path_factory):
-    weed = shutil.which("weed", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    if weed is None:
-        pytest.skip("needs the weed program: make test-cluster installs it")
-    pytest.importorskip("s3fs")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("weed")
-    command = [weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={port}"]
-    server = subprocess.Popen(
-        [*command, "-webdav=false", "-admin.ui=false"],
-        cwd=folder,
-        env={**os.environ, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        wait_until_up(f"http://127.0.0.1:{port}")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def wait_until_up(url, timeout_s=60):
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        try:
-            urllib.request.urlopen(url, timeout=1)
-        except urllib.error.HTTPError:
-            return
-        except OSError:
-            time.sleep(0.1)
-        else:
-            return
-    pytest.fail(f"weed did not come up at {url} within {timeout_s} s")
+def server(tmp_path_factory):
+    server = S3Server(tmp_path_factory.mktemp("weed"))
+    server.start()
+    yield server
+    server.stop()
 
 
 @pytest.fixture
-def place(endpoint):
+def place(server):
     """URI in a new bucket, and storage options."""
-    import s3fs  # noqa: PLC0415 - optional, and the endpoint's fixture has looked for it
-
-    options, bucket = options_for(endpoint), f"bucket-{uuid.uuid4().hex[:8]}"
-    s3fs.S3FileSystem(**options).mkdir(bucket)
-    return f"s3://{bucket}/set", options
+    bucket = f"bucket-{uuid.uuid4().hex[:8]}"
+    server.make_bucket(bucket)
+    return f"s3://{bucket}/set", server.options
 
 
 def test_s3_store_keeps_the_contract_of_the_local_one(place):
@@ -152,11 +107,11 @@ def lines_of_failures(store, *more):
         yield str(caught.value)
 
 
-def test_missing_s3_bucket_is_named_by_every_operation(endpoint):
-    store = Store("s3://never-made/set", options_for(endpoint))
+def test_missing_s3_bucket_is_named_by_every_operation(server):
+    store = Store("s3://never-made/set", server.options)
     assert all(line.endswith(" (no such bucket)") for line in lines_of_failures(store))  # weed makes it for a put
     with pytest.raises(StoreError, match="no such bucket"):
-        TransferSet("s3://never-made/set", digest="d", storage_options=options_for(endpoint)).snapshot()
+        TransferSet("s3://never-made/set", digest="d", storage_options=server.options).snapshot()
 
 
 @pytest.mark.parametrize(
@@ -176,7 +131,7 @@ def test_wrong_s3_credentials_are_said_by_every_operation_without_showing_them(w
 
 
 def test_s3_server_that_is_down_is_said_by_every_operation(place, impatient):
-    options = {**options_for("http://127.0.0.1:9"), "config_kwargs": {"retries": {"max_attempts": 1}}}
+    options = {**UNREACHABLE, "config_kwargs": {"retries": {"max_attempts": 1}}}
     store = Store(place[0], options)
     for line in lines_of_failures(store, partial(store.put, data=b"x"), partial(store.put_new, data=b"x")):
         assert line.endswith("; tried again and again)")
@@ -246,6 +201,6 @@ def test_wrong_s3_credentials_are_refused_without_showing_them(place):
 
 def test_unreachable_s3_endpoint_is_refused_with_its_address(place):
     uri, options = place
-    options = {**options_for("http://127.0.0.1:9"), "config_kwargs": {"retries": {"max_attempts": 1}}}
+    options = {**UNREACHABLE, "config_kwargs": {"retries": {"max_attempts": 1}}}
     with pytest.raises(RecipeError, match=r"cannot be written \(.*http://127.0.0.1:9/.*\); give a URI"):
         Store(uri, options).probe()

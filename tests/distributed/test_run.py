@@ -4,14 +4,14 @@ import io
 import json
 import os
 import signal
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from clusters import processes
 from rich.console import Console
+from small import small_recipe
 
 from raydfkd import pipeline
 from raydfkd.cli import main
@@ -20,48 +20,10 @@ from raydfkd.job import open_job
 from raydfkd.local import LocalExecutor
 from raydfkd.metrics import MetricsLog, read_metrics
 from raydfkd.progress import Monitor
-from raydfkd.recipe import Recipe, load_recipe
 
 pytestmark = pytest.mark.ray
 
-MARK = uuid.uuid4().hex
-"""In the environment of this test's own processes."""
-
-
-@pytest.fixture(scope="module")
-def ray_cluster() -> Iterator[None]:
-    import ray
-
-    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
-    os.environ["RAYDFKD_TEST"] = MARK
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)  # more than there are: nothing is measured
-    yield
-    ray.shutdown()
-
-
-def small_recipe(run_dir: Path, *overrides: str) -> Recipe:
-    return load_recipe(
-        "digits-generators",
-        (
-            "name=small",
-            "teacher.options={widths: [4, 8]}",
-            "teacher.weights=random",
-            "teacher.train=null",
-            "real_data=null",
-            "student.options={widths: [4]}",
-            "synthesis.steps=40",
-            "synthesis.emissions=2",
-            "transfer_set.images_per_class=24",
-            "transfer_set.unit={classes: 5, images_per_class: 4}",
-            "distill.steps=40",
-            "distill.checkpoint_every=20",
-            "distill.log_every=10",
-            "distill.source.wait_for=40",
-            "runtime={workers: {min: 1, max: 2}, cpus_per_worker: 0.5, cpus_per_student_worker: 1}",
-            *overrides,
-        ),
-        str(run_dir),
-    )
+SECRET = "moon-shaped-password"
 
 
 class KillsAWorkerAfterTheFirstCommit(Monitor):
@@ -72,30 +34,18 @@ class KillsAWorkerAfterTheFirstCommit(Monitor):
     def committed(self, commit: Commit, *, running: int) -> None:
         super().committed(commit, running=running)
         if self.killed is None:
-            for process in Path("/proc").glob("[0-9]*"):
-                if b"ray::SynthesisActor.run" in command_of(process) and is_ours(process):
-                    self.killed = int(process.name)
-                    os.kill(self.killed, signal.SIGKILL)
-                    return
-
-
-def is_ours(process: Path) -> bool:
-    return MARK.encode() in (process / "environ").read_bytes()
-
-
-def command_of(process: Path) -> bytes:
-    try:
-        return (process / "cmdline").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return b""
+            self.killed = processes(os.environ, b"ray::SynthesisActor.run")[0]
+            os.kill(self.killed, signal.SIGKILL)
 
 
 def test_a_run_survives_a_killed_worker_makes_the_set_that_one_process_makes_and_is_not_done_twice(
     ray_cluster, tmp_path, monkeypatch, capsys
 ):
+    import ray
+
     from raydfkd.distributed.run import RayExecutor
 
-    job = open_job(small_recipe(tmp_path / "ray"))
+    job = open_job(small_recipe(tmp_path / "ray", f"transfer_set.storage_options={{token: {SECRET}}}"))
     metrics = tmp_path / "metrics.jsonl"
     console = Console(file=io.StringIO())
     with KillsAWorkerAfterTheFirstCommit(console, MetricsLog(metrics, fresh=True)) as monitor:
@@ -120,6 +70,10 @@ def test_a_run_survives_a_killed_worker_makes_the_set_that_one_process_makes_and
     fresh = job.fresh_student().state_dict()
     assert student.keys() == fresh.keys()
     assert any(not torch.equal(student[name], fresh[name]) for name in fresh)
+
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    for written in [*session.glob("logs/**/*"), *(tmp_path / "ray").rglob("*")]:
+        assert not written.is_file() or SECRET.encode() not in written.read_bytes(), f"{written} tells the secret"
 
     again = tmp_path / "again.yaml"
     again.write_text(json.dumps(job.recipe.model_dump(mode="json")))

@@ -504,14 +504,13 @@ def head(tmp_path_factory) -> Iterator[Head]:
         RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0",
         RAY_raylet_start_wait_time_s="180",  # of a machine that has other things to do
     )
-    port, dashboard = free_port(), free_port()
+    named = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
+    ports = {name: free_port() for name in named}  # other Rays on this machine have the usual ones
     temporary = Path("/tmp") / f"ray-{uuid.uuid4().hex[:8]}"  # Ray's sockets need a short path
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=4"]
-    ports = [f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"]
-    process = subprocess.Popen(
-        [*command, *ports, f"--temp-dir={temporary}"], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    head = Head(address=f"http://127.0.0.1:{dashboard}", environment=environment)
+    command += [f"--temp-dir={temporary}", *(f"--{name}={port}" for name, port in ports.items())]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    head = Head(address=f"http://127.0.0.1:{ports['dashboard-port']}", environment=environment)
     try:
         assert process.stdout is not None
         assert any("Ray runtime started" in line for line in process.stdout), "the head has ended"

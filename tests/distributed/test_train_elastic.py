@@ -8,17 +8,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from clusters import cluster
 from rich.console import Console
 
 from raydfkd.checkpoints import read_checkpoint
@@ -35,62 +32,6 @@ BACK_WITHIN_S = 30
 PATIENCE_S = 90.0
 NOTICE_S = 8
 CHECKPOINT_EVERY = 100
-
-
-class Nodes:
-    """The test's cluster, driven from here; see nodes.py."""
-
-    def __init__(self, environment: dict[str, str]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "nodes.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
-        self.address: str = self._answer()["address"]
-
-    def add(self) -> str:
-        """A node with room for one training worker; its id."""
-        return self._ask({"add": {"train": 1}})["node"]
-
-    def kill(self, node: str) -> float:
-        """Kill all its processes; when."""
-        return self._ask({"kill": node})["at"]
-
-    def drain(self, node: str, seconds: float) -> float:
-        """Announce that it will be taken away; when."""
-        return self._ask({"drain": node, "seconds": seconds})["at"]
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait(60)
-
-    def _ask(self, command: dict[str, object]) -> dict:
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict:
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise AssertionError("the cluster ended")
-
-
-@contextlib.contextmanager
-def cluster() -> Iterator[tuple[Nodes, dict[str, str]]]:
-    # a short path, because sockets lie in it; of its own, because "auto" looks for clusters in the common one
-    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
-    environment = {**os.environ, "RAY_TMPDIR": folder, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
-    environment.pop("RAY_ADDRESS", None)
-    nodes = Nodes(environment)
-    try:
-        yield nodes, environment
-    finally:
-        nodes.close()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def recipe_file(folder: Path) -> Path:
@@ -156,7 +97,7 @@ def test_a_training_is_back_soon_after_a_kill_and_a_drain_and_takes_in_a_node_th
 
     timeline = {}
     with cluster() as (nodes, environment):
-        _, second = nodes.add(), nodes.add()
+        _, second = nodes.add(train=1), nodes.add(train=1)
         arguments = [str(recipe), str(tmp_path / "run"), nodes.address, str(metrics)]
         started = time.time()
         driver = subprocess.Popen(
@@ -175,7 +116,7 @@ def test_a_training_is_back_soon_after_a_kill_and_a_drain_and_takes_in_a_node_th
             assert alone["step"] > CHECKPOINT_EVERY, "it went on from a checkpoint"
 
             joined = time.time()
-            third = nodes.add()
+            third = nodes.add(train=1)
             both = next_with(2, after=joined)
             timeline["join to a step on two workers"] = both["time"] - joined
             before = [entry for entry in read_metrics(metrics) if entry["workers"] == 1]

@@ -1,0 +1,129 @@
+"""The pool on a local Ray: what it requests, gives back, and how it ends."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from clusters import processes
+from rich.console import Console
+from small import small_recipe
+from toy import quiet_monitor
+
+from raydfkd.interruption import Interruption
+from raydfkd.job import open_job
+from raydfkd.local import LocalExecutor
+from raydfkd.metrics import MetricsLog
+from raydfkd.progress import Monitor
+from raydfkd.registry import RecipeError
+
+pytestmark = pytest.mark.ray
+
+LONG_UNITS = ("synthesis.steps=2500", "transfer_set.unit={classes: 10, images_per_class: 24}")
+
+
+def job_of(folder, *settings):
+    job = open_job(small_recipe(folder, *settings))
+    job.transfer_set.create()
+    return job
+
+
+def pool_of(job):
+    from raydfkd.distributed.pool import SynthesisPool  # noqa: PLC0415 - imports Ray
+
+    return SynthesisPool(job, quiet_monitor_of(job))
+
+
+def quiet_monitor_of(job):
+    return Monitor(Console(file=io.StringIO()), MetricsLog(Path(job.recipe.run_dir) / "metrics.jsonl", fresh=True))
+
+
+def test_actors_without_a_unit_are_ended_when_the_queue_drains(ray_cluster, tmp_path):
+    job = job_of(tmp_path, "runtime.workers={min: 0, max: 3}", "runtime.cpus_per_worker=0.1",
+                 "transfer_set.images_per_class=8", "synthesis.steps=600")  # fmt: skip
+    queue, seen = job.begin_synthesis(), []
+    pool = pool_of(job)
+    pool.run(queue, lambda: seen.append((queue.num_open, len(pool._actors()))), Interruption())
+    assert max(actors for _, actors in seen) == 3
+    assert all(actors <= max(1, num_open) for num_open, actors in seen[1:] if num_open < 3)
+    assert job.snapshot().images == job.planned_images
+
+
+def test_no_more_actors_are_requested_than_there_are_units(ray_cluster, tmp_path):
+    job = job_of(tmp_path, "runtime.workers={min: 0, max: 50}", "runtime.cpus_per_worker=0.1",
+                 "transfer_set.images_per_class=4")  # fmt: skip
+    queue, seen = job.begin_synthesis(), []
+    pool = pool_of(job)
+    pool.run(queue, lambda: seen.append(len(pool._actors())), Interruption())
+    assert max(seen) <= 2
+
+
+def test_interrupted_unit_is_left_and_goes_on_to_the_same_set(ray_cluster, tmp_path, monkeypatch):
+    from raydfkd.distributed import pool as pool_module  # noqa: PLC0415 - imports Ray
+
+    alone = job_of(tmp_path / "alone", *LONG_UNITS)
+    LocalExecutor().synthesize(alone, quiet_monitor(tmp_path / "alone"))
+    monkeypatch.setattr(pool_module, "FINISH_S", 0.0)
+    job = job_of(tmp_path / "ray", *LONG_UNITS)
+    queue, pool = job.begin_synthesis(), pool_of(job)
+    began = []
+
+    def interrupt_once_it_works():
+        if pool._busy and not began:
+            began.append(time.monotonic())
+            threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    with Interruption() as interruption, pytest.raises(KeyboardInterrupt):
+        pool.run(queue, interrupt_once_it_works, interruption)
+    assert time.monotonic() - began[0] < 2 + pool_module.LEAVE_S
+    assert job.transfer_set.committed() == set()
+    assert job.transfer_set.store.list("resume") == [f"resume/{job.units[0].id}.pt"]
+    pool_of(job).run(job.begin_synthesis(), lambda: None, Interruption())
+    assert job.snapshot().content_digest() == alone.snapshot().content_digest()
+
+
+def test_actor_that_gets_sigterm_leaves_its_unit_to_another(ray_cluster, tmp_path):
+    job = job_of(tmp_path, *LONG_UNITS)
+    queue, pool, told = job.begin_synthesis(), pool_of(job), []
+    steps_before = []
+
+    def terminate_once_it_works():
+        at_work = processes(os.environ, b"ray::SynthesisActor.run")
+        if at_work and not told:
+            told.append(at_work[0])
+            threading.Timer(1.5, os.kill, (at_work[0], signal.SIGTERM)).start()
+        steps_before.extend(job.transfer_set.store.list("resume"))
+
+    pool.run(queue, terminate_once_it_works, Interruption())
+    assert told
+    assert steps_before
+    assert queue.attempted == 2
+    (commit,) = job.snapshot().commits
+    assert commit.attempt == 1
+
+
+def test_workers_that_die_while_they_are_built_end_the_run(ray_cluster, tmp_path, monkeypatch):
+    job = job_of(tmp_path, "teacher.network=deadly:build", "teacher.options={}")
+    with pytest.raises(RecipeError, match=r"runtime.workers: 5 in a row died while they were built"):
+        pool_of(job).run(job.begin_synthesis(), lambda: None, Interruption())
+
+
+def test_units_that_others_commit_are_not_made_again(ray_cluster, tmp_path, monkeypatch):
+    """Two drivers of one recipe: what one has committed the other finds."""
+    from raydfkd.distributed import pool as pool_module  # noqa: PLC0415 - imports Ray
+
+    monkeypatch.setattr(pool_module, "SYNC_S", 0.0)
+    job = job_of(tmp_path, "runtime.workers={min: 0, max: 1}")
+    queue = job.begin_synthesis()
+    other = threading.Thread(target=lambda: LocalExecutor().synthesize(job, quiet_monitor(tmp_path)))
+    other.start()
+    pool_of(job).run(queue, lambda: None, Interruption())
+    other.join()
+    assert queue.attempted < len(job.units)
+    assert job.transfer_set.committed() == job.unit_ids
+    assert job.snapshot().images == job.planned_images
