@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from raydfkd.devices import pick_device
 from raydfkd.distill.training import StudentTraining
 from raydfkd.job import Job, job_of, open_job
 from raydfkd.local import LocalExecutor
@@ -16,7 +17,6 @@ from raydfkd.pipeline import save_student
 from raydfkd.progress import Monitor
 from raydfkd.recipe import Recipe
 from raydfkd.registry import RecipeError
-from raydfkd.synthesis.worker import pick_device
 
 Clock = Callable[[], float]
 """Device-seconds used so far."""

@@ -21,6 +21,8 @@ class Interruption:
 
     def __init__(self) -> None:
         self._requested_at: float | None = None
+        self.is_repeated = False
+        """Whether the run is to end at once, and is ending with a KeyboardInterrupt."""
         self._before: dict[signal.Signals, Any] = {}
 
     @property
@@ -48,6 +50,7 @@ class Interruption:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.is_requested:
+            self.is_repeated = True
             raise KeyboardInterrupt
         self._requested_at = time.monotonic()
         os.write(2, b"\nstopping within 10 s, what is in work first; the same again stops now\n")  # signal-safe

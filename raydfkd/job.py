@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from raydfkd.data.commits import Snapshot
 from raydfkd.data.encodings import Encoding
 from raydfkd.data.transfer_set import TransferSet
-from raydfkd.distill.published import StudentPublisher
+from raydfkd.distill.published import Announce, StudentPublisher, tell_nobody
 from raydfkd.networks import build_network
 from raydfkd.progress import Monitor
 from raydfkd.recipe import Recipe
 from raydfkd.schedule import Failure, UnitQueue, WorkUnit, derive_seed
-from raydfkd.synthesis.worker import asks_student, digest_of, load_teacher
+from raydfkd.synthesis.assembly import asks_student, digest_of, load_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +76,12 @@ class Job:
     def begin_synthesis(self) -> UnitQueue:
         """Start the set or go on with it; returns the units that are left to make."""
         self.transfer_set.create()
-        self.transfer_set.reopen()
         done = self.snapshot().units  # whose records were read: one that is damaged is not done
         runtime = self.recipe.runtime
-        return UnitQueue(self.units, done=done, max_attempts=runtime.max_attempts, max_losses=runtime.max_losses)
+        queue = UnitQueue(self.units, done=done, max_attempts=runtime.max_attempts, max_losses=runtime.max_losses)
+        if not queue.is_drained:
+            self.transfer_set.reopen()
+        return queue
 
     def catch_up(self, queue: UnitQueue) -> None:
         """Tell the queue of units that others have committed, and of commits that were found damaged and taken out."""
@@ -92,12 +94,12 @@ class Job:
         self.transfer_set.close([failure.unit for failure in queue.quarantined])
         return SynthesisOutcome(attempted=queue.attempted, quarantined=queue.quarantined)
 
-    def publisher(self) -> Callable[[int, Mapping[str, Tensor]], None] | None:
+    def publisher(self, announce: Announce = tell_nobody) -> Callable[[int, Mapping[str, Tensor]], None] | None:
         """Takes versions of the student to the set, where synthesis asks it; in rounds the last one of each."""
         if not asks_student(self.recipe):
             return None
         recipe = self.recipe
-        publisher = StudentPublisher(self.transfer_set.store, keep=max(3, recipe.rounds))
+        publisher = StudentPublisher(self.transfer_set.store, keep=max(3, recipe.rounds), announce=announce)
         if recipe.rounds == 1:
             return publisher.publish
         ends = {recipe.steps_until(number) for number in range(recipe.rounds)}

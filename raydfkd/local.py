@@ -8,13 +8,14 @@ from pathlib import Path
 
 from torch import Tensor
 
+from raydfkd.devices import pick_device
 from raydfkd.distill.training import StudentCheckpoint, StudentTraining
 from raydfkd.interruption import Interruption
 from raydfkd.job import Job, SynthesisOutcome, in_rounds
 from raydfkd.progress import Monitor
 from raydfkd.schedule import UnitQueue, WorkUnit
 from raydfkd.synthesis.interlude import Interrupted
-from raydfkd.synthesis.worker import SynthesisWorker, pick_device
+from raydfkd.synthesis.worker import SynthesisWorker
 
 logger = logging.getLogger(__name__)
 

@@ -27,7 +27,10 @@ class MetricsLog:
         with path.open("wb" if fresh else "a+b") as file:
             if not fresh:
                 file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)  # the next line must not continue a torn one
+                written = file.read()
+                whole = written.rfind(b"\n") + 1
+                if whole < len(written):  # the next line must not continue a torn one
+                    file.truncate(whole)
 
     def write(self, event: str, **values: JSON) -> None:
         """Append one event with the time in seconds since the epoch."""

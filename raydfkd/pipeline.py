@@ -21,6 +21,7 @@ from torch import Tensor
 from raydfkd import __version__
 from raydfkd.data.failures import DamagedError
 from raydfkd.data.store import Store
+from raydfkd.devices import pick_device
 from raydfkd.distill.criteria import CRITERIA
 from raydfkd.images import PixelRange
 from raydfkd.job import Job, SynthesisOutcome, open_job, transfer_set_of
@@ -31,8 +32,8 @@ from raydfkd.real_data import RealData, Split, open_real_data
 from raydfkd.recipe import Recipe
 from raydfkd.registry import RecipeError
 from raydfkd.report import Gallery, write_report
+from raydfkd.synthesis.assembly import build_student, build_synthesizer, digest_of, load_teacher
 from raydfkd.synthesis.augment import build_augmentations
-from raydfkd.synthesis.worker import build_student, build_synthesizer, digest_of, load_teacher, pick_device
 from raydfkd.teach import teach
 
 GALLERY_IMAGES = 12
@@ -49,7 +50,7 @@ def check(recipe: Recipe) -> RealData | None:
     """
     teacher = build_network(recipe.teacher, recipe.teacher, where="teacher", seed=0)
     cpu = torch.device("cpu")
-    build_synthesizer(recipe, teacher, cpu, build_student(recipe, None, cpu))
+    build_synthesizer(recipe, teacher, cpu, build_student(recipe, lambda _: None, cpu))
     data = None
     if recipe.real_data is not None:
         data = open_real_data(recipe.real_data, recipe.teacher.image_space, recipe.teacher.classes)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from raydfkd.devices import cpu_threads, keep_freed_memory
 from raydfkd.images import PixelRange
 from raydfkd.networks import build_network
 from raydfkd.observed import ObservedNetwork
@@ -15,7 +16,6 @@ from raydfkd.recipe import Recipe
 from raydfkd.schedule import derive_seed
 from raydfkd.synthesis.augment import build_augmentations
 from raydfkd.synthesis.synthesizer import rng_from
-from raydfkd.synthesis.worker import cpu_threads, keep_freed_memory
 
 
 def teach(

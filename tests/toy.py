@@ -25,7 +25,7 @@ from raydfkd.progress import Monitor
 from raydfkd.recipe import ImageSpace, Recipe, load_recipe
 from raydfkd.registry import RecipeError, Registry
 from raydfkd.schedule import Request, WorkUnit
-from raydfkd.synthesis.worker import build_synthesizer, load_teacher
+from raydfkd.synthesis.assembly import build_synthesizer, load_teacher
 
 CLASSES = 4
 SPACE = ImageSpace(channels=1, size=8, mean=(0.4,), std=(0.3,))

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from raydfkd.bench.ceilings import synchronize
 from raydfkd.bench.table import Row, alternate
+from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
 from raydfkd.generators import GENERATORS, StackedGenerators, StackForm
 from raydfkd.pipeline import device_name
 from raydfkd.recipe import ImageSpace
-from raydfkd.synthesis.worker import cpu_threads, keep_freed_memory, pick_device
 
 Step = Callable[[], Tensor]
 

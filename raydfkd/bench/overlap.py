@@ -13,9 +13,9 @@ from raydfkd.batches import SyntheticBatch
 from raydfkd.bench.table import Row, alternate
 from raydfkd.data.encodings import Encoding, EncodingKind
 from raydfkd.data.transfer_set import TransferSet
+from raydfkd.devices import cpu_threads, pick_device
 from raydfkd.pipeline import device_name
 from raydfkd.schedule import Request, WorkUnit
-from raydfkd.synthesis.worker import cpu_threads, pick_device
 
 KINDS: tuple[EncodingKind, ...] = ("raw", "png", "jpeg")
 SIZES = {32: 256, 224: 8}

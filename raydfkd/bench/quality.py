@@ -115,8 +115,8 @@ def measure(cell: Cell, folder: Path) -> Result:
     from rich.console import Console
 
     from raydfkd.budget import run_within
+    from raydfkd.devices import pick_device
     from raydfkd.pipeline import check, device_name, evaluate, monitored
-    from raydfkd.synthesis.worker import pick_device
 
     with tempfile.TemporaryDirectory() as scratch:
         recipe = load_recipe(cell.recipe, [*cell.overrides, f"seed={cell.seed}"], run_dir=scratch)

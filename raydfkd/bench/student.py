@@ -16,13 +16,13 @@ from raydfkd.bench.shards import CLASSES, random_batch, write_unit
 from raydfkd.bench.table import Row, alternate
 from raydfkd.data.sources import BatchSource, StudentBatch, TransferSetSource
 from raydfkd.data.transfer_set import TransferSet
+from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
 from raydfkd.distill.trainer import StudentTrainer
 from raydfkd.images import PixelRange
 from raydfkd.networks import build_network
 from raydfkd.observed import ObservedNetwork
 from raydfkd.pipeline import device_name
 from raydfkd.recipe import DistillSpec, ImageSpace, SourceSpec, StudentSpec, TeacherSpec
-from raydfkd.synthesis.worker import cpu_threads, keep_freed_memory, pick_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,9 +12,10 @@ from raydfkd.bench.cases import Case, build_teacher, choose_cases, missing_packa
 from raydfkd.bench.ceilings import Ceilings, cost_of_step, faster_precision, measure_ceilings, synchronize
 from raydfkd.bench.published import fair_loop, published_loop
 from raydfkd.bench.table import Row, alternate_all
+from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
 from raydfkd.pipeline import device_name
 from raydfkd.schedule import Request
-from raydfkd.synthesis.worker import build_synthesizer, cpu_threads, keep_freed_memory, pick_device
+from raydfkd.synthesis.assembly import build_synthesizer
 
 logger = logging.getLogger(__name__)
 

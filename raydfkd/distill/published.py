@@ -26,6 +26,12 @@ UNPUBLISHED = -1
 State = Mapping[str, Tensor]
 Source = Callable[[int], tuple[int, State] | None]
 """Where versions come from: the newest one and its weights, if it is newer than the version given, else None."""
+Announce = Callable[[int, State], None]
+"""Is told of a version and its weights."""
+
+
+def tell_nobody(version: int, state: State) -> None:
+    """An :data:`Announce` for those who look into the store."""
 
 
 class PublishedStudents:
@@ -81,13 +87,11 @@ class StudentPublisher:
     Args:
         store: of the transfer set.
         keep: newest versions that stay.
-        announce: told of each version and its weights, on CPU and nobody else's, for ways that are shorter than the
-            store's.
+        announce: told of each version that is the newest, and of its weights as the store has them, on CPU and nobody
+            else's, for ways that are shorter than the store's.
     """
 
-    def __init__(
-        self, store: Store, *, keep: int = 3, announce: Callable[[int, State], None] = lambda version, state: None
-    ) -> None:
+    def __init__(self, store: Store, *, keep: int = 3, announce: Announce = tell_nobody) -> None:
         assert keep > 0, "the newest version stays"
         self._store = store
         self._students = PublishedStudents(store)
@@ -100,10 +104,11 @@ class StudentPublisher:
         state = {
             name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()
         }
-        if not self._store.put_new(_path(version), safetensors.torch.save(state)):
-            state = dict(self._students.state(version))
-        self._announce(version, state)
-        for old in self._students.versions()[: -self._keep]:
+        is_first = self._store.put_new(_path(version), safetensors.torch.save(state))
+        versions = self._students.versions()
+        if version == max(versions, default=UNPUBLISHED):
+            self._announce(version, state if is_first else self._students.state(version))
+        for old in versions[: -self._keep]:
             self._store.delete(_path(old))
 
 

@@ -14,12 +14,13 @@ from raydfkd.data.commits import Snapshot
 from raydfkd.data.passes import PassLog
 from raydfkd.data.sources import TransferSetSource, in_this_process
 from raydfkd.data.store import Store
+from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
 from raydfkd.distill.trainer import StudentTrainer
 from raydfkd.images import PixelRange
 from raydfkd.job import Job
 from raydfkd.observed import ObservedNetwork
 from raydfkd.schedule import derive_seed
-from raydfkd.synthesis.worker import cpu_threads, keep_freed_memory, load_teacher, pick_device
+from raydfkd.synthesis.assembly import load_teacher
 
 
 class StudentTraining:

@@ -47,10 +47,16 @@ class SynthesisPool:
     As many actors are requested as there are units for, up to that number: those that find no room stay pending, which
     is what an autoscaler sees as demand, and join when a node does. One that dies is replaced. When the queue drains,
     actors without a unit are ended, down to ``runtime.workers.min``, so that their machines can go.
+
+    Args:
+        job: whose units are worked on.
+        monitor: told of commits, losses and failures.
+        board: to which a training that runs at the same time pins versions of its student; None without one.
     """
 
-    def __init__(self, job: Job, monitor: Monitor) -> None:
+    def __init__(self, job: Job, monitor: Monitor, board: Any = None) -> None:
         self._job = job
+        self._board = board
         self._monitor = monitor
         self._workers = job.recipe.runtime.workers
         self._idle: list[Any] = []
@@ -81,6 +87,7 @@ class SynthesisPool:
                 self._sync(queue)
                 on_tick()
             if interruption.is_requested:
+                on_tick()  # who trains beside it need not wait until it is wound up
                 self._wind_up(queue, interruption)
                 raise KeyboardInterrupt
         finally:
@@ -116,7 +123,7 @@ class SynthesisPool:
             resources=dict(runtime.resources_per_worker),
             max_restarts=0,  # we see each death, and replace the actor if it is still wanted
         )
-        return remote.remote(self._job.recipe.located().model_dump_json(), self._job.digest)
+        return remote.remote(self._job.recipe.located().model_dump_json(), self._job.digest, self._board)
 
     def _await_ready(self, actor: Any) -> None:
         self._starting[actor.ready.remote()] = actor
@@ -141,10 +148,10 @@ class SynthesisPool:
         except LOST as error:
             self._num_stillborn += isinstance(error, ActorDiedError) and not _was_preempted(error)
             if self._num_stillborn >= MAX_STILLBORN:
+                reason = str(error).strip().splitlines()[-1].strip()
                 raise RecipeError(
-                    f"runtime.workers: {self._num_stillborn} in a row died while they were built, the last with "
-                    f"{type(error).__name__}: out of memory, or a crash below Python; try fewer workers a machine, or "
-                    "--on local to see it"
+                    f"runtime.workers: {self._num_stillborn} in a row died while they were built, of memory or of a "
+                    f"crash below Python; try fewer workers a machine, or --on local to see it ({reason})"
                 ) from None
             self._await_again(actor, error)
         except RayTaskError as error:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import signal
 import threading
+import time
 from collections.abc import Callable, Mapping
+from types import TracebackType
 from typing import Any
 
 import ray
 from torch import Tensor
 
-from raydfkd.distributed.pool import SynthesisPool, capacity
+from raydfkd.distributed.pool import LEAVE_S, SynthesisPool, capacity
 from raydfkd.distributed.train import new_board, train_student
 from raydfkd.interruption import Interruption
 from raydfkd.job import Job, SynthesisOutcome, in_rounds
@@ -19,6 +22,8 @@ from raydfkd.registry import RecipeError
 from raydfkd.schedule import UnitQueue
 
 POLL_S = 0.5
+KILL_S = 5.0
+"""How long a training that is to end at once may take to start, so that it can be ended."""
 
 
 class RayExecutor:
@@ -33,7 +38,8 @@ class RayExecutor:
     def distill(self, job: Job, monitor: Monitor) -> Mapping[str, Tensor]:
         """See Executor."""
         _connect(job, monitor)
-        return _Training(job, monitor).wait()
+        with Interruption() as interruption, _Training(job, monitor, interruption) as training:
+            return training.wait()
 
     def run(self, job: Job, monitor: Monitor) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:
         """See Executor."""
@@ -41,16 +47,20 @@ class RayExecutor:
         if job.recipe.rounds > 1:
             return in_rounds(job, monitor, self)
         queue = job.begin_synthesis()  # before the student, who would take the end of an earlier run for this one's
-        training = _Training(job, monitor)
-        with Interruption() as interruption:
-            outcome = _synthesize(job, monitor, queue, training.look, interruption)
-        return outcome, training.wait()
+        with Interruption() as interruption, _Training(job, monitor, interruption) as training:
+            outcome = _synthesize(job, monitor, queue, training.look, interruption, training.board)
+            return outcome, training.wait()
 
 
 def _synthesize(
-    job: Job, monitor: Monitor, queue: UnitQueue, on_tick: Callable[[], None], interruption: Interruption
+    job: Job,
+    monitor: Monitor,
+    queue: UnitQueue,
+    on_tick: Callable[[], None],
+    interruption: Interruption,
+    board: Any = None,
 ) -> SynthesisOutcome:
-    SynthesisPool(job, monitor).run(queue, on_tick, interruption)
+    SynthesisPool(job, monitor, board).run(queue, on_tick, interruption)
     return job.end_synthesis(queue)
 
 
@@ -59,12 +69,17 @@ def _nothing() -> None:
 
 
 class _Training:
-    """The Train job, waited for in a thread beside the one that drives the pool."""
+    """The Train job, waited for in a thread beside the one that drives the pool.
 
-    def __init__(self, job: Job, monitor: Monitor) -> None:
+    Where the run ends early, by an interruption or an error, the training does too, with a checkpoint if it can.
+    """
+
+    def __init__(self, job: Job, monitor: Monitor, interruption: Interruption) -> None:
         self._monitor = monitor
+        self._interruption = interruption
+        self._is_over = False
         monitor.student_started()
-        self._board = new_board()
+        self.board = new_board()
         self._student: Mapping[str, Tensor] = {}
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, args=(job,), name="student", daemon=True)
@@ -72,24 +87,75 @@ class _Training:
 
     def _run(self, job: Job) -> None:
         try:
-            self._student = train_student(job, self._board, until=job.until)
+            self._student = train_student(
+                job, self.board, until=job.until, on_wait=self._say_who_trains, is_over=self._is_wound_up
+            )
         except Exception as error:  # raised again in the main thread
             self._error = error
 
+    def __enter__(self) -> _Training:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._wind_up()
+
+    def _say_who_trains(self, who: str) -> None:
+        self._monitor.say("student", f"{who} trains it in this run_dir; waiting for it")
+
+    def _is_wound_up(self) -> bool:
+        return self._is_over or self._interruption.is_requested
+
     def look(self) -> None:
-        """Show what is new; raise what went wrong."""
-        for entry in ray.get(self._board.take.remote()):
-            self._monitor.student(entry)
-        if self._error is not None:
+        """Show what is new; raise what went wrong. Once the run is interrupted, tell the training."""
+        self._show()
+        if self._interruption.is_requested:
+            self.board.end.remote()
+        elif self._error is not None:
             raise self._error
 
     def wait(self) -> Mapping[str, Tensor]:
-        """Look on until the end; the student's state dict, empty where there was nothing to train on."""
-        while self._thread.is_alive():
+        """Look on until the end; the student's state dict, empty where there was nothing to train on.
+
+        Raises:
+            KeyboardInterrupt: the run was interrupted.
+        """
+        while self._thread.is_alive() and not self._interruption.is_requested:
             self._thread.join(POLL_S)
             self.look()
+        if self._interruption.is_requested:
+            raise KeyboardInterrupt
         self.look()
         return self._student
+
+    def _wind_up(self) -> None:
+        """Let the training make a checkpoint and end, unless it is to end at once."""
+        self._is_over = True
+        try:
+            is_begun = ray.get(self.board.end.remote())  # else there is nothing to save
+            until = time.monotonic() + LEAVE_S - self._interruption.seconds
+            while is_begun and self._goes_on_until(until) and not self._interruption.is_repeated:
+                self._thread.join(POLL_S)
+            self._show()
+        finally:
+            self._kill()
+
+    def _kill(self) -> None:
+        """End the thread: Ray ends a process with status 1 in which one is still waiting for it at the end."""
+        until = time.monotonic() + KILL_S
+        while self._goes_on_until(until):
+            for controller in ray.get(self.board.controller.remote()):
+                ray.kill(controller)
+            self._thread.join(POLL_S / 5)
+
+    def _goes_on_until(self, until: float) -> bool:
+        return self._thread.is_alive() and time.monotonic() < until
+
+    def _show(self) -> None:
+        for entry in ray.get(self.board.take.remote()):
+            self._monitor.student(entry)
 
 
 def _connect(job: Job, monitor: Monitor) -> None:
@@ -97,11 +163,14 @@ def _connect(job: Job, monitor: Monitor) -> None:
         return
     address = job.recipe.runtime.address
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         # Without an address Ray joins what RAY_ADDRESS names or what runs on this machine, else starts a cluster.
         ray.init(None if address == "auto" else address, **options)
     except (ConnectionError, ValueError) as error:
         raise RecipeError(f"runtime.address is {address!r}: no Ray cluster answers there ({error}); use auto") from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own exits with status 15
     has = capacity()
     monitor.say(
         "ray",

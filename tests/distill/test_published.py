@@ -124,11 +124,13 @@ def test_version_that_a_resumed_training_publishes_again_stays_as_it_was(store):
 
 
 def test_old_step_that_a_resumed_training_makes_again_does_not_replace_newer_versions(store):
+    told = []
     publisher = StudentPublisher(store)
     for version in (1000, 1500, 2000):
         publisher.publish(version, state_of(version))
-    StudentPublisher(store).publish(500, state_of(500))
+    StudentPublisher(store, announce=lambda version, state: told.append(version)).publish(500, state_of(500))
     assert PublishedStudents(store).versions() == [1000, 1500, 2000]
+    assert told == []
 
 
 def test_announced_weights_do_not_change_when_training_goes_on(store):

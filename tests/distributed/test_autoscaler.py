@@ -5,6 +5,7 @@ Run by make test-cluster. Ray's fake machines look for their head at port 6379, 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -12,19 +13,18 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid
 from pathlib import Path
 
 import pytest
 import yaml
-from clusters import COMMAND
+from clusters import COMMAND, processes
 
 pytestmark = pytest.mark.cluster
 
 JOB = Path(__file__).parents[2] / "jobs" / "chaos.yaml"
-PATIENCE_S = 240.0
+PATIENCE_S = 180.0
 CONFIG = {
     "cluster_name": "fake",
     "max_workers": 3,
@@ -36,9 +36,9 @@ CONFIG = {
         "head_node_id": "FAKE_HEAD_NODE_ID",
     },
     "auth": {},
-    "head_node_type": "head",
+    "head_node_type": "ray.head.default",
     "available_node_types": {
-        "head": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+        "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
         "synth": {"resources": {"CPU": 1, "synth": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
     },
     "head_node": {},
@@ -74,6 +74,7 @@ def head():
         "RAY_TMPDIR": folder,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": uuid.uuid4().hex,
+        "RAYDFKD_TEST": uuid.uuid4().hex,
         "RAY_FAKE_CLUSTER": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_enable_autoscaler_v2": "1",
@@ -95,10 +96,11 @@ def head():
         yield {**drivers, "RAY_ADDRESS": "127.0.0.1:6379"}
     finally:
         process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        for left in processes(environment, b""):  # fake machines outlive their head
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(left, signal.SIGKILL)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -120,17 +122,19 @@ def wait_for(environment, wanted):
 def test_machines_come_for_the_run_and_go_after_it(head, tmp_path):
     wait_for(head, 1)
     command = [*COMMAND, "synthesize", str(JOB), "--run-dir", str(tmp_path), "--set", "synthesis.steps=100"]
-    command += ["--set", "runtime.workers={min: 0, max: 2}", "--set", "runtime.resources_per_worker={synth: 1}"]
+    command += ["--set", "transfer_set.images_per_class=100", "--set", "runtime.workers={min: 0, max: 2}"]
+    command += ["--set", "runtime.resources_per_worker={synth: 1}"]
     began = time.monotonic()
     with (tmp_path / "log").open("w") as log:
         driver = subprocess.Popen(command, env=head, stdout=log, stderr=subprocess.STDOUT)
-    watcher = threading.Thread(target=wait_for, args=(head, 3))
-    watcher.start()
-    watcher.join()
-    grown = time.monotonic() - began
-    assert driver.wait(PATIENCE_S) == 0, (tmp_path / "log").read_text()[-3000:]
+    try:
+        wait_for(head, 3)
+        grown = time.monotonic() - began
+        assert driver.wait(PATIENCE_S) == 0, (tmp_path / "log").read_text()[-3000:]
+    finally:
+        driver.kill()
     done = time.monotonic()
     wait_for(head, 1)
     shrunk = time.monotonic() - done
     print(f"\nautoscaler: two machines {grown:.0f} s after the command, none {shrunk:.0f} s after its end")  # noqa: T201
-    assert "units 200 done" in (tmp_path / "log").read_text()
+    assert "units 50 done" in (tmp_path / "log").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import signal
 import threading
@@ -24,7 +25,8 @@ from raydfkd.registry import RecipeError
 
 pytestmark = pytest.mark.ray
 
-LONG_UNITS = ("synthesis.steps=2500", "transfer_set.unit={classes: 10, images_per_class: 24}")
+TINY = "synthesis.generator={kind: conv, latent: 4, width: 2, doublings: 1}"
+LONG_UNITS = (TINY, "synthesis.steps=1500", "transfer_set.unit={classes: 10, images_per_class: 24}")
 
 
 def job_of(folder, *settings):
@@ -45,12 +47,12 @@ def quiet_monitor_of(job):
 
 def test_actors_without_a_unit_are_ended_when_the_queue_drains(ray_cluster, tmp_path):
     job = job_of(tmp_path, "runtime.workers={min: 0, max: 3}", "runtime.cpus_per_worker=0.1",
-                 "transfer_set.images_per_class=8", "synthesis.steps=600")  # fmt: skip
+                 "transfer_set.images_per_class=8", "synthesis.steps=200", TINY)  # fmt: skip
     queue, seen = job.begin_synthesis(), []
     pool = pool_of(job)
     pool.run(queue, lambda: seen.append((queue.num_open, len(pool._actors()))), Interruption())
     assert max(actors for _, actors in seen) == 3
-    assert all(actors <= max(1, num_open) for num_open, actors in seen[1:] if num_open < 3)
+    assert all(actors <= num_open for (num_open, _), (_, actors) in itertools.pairwise(seen))
     assert job.snapshot().images == job.planned_images
 
 
@@ -63,6 +65,7 @@ def test_no_more_actors_are_requested_than_there_are_units(ray_cluster, tmp_path
     assert max(seen) <= 2
 
 
+@pytest.mark.cluster
 def test_interrupted_unit_is_left_and_goes_on_to_the_same_set(ray_cluster, tmp_path, monkeypatch):
     from raydfkd.distributed import pool as pool_module  # noqa: PLC0415 - imports Ray
 
@@ -113,6 +116,7 @@ def test_workers_that_die_while_they_are_built_end_the_run(ray_cluster, tmp_path
         pool_of(job).run(job.begin_synthesis(), lambda: None, Interruption())
 
 
+@pytest.mark.cluster
 def test_units_that_others_commit_are_not_made_again(ray_cluster, tmp_path, monkeypatch):
     """Two drivers of one recipe: what one has committed the other finds."""
     from raydfkd.distributed import pool as pool_module  # noqa: PLC0415 - imports Ray

@@ -48,7 +48,7 @@ def resident_bytes() -> int:
 def test_a_thousand_units_cost_little_beside_their_work(ray_cluster, tmp_path):
     from raydfkd.distributed.pool import SynthesisPool  # noqa: PLC0415 - imports Ray
 
-    settings = ["transfer_set.images_per_class=1000", "transfer_set.unit={images_per_class: 1}", "synthesis.steps=1"]
+    settings = ["transfer_set.images_per_class=1000", "transfer_set.unit.images_per_class=1", "synthesis.steps=1"]
     settings += ["synthesis.batch_per_class=1", "runtime.workers={min: 1, max: 1}"]
     job = open_job(load_recipe(JOB, settings, str(tmp_path)))
     assert len(job.units) == NUM_UNITS

@@ -7,8 +7,8 @@ from toy import CLASSES, SmallMemory, batches_of, batchnorm_teacher, joined, toy
 
 from raydfkd.registry import RecipeError
 from raydfkd.schedule import Request, WorkUnit
+from raydfkd.synthesis.assembly import build_synthesizer, load_teacher
 from raydfkd.synthesis.augment import AUGMENTATIONS
-from raydfkd.synthesis.worker import build_synthesizer, load_teacher
 
 
 def recipe_with(tmp_path, *overrides):

@@ -16,11 +16,13 @@ from toy import (
 
 from raydfkd.batches import SyntheticBatch
 from raydfkd.data.shards import rows_digest
+from raydfkd.devices import pick_device
 from raydfkd.job import open_job
 from raydfkd.networks import save_bytes
 from raydfkd.registry import RecipeError
+from raydfkd.synthesis.assembly import build_synthesizer, load_teacher
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS, ObjectiveNotFiniteError
-from raydfkd.synthesis.worker import SynthesisWorker, build_synthesizer, load_teacher, pick_device
+from raydfkd.synthesis.worker import SynthesisWorker
 
 CPU = torch.device("cpu")
 BY_CLASS = (

@@ -1,0 +1,49 @@
+"""What a process computes on, and how it is to use a CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+
+from raydfkd.registry import RecipeError
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device of this process: what the recipe says, or CUDA where there is some for ``auto``."""
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("runtime.device is 'cuda', but this machine has no CUDA device; use auto or cpu")
+    return torch.device(wanted)
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Compute with ``count`` CPU threads: a different split of a sum is a different last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse large blocks instead of returning them to the system after every operation.
+
+    A training step on CPU allocates the same few megabytes over and over; without this each of them is mapped and
+    cleared by the kernel again, which costs more than small convolutions do. Elsewhere than on glibc: no effect.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(m_mmap_threshold, 1 << 30)
+        mallopt(m_trim_threshold, (1 << 31) - 1)
