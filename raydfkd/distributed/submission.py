@@ -105,8 +105,7 @@ def connect(address: str | None) -> JobServer:
     os.environ["RAY_API_SERVER_ADDRESS"] = found  # which Ray's client takes in place of its argument
     if "RAY_AUTH_MODE" not in os.environ and _has_token():
         os.environ["RAY_AUTH_MODE"] = "token"  # or the client would not send the one that is there
-    for handler in logging.getLogger("ray").handlers:
-        handler.setLevel(logging.ERROR)  # below that it tells its own steps
+    logging.getLogger("ray").setLevel(logging.ERROR)  # below that it tells its own steps
     with _in_one_line(found):
         return JobServer(_ImpatientClient(found), found)
 

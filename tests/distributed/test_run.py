@@ -33,8 +33,9 @@ class KillsAWorkerAfterTheFirstCommit(Monitor):
 
     def committed(self, commit: Commit, *, running: int) -> None:
         super().committed(commit, running=running)
-        if self.killed is None:
-            self.killed = processes(os.environ, b"ray::SynthesisActor.run")[0]
+        at_work = processes(os.environ, b"ray::SynthesisActor.run")
+        if self.killed is None and at_work:
+            self.killed = at_work[0]
             os.kill(self.killed, signal.SIGKILL)
 
 
