@@ -23,7 +23,9 @@ from raydfkd.schedule import UnitQueue
 
 POLL_S = 0.5
 KILL_S = 5.0
-"""How long a training that is to end at once may take to start, so that it can be ended."""
+"""How long a training that has not started may take to, so that it can be ended."""
+NOW_S = 1.5
+"""The same where the run is to end at once."""
 
 
 class RayExecutor:
@@ -82,8 +84,8 @@ class _Training:
         self.board = new_board()
         self._student: Mapping[str, Tensor] = {}
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, args=(job,), name="student", daemon=True)
-        self._thread.start()
+        self._is_done = threading.Event()  # unlike a thread's end, safe to await where Ctrl-C raises (bpo-45274)
+        threading.Thread(target=self._run, args=(job,), name="student", daemon=True).start()
 
     def _run(self, job: Job) -> None:
         try:
@@ -92,6 +94,8 @@ class _Training:
             )
         except Exception as error:  # raised again in the main thread
             self._error = error
+        finally:
+            self._is_done.set()
 
     def __enter__(self) -> _Training:
         return self
@@ -122,8 +126,7 @@ class _Training:
         Raises:
             KeyboardInterrupt: the run was interrupted.
         """
-        while self._thread.is_alive() and not self._interruption.is_requested:
-            self._thread.join(POLL_S)
+        while not self._is_done.wait(POLL_S) and not self._interruption.is_requested:
             self.look()
         if self._interruption.is_requested:
             raise KeyboardInterrupt
@@ -136,22 +139,19 @@ class _Training:
         try:
             is_begun = ray.get(self.board.end.remote())  # else there is nothing to save
             until = time.monotonic() + LEAVE_S - self._interruption.seconds
-            while is_begun and self._goes_on_until(until) and not self._interruption.is_repeated:
-                self._thread.join(POLL_S)
+            while is_begun and time.monotonic() < until and not self._interruption.is_repeated:
+                if self._is_done.wait(POLL_S):
+                    break
             self._show()
         finally:
             self._kill()
 
     def _kill(self) -> None:
         """End the thread: Ray ends a process with status 1 in which one is still waiting for it at the end."""
-        until = time.monotonic() + KILL_S
-        while self._goes_on_until(until):
+        until = time.monotonic() + (NOW_S if self._interruption.is_repeated else KILL_S)
+        while not self._is_done.wait(POLL_S / 5) and time.monotonic() < until:
             for controller in ray.get(self.board.controller.remote()):
                 ray.kill(controller)
-            self._thread.join(POLL_S / 5)
-
-    def _goes_on_until(self, until: float) -> bool:
-        return self._thread.is_alive() and time.monotonic() < until
 
     def _show(self) -> None:
         for entry in ray.get(self.board.take.remote()):
