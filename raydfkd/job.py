@@ -161,4 +161,5 @@ def transfer_set_of(recipe: Recipe, digest: str) -> TransferSet:
         storage_options=spec.storage_options,
         part_rows=spec.part_rows,
         encoding=Encoding(kind=spec.encoding.kind, quality=spec.encoding.quality),
+        records=spec.records,
     )

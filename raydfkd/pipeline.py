@@ -62,7 +62,7 @@ def check(recipe: Recipe) -> RealData | None:
         raise RecipeError(f"student.network {recipe.student.network} has no weights to train; give another")
     pick_device(recipe.runtime.device)
     Store(recipe.run_dir).probe("run_dir")
-    Store(recipe.transfer_set.uri, recipe.transfer_set.storage_options).probe()
+    transfer_set_of(recipe, digest="").store.probe()
     if weights_exist(recipe.teacher.weights, where="teacher.weights"):
         teacher, weights = load_teacher(recipe)
         transfer_set_of(recipe, digest_of(recipe, weights)).check()

@@ -226,6 +226,9 @@ class TransferSetSpec(Spec):
     """How pixels are stored: raw, png, jpeg or {kind: jpeg, quality: 90}; png and jpeg are for 1 or 3 channels."""
     storage_options: dict[str, Any] = {}
     """Options of the file system (endpoint, profile, ...); never part of a digest or a report."""
+    records: Literal["exclusive", "earliest"] = "exclusive"
+    """Which of several attempts at a unit counts: the `exclusive` one that the store lets create its record, or, on
+    object stores without create-only writes, the `earliest` by the store's clock."""
 
     @model_validator(mode="after")
     def _whole_units(self) -> TransferSetSpec:

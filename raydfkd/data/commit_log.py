@@ -88,8 +88,9 @@ class CommitLog:
         except ValueError as error:
             damage = self._not_a_record(path, error)
         else:
-            if recorded.parts != commit.parts:
-                return False  # the caller's commit is from a set that was at this place earlier
+            if recorded.parts != commit.parts:  # another attempt came before it, or the set that was here is gone
+                self._known.pop(commit.unit, None)
+                return False
         return self._take_out(commit.unit, commit.generation, damage)
 
     def reason(self, unit: str) -> Quarantine | None:

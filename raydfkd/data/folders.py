@@ -209,12 +209,16 @@ class ObjectFolder:
         """Objects directly under a folder."""
         return [
             Entry(path=name, bytes=int(entry["size"]), modified=_modified(entry))
-            for name, entry in self._listed(prefix)
+            for name, entry in self._listed(prefix, "file")
         ]
 
     def names(self, prefix: str) -> list[str]:
         """Names of the objects directly under a folder."""
-        return [name for name, _ in self._listed(prefix)]
+        return [name for name, _ in self._listed(prefix, "file")]
+
+    def folders(self, prefix: str) -> list[str]:
+        """Names of the folders directly under a folder."""
+        return [name for name, _ in self._listed(prefix, "directory")]
 
     def modified(self, path: str) -> float | None:
         """When an object was written, by the server's clock."""
@@ -231,12 +235,12 @@ class ObjectFolder:
         """See Folder."""
         return self
 
-    def _listed(self, prefix: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    def _listed(self, prefix: str, kind: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         fs, key = self._open(prefix)
         fs.invalidate_cache()
         for entry in fs.ls(key.rstrip("/"), detail=True, refresh=True):
             name = entry["name"].rpartition("/")[2]
-            if entry["type"] == "file" and name:  # some S3 servers keep an object that stands for the folder itself
+            if entry["type"] == kind and name:  # some S3 servers keep an object that stands for the folder itself
                 yield name, entry
 
     def _open(self, path: str) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -152,9 +152,11 @@ class ParquetSink:
         winner = self._publish(own)
         if winner.parts != own.parts:  # equal where the client repeated a request that had succeeded
             logger.info("unit %s was committed by attempt %d meanwhile", winner.unit, winner.attempt)
-            self._discard()
-        for path in set(self._inherited) - {part.path for part in winner.parts}:
-            self._store.delete(path)
+        if self._store.is_exclusive:  # else another attempt may come to count, and only gc knows
+            if winner.parts != own.parts:
+                self._discard()
+            for path in set(self._inherited) - {part.path for part in winner.parts}:
+                self._store.delete(path)
         return winner
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 from uuid import uuid4
 
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
 
+from raydfkd.data.earliest import EarliestFolder
 from raydfkd.data.failures import StoreError, explain, is_missing_bucket, is_transient, patiently, secrets_of
 from raydfkd.data.folders import Entry, Folder, LocalFolder, ObjectFolder
 from raydfkd.registry import RecipeError
@@ -23,6 +24,9 @@ from raydfkd.registry import RecipeError
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+Records = Literal["exclusive", "earliest"]
+"""How a store creates an object once: by itself, or as the earliest of several that it was given."""
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """Extra of raydfkd that installs a protocol's file system."""
@@ -41,23 +45,31 @@ class Store:
     is a ``StoreError`` in one line without any secret: FileNotFoundError is left for objects that are not there.
 
     ``put_new`` is exact on local file systems that have hard links, in memory, and wherever fsspec's
-    ``mode="create"`` is a conditional write (S3, Google Cloud Storage). ``probe`` refuses any other place, because
-    nothing built on plain reads and writes could stand in for it: they cannot make two writers agree on one of them
-    (Herlihy 1991), so a commit could change after somebody had trained on it.
+    ``mode="create"`` is a conditional write (S3, Google Cloud Storage). ``probe`` refuses any other place, unless
+    ``records`` says that the earliest of several objects is good enough there; see ``EarliestFolder``.
+
+    Args:
+        uri: any fsspec URI, or a local path.
+        storage_options: of the file system.
+        records: how ``put_new`` creates; local paths and memory are always exclusive.
     """
 
-    def __init__(self, uri: str, storage_options: Mapping[str, object] | None = None) -> None:
+    def __init__(
+        self, uri: str, storage_options: Mapping[str, object] | None = None, *, records: Records = "exclusive"
+    ) -> None:
         protocol = get_protocol(uri)
         is_local = protocol in ("file", "local")
         self._location: str = LocalFileSystem._strip_protocol(uri) if is_local else uri.removesuffix("/")
         self._storage_options = dict(storage_options or {})
+        self._records: Records = records
         self._is_remote = not is_local and protocol != "memory"
+        objects = EarliestFolder if records == "earliest" and self._is_remote else ObjectFolder
         self._folder: Folder = (
-            LocalFolder(Path(self._location)) if is_local else ObjectFolder(self._location, self._storage_options)
+            LocalFolder(Path(self._location)) if is_local else objects(self._location, self._storage_options)
         )
 
-    def __reduce__(self) -> tuple[type[Store], tuple[str, dict[str, object]]]:
-        return Store, (self._location, self._storage_options)
+    def __reduce__(self) -> tuple[Callable[..., Store], tuple[str, dict[str, object]]]:
+        return partial(Store, records=self._records), (self._location, self._storage_options)
 
     def __repr__(self) -> str:
         return f"Store({self.uri!r})"
@@ -66,6 +78,11 @@ class Store:
     def uri(self) -> str:
         """The URI without any password in it, for messages."""
         return re.sub(r"//[^/@]*@", "//***@", self._location)
+
+    @property
+    def is_exclusive(self) -> bool:
+        """Whether what ``put_new`` created counts for ever."""
+        return not isinstance(self._folder, EarliestFolder)
 
     def put(self, path: str, data: bytes) -> None:
         """Write an object, replacing one of the same name; readers see the old bytes or the new ones.
@@ -168,20 +185,30 @@ class Store:
         """
         name = _probe_name()
         try:
-            folder = self._folder.nearest()
-            create = partial(folder.put_new, name, b"probe")
-            self._patiently("written", name, create, attempts=_PROBE_ATTEMPTS)
-            try:
-                is_exclusive = not self._patiently("written", name, create)
-            finally:
-                self._patiently("deleted", name, partial(folder.delete, name))
+            creates_once = self._creates_once(self._folder.nearest(), name)
         except Exception as error:  # every file system has errors of its own; here they become the user's line
             raise self._refusal(error, key) from None
-        if not is_exclusive:
+        if not creates_once:
+            remedy = "set transfer_set.records to earliest or " if self._is_remote else ""
             raise RecipeError(
-                f"{key} is {self.uri}: ignores create-only writes, so two workers could commit the same "
-                "unit; give a URI on a local disk, S3 or Google Cloud Storage"
+                f"{key} is {self.uri}: cannot create an object only once, so two workers could commit the same "
+                f"unit; {remedy}give a URI on a local disk, S3 or Google Cloud Storage"
             )
+
+    def _creates_once(self, folder: Folder, name: str) -> bool:
+        create, is_refused = partial(folder.put_new, name, b"probe"), False
+        try:
+            self._patiently("written", name, create, attempts=_PROBE_ATTEMPTS)
+        except Exception as error:
+            if is_transient(error):
+                raise
+            # some servers refuse create-only writes and take plain ones; where these fail too, theirs is the reason
+            self._patiently("written", name, partial(folder.put, name, b"probe"), attempts=_PROBE_ATTEMPTS)
+            is_refused = True
+        try:
+            return not is_refused and not self._patiently("written", name, create)
+        finally:
+            self._patiently("deleted", name, partial(folder.delete, name))
 
     def _do(self, act: str, path: str, call: Callable[[], T]) -> T:
         _check(path)

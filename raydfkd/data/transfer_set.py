@@ -21,7 +21,7 @@ from raydfkd.data.encodings import Encoding
 from raydfkd.data.failures import DamagedError
 from raydfkd.data.shards import RAW, StoredRows, decode_part
 from raydfkd.data.sink import ParquetSink
-from raydfkd.data.store import Store
+from raydfkd.data.store import Records, Store
 from raydfkd.data.threads import in_threads
 from raydfkd.registry import RecipeError
 from raydfkd.schedule import WorkUnit
@@ -59,6 +59,7 @@ class TransferSet:
         storage_options: of the file system.
         part_rows: rows of a part at most; large images make parts of fewer rows and about 32 MiB of pixels.
         encoding: of the pixels that are written; what is read says its own.
+        records: how the store decides between attempts; see ``Store``.
     """
 
     def __init__(
@@ -69,8 +70,9 @@ class TransferSet:
         storage_options: Mapping[str, object] | None = None,
         part_rows: int = 4096,
         encoding: Encoding = RAW,
+        records: Records = "exclusive",
     ) -> None:
-        self.store = Store(uri, storage_options)
+        self.store = Store(uri, storage_options, records=records)
         self.digest = digest
         self._part_rows = part_rows
         self._encoding = encoding

@@ -24,10 +24,12 @@ class Faults:
             happened, the answer was lost) and ``partial`` (half an object appeared, for plain writes only) for each
             operation, and of ``stale`` for each listing.
         staleness: operations that a stale listing lags behind at most.
+        creates: ``once``, or what it does with create-only writes instead: ``always`` or ``never``.
     """
 
-    def __init__(self, seed=0, *, staleness=50, **rates):
+    def __init__(self, seed=0, *, staleness=50, creates="once", **rates):
         self.rates = rates
+        self.creates = creates
         self.counts = Counter()
         self.operations = Counter()
         self.lock = threading.RLock()
@@ -57,8 +59,8 @@ class Faults:
 class Script(Faults):
     """Faults in a given order, one for each operation that can have it; None for none."""
 
-    def __init__(self, *kinds):
-        super().__init__()
+    def __init__(self, *kinds, **options):
+        super().__init__(**options)
         self._kinds = list(kinds)
 
     def draw(self, kinds):
@@ -66,6 +68,10 @@ class Script(Faults):
 
 
 def error(kind):
+    if kind == "unknown":
+        message = "A header you provided implies functionality that is not implemented."
+        answer = {"Error": {"Code": "NotImplemented", "Message": message}}
+        return translate_boto_error(ClientError({**answer, "ResponseMetadata": {"HTTPStatusCode": 501}}, "PutObject"))
     if kind == "refused":
         answer = {"Error": {"Code": "SlowDown", "Message": "Please reduce your request rate."}}
         return translate_boto_error(ClientError({**answer, "ResponseMetadata": {"HTTPStatusCode": 503}}, "PutObject"))
@@ -87,7 +93,9 @@ class FaultyFileSystem(MemoryFileSystem):
 
     def pipe_file(self, path, value, mode="overwrite", **_):
         def write():
-            if mode == "create" and path in self.store:
+            if mode == "create" and self._faults.creates == "never":
+                raise error("unknown")
+            if mode == "create" and self._faults.creates == "once" and path in self.store:
                 raise FileExistsError(path)
             super(FaultyFileSystem, self).pipe_file(path, value)
             self._faults.wrote(path)
@@ -117,10 +125,19 @@ class FaultyFileSystem(MemoryFileSystem):
         def look():
             within = f"{self._strip_protocol(path)}/"
             hidden = self._faults.newest() if self._faults.draw(["stale"]) else set()
-            return [
-                {"name": name, "size": file.size, "type": "file", "created": file.created}
+            within_it = {
+                name[len(within) :]: file
                 for name, file in self.store.items()
-                if name.startswith(within) and "/" not in name[len(within) :] and name not in hidden
+                if name.startswith(within) and name not in hidden
+            }
+            folders = {name.partition("/")[0] for name in within_it if "/" in name}
+            return [
+                *({"name": within + name, "size": 0, "type": "directory"} for name in sorted(folders)),
+                *(
+                    {"name": within + name, "size": file.size, "type": "file", "created": file.created}
+                    for name, file in within_it.items()
+                    if "/" not in name
+                ),
             ]
 
         return self._attempted("list", look)

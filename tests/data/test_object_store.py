@@ -91,6 +91,26 @@ def test_another_machine_sees_a_unit_on_s3_as_soon_as_it_is_committed(place, mak
     torch.testing.assert_close(images, batch.images, rtol=0, atol=0)
 
 
+def test_on_s3_without_create_only_writes_the_earliest_attempt_counts(place, make_batch):
+    uri, options = place
+    writer, reader = (
+        TransferSet(uri, digest="d", storage_options=options, part_rows=4, records="earliest") for _ in range(2)
+    )
+    writer.create()
+    sinks, batch = [writer.open(UNIT, attempt=attempt) for attempt in (1, 2, 3)], make_batch(6)
+    for sink in sinks:
+        sink.write(batch)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda sink: sink.commit(seconds=1.0, curve=[]), sinks[:2]))
+    (commit,) = reader.snapshot().commits
+    assert sinks[2].commit(seconds=1.0, curve=[]) == commit
+    assert reader.committed() == {UNIT.id}
+    assert reader.snapshot().commits == (commit,)
+    collect_garbage(reader, older_than_s=-2.0, dry_run=False)
+    assert reader.store.list("parts") == sorted(part.path for part in commit.parts)
+    assert [verdict.damage for verdict in reader.verify()] == [None]
+
+
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr(failures, "_FIRST_WAIT_S", 0.0)

@@ -283,11 +283,28 @@ def test_probe_leaves_nothing_behind(uri, tmp_path):
     assert files_under(tmp_path) == []
 
 
-def test_probe_refuses_a_file_system_that_overwrites_where_it_should_refuse(uri, monkeypatch):
-    store = Store(uri)
-    monkeypatch.setattr(type(store._folder), "put_new", lambda folder, path, data: folder.put(path, data) or True)
-    with pytest.raises(RecipeError, match="ignores create-only writes"):
+@pytest.mark.parametrize("creates", ["always", "never"])
+def test_probe_refuses_a_store_without_create_only_writes_and_says_what_to_do(creates):
+    plan = uuid.uuid4().hex
+    PLANS[plan] = Script(creates=creates)
+    store = Store(f"faulty://{plan}/set", {"plan": plan})
+    with pytest.raises(RecipeError) as caught:
         store.probe()
+    assert str(caught.value) == (
+        f"transfer_set.uri is faulty://{plan}/set: cannot create an object only once, so two workers could commit the "
+        "same unit; set transfer_set.records to earliest or give a URI on a local disk, S3 or Google Cloud Storage"
+    )
+    assert store.list("") == []
+
+
+def test_probe_refuses_a_disk_without_hard_links(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(RecipeError, match="same unit; give a URI on a local disk"):
+        Store(str(tmp_path)).probe()
+    assert files_under(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -39,12 +39,12 @@ def images_of(unit):
 class Storm:
     """Writers with competing attempts, readers, a collector and a disk that rots, on one set."""
 
-    def __init__(self, units, seed):
+    def __init__(self, units, records, faults):
         self.units = {unit.id: unit for unit in units}
-        self.faults = Faults(seed, **RATES)
+        self.faults = faults
         plan = uuid.uuid4().hex
         PLANS[plan] = self.faults
-        self._place = {"uri": f"faulty://{plan}/set", "storage_options": {"plan": plan}}
+        self._place = {"uri": f"faulty://{plan}/set", "storage_options": {"plan": plan}, "records": records}
         self._root = f"/{plan}/set"
         self._attempts = itertools.count(1)
         self._is_over = threading.Event()
@@ -118,13 +118,16 @@ class Storm:
             yield
 
 
-@pytest.fixture
-def storm(monkeypatch, caplog):
+@pytest.fixture(params=["exclusive", "earliest"])
+def storm(request, monkeypatch, caplog):
     monkeypatch.setattr(failures, "_FIRST_WAIT_S", 0.0005)
     monkeypatch.setattr(failures, "_LONGEST_WAIT_S", 0.002)
     caplog.set_level(logging.ERROR)
     units = plan_units(seed=1, classes=range(220), images_per_class=6, classes_per_unit=1, images_per_class_per_unit=6)
-    return Storm(units, seed=11)
+    if request.param == "exclusive":
+        return Storm(units, request.param, Faults(seed=11, **RATES))
+    # nothing but listings says which is the earliest: they have to be up to date
+    return Storm(units, request.param, Faults(seed=11, creates="always", **{**RATES, "stale": 0.0}))
 
 
 def test_every_unit_is_committed_once_and_unchanged_whatever_the_store_does(storm, tmp_path):
@@ -146,4 +149,4 @@ def test_every_unit_is_committed_once_and_unchanged_whatever_the_store_does(stor
     named = [part.path for commit in made.snapshot().commits for part in commit.parts]
     assert made.store.list("parts") == sorted(named)
     assert storm.faults.operations.total() >= 10_000
-    assert min(storm.faults.counts[kind] for kind in RATES) > 0
+    assert min(storm.faults.counts[kind] for kind, rate in storm.faults.rates.items() if rate) > 0

@@ -28,7 +28,8 @@ pytestmark = pytest.mark.cluster
 
 JOB = Path(__file__).parents[2] / "jobs" / "chaos.yaml"
 PATIENCE_S = 540.0
-KILL_EVERY_S = 6.0
+KILL_AFTER = (5, 20)
+"""Units between two kills, at least and at most; by units, since a slow machine takes seconds to start a worker."""
 
 
 class Trouble:
@@ -132,7 +133,7 @@ def test_chaos_changes_no_byte_of_the_set(tmp_path, monkeypatch):
         assert not [verdict for verdict in job.transfer_set.verify() if verdict.damage]
     assert trouble.told.count("the driver is killed") == 2
     assert len(trouble.told) == 5
-    assert num_killed >= 3
+    assert num_killed >= 8
     print(  # noqa: T201 - what README reports
         f"\nchaos: {time.monotonic() - began:.0f} s, {num_killed} workers killed, {', '.join(trouble.told)}; "
         f"{len(garbage.paths)} objects of lost attempts collected"
@@ -140,17 +141,17 @@ def test_chaos_changes_no_byte_of_the_set(tmp_path, monkeypatch):
 
 
 def await_end(job: Job, environment: dict[str, str], driver: Driver, trouble: Trouble, rng: random.Random) -> int:
-    """Kill a worker every few seconds and make trouble until the driver ends; returns the number of workers killed."""
-    num_killed, deadline, next_kill = 0, time.monotonic() + PATIENCE_S, 0.0
+    """Kill a worker now and then and make trouble until the driver ends; returns the number of workers killed."""
+    num_killed, deadline, next_kill = 0, time.monotonic() + PATIENCE_S, KILL_AFTER[0]
     while driver.process.poll() is None:
         assert time.monotonic() < deadline, f"not done after {PATIENCE_S:.0f} s; so far {', '.join(trouble.told)}"
         num_committed = len(job.transfer_set.committed())
         trouble.make(num_committed)
         workers = processes(environment, b"ray::SynthesisActor.run")
-        if workers and 5 < num_committed < 190 and time.monotonic() > next_kill:
+        if workers and next_kill <= num_committed < 190:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rng.choice(workers), signal.SIGKILL)
                 num_killed += 1
-            next_kill = time.monotonic() + KILL_EVERY_S
+            next_kill = num_committed + rng.randint(*KILL_AFTER)
         time.sleep(0.2)
     return num_killed
