@@ -20,6 +20,7 @@ from toy import FAMILIES, shipped
 from raydfkd.catalog import BESIDE
 from raydfkd.cli import main
 from raydfkd.data.failures import StoreError
+from raydfkd.data.transfer_set import TransferSet
 from raydfkd.recipe import load_recipe, packaged_recipes
 from raydfkd.synthesis.worker import SynthesisWorker
 
@@ -745,6 +746,31 @@ def test_unit_that_fails_is_set_aside_and_reported_and_the_same_command_tries_it
     again = raydfkd.run()
     assert again.code == 0
     assert again.json["units"] == {"planned": 2, "committed": 2, "attempted": 1, "quarantined": 0}
+    assert again.json["content_digest"] == finished[1]["content_digest"]
+
+
+def test_damage_that_the_training_finds_is_reported_and_the_same_command_makes_up_for_it(
+    finished, raydfkd, monkeypatch
+):
+    close = TransferSet.close
+
+    def close_and_rot(transfer_set, quarantined):
+        close(transfer_set, quarantined)
+        monkeypatch.undo()
+        (part,) = (raydfkd.folder / "out/transfer_set/parts").glob(f"{UNITS[0]}-*")
+        part.write_bytes(part.read_bytes()[:-1])
+
+    monkeypatch.setattr(TransferSet, "close", close_and_rot)
+    answer = raydfkd.run()
+    assert answer.code == 1
+    assert answer.json["units"] == {"planned": 2, "committed": 1, "attempted": 2, "quarantined": 0}
+    assert answer.err.endswith(
+        f"unit {UNITS[0]} was committed, found damaged and taken out\n"
+        "1 of 2 units are done; the same command tries the others again\n"
+    )
+
+    again = raydfkd.run()
+    assert again.code == 0
     assert again.json["content_digest"] == finished[1]["content_digest"]
 
 

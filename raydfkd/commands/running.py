@@ -16,7 +16,7 @@ from raydfkd.recipe import Recipe
 from raydfkd.registry import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
-    from raydfkd.job import Executor, SynthesisOutcome
+    from raydfkd.job import Executor, Job, SynthesisOutcome
     from raydfkd.progress import Monitor
 
 
@@ -42,9 +42,9 @@ def run(
         pipeline.announce(job, monitor)
         outcome, state = _executor(plan).run(job, monitor)
     if not job.snapshot().images:
-        _explain_incomplete(outcome, len(job.units))
+        code = _exit_code(job, outcome)
         complain("no image was made, so there is no student and no report")
-        return INCOMPLETE
+        return code
     student = pipeline.save_student(job, state)
     judged = pipeline.evaluate(plan, str(student), data)
     found = pipeline.report(
@@ -55,9 +55,7 @@ def run(
         typer.echo(json.dumps(found))
     else:
         print_summary(console, found, report=page, student=student)
-    if outcome.quarantined:
-        _explain_incomplete(outcome, len(job.units))
-    return _exit_code(outcome)
+    return _exit_code(job, outcome)
 
 
 def teach(recipe: Source, overrides: Overrides = None, run_dir: RunDir = None, as_json: AsJson = False) -> int:
@@ -79,10 +77,8 @@ def synthesize(
 ) -> int:
     """Make the transfer set only."""
 
-    def work(executor: Executor, job: Any, monitor: Monitor) -> dict[str, Any]:
+    def work(executor: Executor, job: Job, monitor: Monitor) -> dict[str, Any]:
         outcome = executor.synthesize(job, monitor)
-        if outcome.quarantined:
-            _explain_incomplete(outcome, len(job.units))
         snapshot = job.snapshot()
         return {
             "images": snapshot.images,
@@ -90,7 +86,7 @@ def synthesize(
             "units": f"{len(snapshot.commits)}/{len(job.units)}",
             "content_digest": snapshot.content_digest(),
             "transfer_set": job.recipe.transfer_set.uri,
-            "exit_code": _exit_code(outcome),
+            "exit_code": _exit_code(job, outcome),
         }
 
     return _with_job(recipe, overrides, run_dir, on, as_json, work)
@@ -101,7 +97,7 @@ def distill(
 ) -> int:
     """Train the student only, on a transfer set that is there or being made elsewhere."""
 
-    def work(executor: Executor, job: Any, monitor: Monitor) -> dict[str, Any]:
+    def work(executor: Executor, job: Job, monitor: Monitor) -> dict[str, Any]:
         from raydfkd import pipeline
 
         if job.snapshot().images < job.planned_images and not job.transfer_set.is_closed():
@@ -149,7 +145,7 @@ def _with_job(
     run_dir: str | None,
     on: str | None,
     is_json: bool,
-    work: Callable[[Executor, Any, Monitor], dict[str, Any]],
+    work: Callable[[Executor, Job, Monitor], dict[str, Any]],
 ) -> int:
     plan = load(source, overrides, run_dir, on)
     from raydfkd import pipeline
@@ -177,13 +173,16 @@ def _executor(recipe: Recipe) -> Executor:
     return LocalExecutor()
 
 
-def _exit_code(outcome: SynthesisOutcome) -> int:
-    return INCOMPLETE if outcome.quarantined else DONE
-
-
-def _explain_incomplete(outcome: SynthesisOutcome, planned: int) -> None:
-    for failure in outcome.quarantined:
+def _exit_code(job: Job, outcome: SynthesisOutcome) -> int:
+    """Whether the set has all that was planned; says what is missing and why."""
+    missing = job.unit_ids - job.transfer_set.committed()
+    if not missing:
+        return DONE
+    failures = [failure for failure in outcome.quarantined if failure.unit in missing]
+    for failure in failures:
         complain(f"unit {failure.unit} failed {failure.attempt} times ({failure.error}); set aside")
-    complain(
-        f"{planned - len(outcome.quarantined)} of {planned} units are done; the same command tries the others again"
-    )
+    for unit in sorted(missing - {failure.unit for failure in failures}):
+        complain(f"unit {unit} was committed, found damaged and taken out")
+    planned = len(job.units)
+    complain(f"{planned - len(missing)} of {planned} units are done; the same command tries the others again")
+    return INCOMPLETE

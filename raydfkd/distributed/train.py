@@ -1,4 +1,4 @@
-"""Student distillation as a Ray Train job."""
+"""Student distillation as a Ray Train job: what its driver does."""
 
 from __future__ import annotations
 
@@ -6,45 +6,32 @@ import contextlib
 import logging
 import os
 import pickle
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import ray
-import ray.train
-import ray.train.collective
-import torch
 from ray.train import Checkpoint, UserCallback
-from ray.train.torch import TorchConfig, get_device, prepare_model
+from ray.train.torch import TorchConfig
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.result import Result
-from torch import Tensor, distributed
+from torch import Tensor
 
-from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
-from raydfkd.data.commits import Snapshot
-from raydfkd.distill.training import StudentTraining
 from raydfkd.distributed.board import ProgressBoard
+from raydfkd.distributed.rank import STATE, read_state, train_worker
 from raydfkd.distributed.scaling import NODE_ID, ElasticTorchTrainer
-from raydfkd.distributed.student_feed import announce_on
 from raydfkd.distributed.turn import training_turn
-from raydfkd.job import Job, job_of
+from raydfkd.job import Job
 from raydfkd.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["ProgressBoard", "new_board", "train_student"]
-
-STATE = "state.pt"
-
 GROW_EVERY_S = 30.0
 """A group that runs is made larger at most this often; it restarts for it."""
-LOOK_EVERY_S = 2.0
-"""Seconds between looks for a preemption; its notice is usually 30 s and more."""
 GONE_S = 3.0
 """After a driver was seen to die, until Ray has ended its training workers too."""
 SETTINGS = {
@@ -94,12 +81,12 @@ def train_student(
     steps = job.recipe.distill.steps if until is None else until
     with training_turn(folder / "train" / f"{name}.lock", on_wait, is_over) as has_waited:
         checkpoint = _newest_in(folder / name)
-        state = None if checkpoint is None else _read(checkpoint)
+        state = None if checkpoint is None else read_state(checkpoint)
         if state is None or state["trainer"]["step"] < steps:
             if has_waited:
                 time.sleep(GONE_S)
             checkpoint = _fit(job, recipe, name, board, until, checkpoint)
-            state = None if checkpoint is None else _read(checkpoint)
+            state = None if checkpoint is None else read_state(checkpoint)
     student: Mapping[str, Tensor] = {} if state is None else state["student"]
     return student
 
@@ -147,114 +134,6 @@ class _Meeting(ControllerCallback):
         self._board.meet.remote([ray.get_runtime_context().current_actor])
 
 
-def train_worker(config: Mapping[str, Any]) -> None:
-    """One rank of the training."""
-    recipe = Recipe.model_validate_json(ray.get(config["recipe"]))
-    whole, until = job_of(recipe, config["digest"]), config["until"]
-    job = next((part for part in whole.rounds() if part.until == until), whole)
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
-    board = config["board"]
-
-    def is_over() -> bool:
-        return bool(ray.get(board.is_over.remote()))
-
-    def on_log(entry: Mapping[str, float]) -> None:
-        if rank == 0:
-            board.pin.remote({**entry, "workers": world_size})
-
-    def on_checkpoint(state: dict[str, Any]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            if rank == 0:
-                (Path(folder) / STATE).write_bytes(checkpoint_bytes(state))
-            checkpoint = Checkpoint.from_directory(folder) if rank == 0 else None
-            ray.train.report({"step": state["trainer"]["step"]}, checkpoint=checkpoint)
-
-    training = StudentTraining(
-        job,
-        on_log=on_log,
-        on_checkpoint=on_checkpoint,
-        on_publish=job.publisher(announce_on(board)),
-        wants_checkpoint=PreemptionNotice(is_over).is_new,
-        rank=rank,
-        world_size=world_size,
-        agree=lambda snapshot: _broadcast(snapshot, is_over),
-        parallel=lambda student: prepare_model(student, move_to_device=False),
-        device=get_device() if job.recipe.runtime.gpus_per_student_worker > 0 else torch.device("cpu"),
-    )
-    newest = ray.train.get_checkpoint() or config["checkpoint"]
-    if newest is not None:
-        training.load_state_dict(_read(newest))
-    try:
-        training.run(until=until)
-    except OverError:
-        if training.trainer.step:
-            on_checkpoint(training.state_dict())
-
-
-class OverError(Exception):
-    """The driver wants the training to end now; raised between steps, on all ranks at the same one."""
-
-
-class PreemptionNotice:
-    """Whether one of the training's nodes is about to be taken away, or the driver wants it to end.
-
-    To look is to meet the other ranks, which costs as much as a small step. So it is done about every
-    ``LOOK_EVERY_S``, and rank 0 says after how many steps that is.
-
-    Args:
-        is_over: whether the driver wants the training to end; asked on rank 0.
-    """
-
-    def __init__(self, is_over: Callable[[], bool]) -> None:
-        self._is_over = is_over
-        self._known: set[str] = set()
-        self._interval = self._left = 1
-        self._looked = time.monotonic()
-
-    def is_new(self) -> bool:
-        """Called by all ranks after each step: whether there are nodes to be taken away that were not before.
-
-        Raises:
-            OverError: the driver wants the training to end.
-        """
-        self._left -= 1
-        if self._left:
-            return False
-        info = ray.train.get_preemption_info()
-        now = time.monotonic()
-        wanted = round(LOOK_EVERY_S * self._interval / max(now - self._looked, 1e-6))
-        wanted = min(max(1, wanted), 2 * self._interval)  # steps that were fast by chance must not put it off for long
-        is_first = ray.train.get_context().get_world_rank() == 0
-        answer = (wanted, is_first and self._is_over())
-        (self._interval, is_over) = ray.train.collective.broadcast_from_rank_zero(answer)
-        self._left = self._interval
-        if is_over:
-            raise OverError
-        self._looked = now
-        leaving = set(info.preempted_node_ids) if info is not None else set()
-        is_new = not leaving <= self._known
-        self._known |= leaving
-        return is_new
-
-
-def _broadcast(snapshot: Snapshot | None, is_over: Callable[[], bool]) -> Snapshot | None:
-    """Rank 0's snapshot on every rank; where it has none, which may be for long, the training may be over.
-
-    Raises:
-        OverError: it is.
-    """
-    answer: bytes | bool = is_over() if snapshot is None and distributed.get_rank() == 0 else False
-    answer = answer if snapshot is None else snapshot.to_json()
-    if distributed.get_world_size() > 1:
-        box = [answer]
-        distributed.broadcast_object_list(box, src=0)
-        answer = box[0]
-    if answer is True:
-        raise OverError
-    return Snapshot.from_json(answer) if isinstance(answer, bytes) else None
-
-
 def _newest_in(folder: Path) -> Checkpoint | None:
     """The newest checkpoint of the Train run in ``folder``.
 
@@ -272,11 +151,6 @@ def _newest_in(folder: Path) -> Checkpoint | None:
     for path in sorted(folder.glob(f"checkpoint_*/{STATE}"), reverse=True):
         checkpoint = Checkpoint.from_directory(path.parent)
         with contextlib.suppress(RuntimeError, EOFError, pickle.UnpicklingError):  # cut off by the same kill
-            _read(checkpoint)
+            read_state(checkpoint)
             return checkpoint
     return None
-
-
-def _read(checkpoint: Checkpoint) -> dict[str, Any]:
-    with checkpoint.as_directory() as folder:
-        return read_checkpoint((Path(folder) / STATE).read_bytes())

@@ -11,19 +11,20 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from clusters import cluster
+from clusters import Nodes, cluster
 from rich.console import Console
+from small import small_recipe
 
 from raydfkd.checkpoints import read_checkpoint
 from raydfkd.job import open_job
 from raydfkd.local import LocalExecutor
 from raydfkd.metrics import MetricsLog, read_metrics
 from raydfkd.progress import Monitor
-from raydfkd.recipe import load_recipe
 
 pytestmark = pytest.mark.cluster
 
@@ -34,33 +35,26 @@ NOTICE_S = 8
 CHECKPOINT_EVERY = 100
 
 
-def recipe_file(folder: Path) -> Path:
-    """A long training on images that are there already."""
-    recipe = load_recipe(
-        "digits-generators",
-        (
-            "name=small",
-            "teacher.options={widths: [4, 8]}",
-            "teacher.weights=random",
-            "teacher.train=null",
-            "real_data=null",
-            "student.options={widths: [4]}",
-            "synthesis.steps=10",
-            "transfer_set.images_per_class=40",
-            "transfer_set.unit={classes: 10, images_per_class: 20}",
-            "distill.steps=1000000",
-            f"distill.checkpoint_every={CHECKPOINT_EVERY}",
-            "distill.log_every=10",
-            "distill.batch_size=32",
-            "runtime.device=cpu",
-            "runtime.student_workers={min: 1, max: 2}",
-            "runtime.cpus_per_student_worker=0.5",
-            "runtime.resources_per_student_worker={train: 1}",
-        ),
-        str(folder / "run"),
+def recipe_file(folder: Path, *, units: int = 2, steps: int = 1_000_000) -> Path:
+    """A long training on a set of two units, of which so many are there already."""
+    recipe = small_recipe(
+        folder / "run",
+        "synthesis.steps=10",
+        "transfer_set.images_per_class=40",
+        "transfer_set.unit={classes: 10, images_per_class: 20}",
+        f"distill.steps={steps}",
+        f"distill.checkpoint_every={CHECKPOINT_EVERY}",
+        "distill.batch_size=32",
+        "runtime.device=cpu",
+        "runtime.student_workers={min: 1, max: 2}",
+        "runtime.cpus_per_student_worker=0.5",
+        "runtime.resources_per_student_worker={train: 1}",
     )
     monitor = Monitor(Console(file=io.StringIO()), MetricsLog(folder / "synthesis.jsonl", fresh=True))
-    LocalExecutor().synthesize(open_job(recipe), monitor)
+    job = open_job(recipe)
+    LocalExecutor().synthesize(replace(job, units=job.units[:units]), monitor)
+    if units < len(job.units):
+        job.transfer_set.reopen()
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(recipe.model_dump(mode="json")))
     return path
@@ -86,6 +80,32 @@ def saved_steps(run_dir: Path) -> list[int]:
     return steps
 
 
+@contextlib.contextmanager
+def driver(recipe: Path, folder: Path, nodes: Nodes, environment: dict[str, str]) -> Iterator[None]:
+    """A process that trains meanwhile, and is killed then."""
+    arguments = [str(recipe), str(folder / "run"), nodes.address, str(folder / "metrics.jsonl")]
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "train_driver.py"), *arguments],
+        env=environment,
+        stdout=(folder / "driver.out").open("w"),
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def saved_until(end: float, run_dir: Path) -> set[int]:
+    """Steps of the checkpoints that are there at any time until then."""
+    saved = set()
+    while time.time() < end:
+        saved.update(saved_steps(run_dir))
+        time.sleep(0.1)
+    return saved
+
+
 def test_a_training_is_back_soon_after_a_kill_and_a_drain_and_takes_in_a_node_that_joins(tmp_path):
     recipe, metrics = recipe_file(tmp_path), tmp_path / "metrics.jsonl"
 
@@ -98,43 +118,45 @@ def test_a_training_is_back_soon_after_a_kill_and_a_drain_and_takes_in_a_node_th
     timeline = {}
     with cluster() as (nodes, environment):
         _, second = nodes.add(train=1), nodes.add(train=1)
-        arguments = [str(recipe), str(tmp_path / "run"), nodes.address, str(metrics)]
         started = time.time()
-        driver = subprocess.Popen(
-            [sys.executable, str(HERE / "train_driver.py"), *arguments],
-            env=environment,
-            stdout=(tmp_path / "driver.out").open("w"),
-            stderr=subprocess.STDOUT,
-        )
         try:
-            both = next_with(2, after=started, step=CHECKPOINT_EVERY + 20)
-            timeline["start to a step on two workers"] = read_metrics(metrics)[0]["time"] - started
+            with driver(recipe, tmp_path, nodes, environment):
+                both = next_with(2, after=started, step=CHECKPOINT_EVERY + 20)
+                timeline["start to a step on two workers"] = read_metrics(metrics)[0]["time"] - started
 
-            killed = nodes.kill(second)
-            alone = next_with(1, after=killed)
-            timeline["kill to a step on one worker"] = alone["time"] - killed
-            assert alone["step"] > CHECKPOINT_EVERY, "it went on from a checkpoint"
+                killed = nodes.kill(second)
+                alone = next_with(1, after=killed)
+                timeline["kill to a step on one worker"] = alone["time"] - killed
+                assert alone["step"] > CHECKPOINT_EVERY, "it went on from a checkpoint"
 
-            joined = time.time()
-            third = nodes.add(train=1)
-            both = next_with(2, after=joined)
-            timeline["join to a step on two workers"] = both["time"] - joined
-            before = [entry for entry in read_metrics(metrics) if entry["workers"] == 1]
-            timeline["steps made twice for it"] = before[-1]["step"] - both["step"]
+                joined = time.time()
+                third = nodes.add(train=1)
+                both = next_with(2, after=joined)
+                timeline["join to a step on two workers"] = both["time"] - joined
+                before = [entry for entry in read_metrics(metrics) if entry["workers"] == 1]
+                timeline["steps made twice for it"] = before[-1]["step"] - both["step"]
 
-            announced = nodes.drain(third, seconds=NOTICE_S)
-            saved = set()
-            while time.time() < announced + NOTICE_S:
-                saved.update(saved_steps(tmp_path / "run"))
-                time.sleep(0.1)
-            nodes.kill(third)
-            alone = next_with(1, after=announced)
-            before = [entry for entry in read_metrics(metrics) if entry["time"] < alone["time"]]
-            timeline["drain: last step on two workers to a step on one"] = alone["time"] - before[-1]["time"]
-            assert any(step % CHECKPOINT_EVERY for step in saved), "the notice was answered by a checkpoint"
+                announced = nodes.drain(third, seconds=NOTICE_S)
+                saved = saved_until(announced + NOTICE_S, tmp_path / "run")
+                nodes.kill(third)
+                alone = next_with(1, after=announced)
+                before = [entry for entry in read_metrics(metrics) if entry["time"] < alone["time"]]
+                timeline["drain: last step on two workers to a step on one"] = alone["time"] - before[-1]["time"]
+                assert any(step % CHECKPOINT_EVERY for step in saved), "the notice was answered by a checkpoint"
         finally:
-            driver.kill()
-            driver.wait()
             (tmp_path / "timeline.json").write_text(json.dumps(timeline, indent=1))
     assert timeline["kill to a step on one worker"] < BACK_WITHIN_S, timeline
     assert timeline["drain: last step on two workers to a step on one"] < BACK_WITHIN_S, timeline
+
+
+def test_a_training_that_waits_for_images_saves_when_its_node_is_about_to_go(tmp_path):
+    recipe = recipe_file(tmp_path, units=1, steps=600)  # of which half the images are enough for about 150
+    with cluster() as (nodes, environment):
+        node = nodes.add(train=1)
+        with driver(recipe, tmp_path, nodes, environment):
+            first_entry(tmp_path / "metrics.jsonl", lambda entry: entry["step"] >= 150)
+            time.sleep(3)
+            assert saved_steps(tmp_path / "run") == [CHECKPOINT_EVERY]
+            (last, *_) = [entry["step"] for entry in reversed(read_metrics(tmp_path / "metrics.jsonl"))]
+            saved = saved_until(nodes.drain(node, seconds=NOTICE_S) + NOTICE_S, tmp_path / "run")
+    assert last <= max(saved) < last + 10, "all steps that were made"

@@ -62,7 +62,8 @@ def test_waiting_ends_when_it_is_over(tmp_path):
 
 @pytest.mark.ray
 def test_checkpoints_are_found_where_their_list_was_cut_off_and_the_newest_too(tmp_path):
-    from raydfkd.distributed.train import STATE, _newest_in
+    from raydfkd.distributed.rank import STATE
+    from raydfkd.distributed.train import _newest_in
 
     assert _newest_in(tmp_path) is None
     (tmp_path / "checkpoint_manager_snapshot.json").write_bytes(b"")
