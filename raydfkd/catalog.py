@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import cache
 
 from raydfkd.declarations import DeclaredFamily
-from raydfkd.recipe import packaged_recipes
+from raydfkd.loading import packaged_recipes
 from raydfkd.registry import Family, RecipeError, did_you_mean
 
 REGISTRIES = {

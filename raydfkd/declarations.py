@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from raydfkd.registry import Declaration, Family, Option
 
-IMPORTABLE = ("collections.abc", "pydantic", "raydfkd.recipe", "typing")
+IMPORTABLE = ("collections.abc", "pydantic", "raydfkd.sections", "typing")
 """Modules that annotations and defaults of options may import from: quick, and free of torch."""
 
 Factory = ast.ClassDef | ast.FunctionDef

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from raydfkd.recipe import Recipe, packaged_recipes
+from raydfkd.loading import packaged_recipes
+from raydfkd.recipe import Recipe
 from raydfkd.registry import RecipeError
 
 SECRET = re.compile(r"key|secret|token|password|credential", re.IGNORECASE)

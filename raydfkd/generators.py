@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
 
-from raydfkd.recipe import Count, ImageSpace, Positive
 from raydfkd.registry import Registry
+from raydfkd.sections import Count, ImageSpace, Positive
 
 GENERATORS: Registry[nn.Module] = Registry("generator", [])
 

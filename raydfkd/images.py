@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from raydfkd.recipe import ImageSpace
+from raydfkd.sections import ImageSpace
 
 
 class PixelRange:

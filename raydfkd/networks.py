@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from raydfkd.recipe import ImageSpace, Positive, StudentSpec, TeacherSpec
 from raydfkd.registry import RecipeError, Registry, did_you_mean
+from raydfkd.sections import ImageSpace, Positive, StudentSpec, TeacherSpec
 
 NETWORKS: Registry[nn.Module] = Registry("network", [])
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from raydfkd.recipe import ImageSpace, PluginSpec
 from raydfkd.registry import RecipeError, Registry
+from raydfkd.sections import ImageSpace, PluginSpec
 
 Split = Literal["train", "validation", "test"]
 

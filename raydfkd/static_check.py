@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raydfkd.catalog import declared
-from raydfkd.recipe import PluginSpec, Recipe, StudentSpec, TeacherSpec
+from raydfkd.recipe import Recipe
+from raydfkd.sections import PluginSpec, StudentSpec, TeacherSpec
 
 
 def static_check(recipe: Recipe) -> None:

@@ -21,7 +21,7 @@ from raydfkd.catalog import BESIDE
 from raydfkd.cli import main
 from raydfkd.data.failures import StoreError
 from raydfkd.data.transfer_set import TransferSet
-from raydfkd.recipe import load_recipe, packaged_recipes
+from raydfkd.loading import load_recipe, packaged_recipes
 from raydfkd.synthesis.worker import SynthesisWorker
 
 TOY = """

@@ -13,7 +13,7 @@ from typing import Literal as OneOf
 import nosuchpackage
 from pydantic import model_validator
 from raydfkd.generators import StackForm
-from raydfkd.recipe import PluginSpec, Positive, Spec
+from raydfkd.sections import PluginSpec, Positive, Spec
 from raydfkd.registry import Registry
 
 VEHICLES: Registry[Vehicle] = Registry("vehicle", [])

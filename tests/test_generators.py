@@ -8,8 +8,8 @@ from torch import nn
 from toy import SPACE, shipped
 
 from raydfkd.generators import GENERATORS, ConvGenerator, StackedGenerators, can_group
-from raydfkd.recipe import ImageSpace
 from raydfkd.registry import RecipeError
+from raydfkd.sections import ImageSpace
 
 FORMS = ["loop", "vmap", "grouped"]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from raydfkd.images import PixelRange
-from raydfkd.recipe import ImageSpace
+from raydfkd.sections import ImageSpace
 
 SPACES = {
     "identity": ImageSpace(channels=1, size=16, mean=(0.0,), std=(1.0,)),

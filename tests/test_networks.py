@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from raydfkd.networks import build_network, count_parameters, load_weights, save_bytes, weights_exist
-from raydfkd.recipe import ImageSpace, TeacherSpec
 from raydfkd.registry import RecipeError
+from raydfkd.sections import ImageSpace, TeacherSpec
 
 SMALL = {"convnet": {"widths": [4, 8]}, "resnet_small": {"depth": 8, "width": 4}, "lenet5": {"shrink": 2}}
 

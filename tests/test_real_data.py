@@ -11,8 +11,8 @@ import torch
 from sklearn.datasets import load_digits
 
 from raydfkd.real_data import REAL_DATA, open_real_data
-from raydfkd.recipe import ImageSpace, PluginSpec
 from raydfkd.registry import RecipeError
+from raydfkd.sections import ImageSpace, PluginSpec
 
 SIZES = {"train": 1077, "validation": 180, "test": 540}
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")

@@ -7,8 +7,10 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from raydfkd.recipe import PluginSpec, Recipe, TermSpec, load_recipe, packaged_recipes
+from raydfkd.loading import load_recipe, packaged_recipes
+from raydfkd.recipe import Recipe
 from raydfkd.registry import RecipeError
+from raydfkd.sections import PluginSpec, TermSpec
 
 TOY = """
 name: toy

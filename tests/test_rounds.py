@@ -14,9 +14,9 @@ from raydfkd.budget import run_within
 from raydfkd.distill.published import PublishedStudents
 from raydfkd.distill.training import StudentTraining
 from raydfkd.job import open_job
+from raydfkd.loading import load_recipe
 from raydfkd.local import LocalExecutor
 from raydfkd.metrics import read_metrics
-from raydfkd.recipe import load_recipe
 from raydfkd.registry import RecipeError
 from raydfkd.synthesis.worker import SynthesisWorker
 

@@ -7,8 +7,10 @@ import pytest
 from pydantic import BaseModel
 
 from raydfkd import pipeline
-from raydfkd.recipe import PluginSpec, Recipe, TermSpec, load_recipe, packaged_recipes
+from raydfkd.loading import load_recipe, packaged_recipes
+from raydfkd.recipe import Recipe
 from raydfkd.registry import RecipeError
+from raydfkd.sections import PluginSpec, TermSpec
 from raydfkd.static_check import static_check
 
 SMALL = ("teacher.options.widths=[4]", "student.options.widths=[4]", "runtime.device=cpu")

@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from raydfkd.batches import SyntheticBatch
 from raydfkd.catalog import REGISTRIES
 from raydfkd.data.shards import encode_rows, write_part
+from raydfkd.loading import load_recipe
 from raydfkd.losses.objective import View
 from raydfkd.metrics import MetricsLog
 from raydfkd.networks import ConvNet, save_bytes
 from raydfkd.observed import Need, Observation, ObservedNetwork
 from raydfkd.progress import Monitor
-from raydfkd.recipe import ImageSpace, Recipe, load_recipe
+from raydfkd.recipe import Recipe
 from raydfkd.registry import RecipeError, Registry
 from raydfkd.schedule import Request, WorkUnit
+from raydfkd.sections import ImageSpace
 from raydfkd.synthesis.assembly import build_synthesizer, load_teacher
 
 CLASSES = 4

@@ -14,7 +14,7 @@ from raydfkd.bench.table import Row, alternate
 from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
 from raydfkd.generators import GENERATORS, StackedGenerators, StackForm
 from raydfkd.pipeline import device_name
-from raydfkd.recipe import ImageSpace
+from raydfkd.sections import ImageSpace
 
 Step = Callable[[], Tensor]
 

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from raydfkd.data.store import Store
+from raydfkd.loading import load_recipe
 from raydfkd.real_data import Split
-from raydfkd.recipe import Recipe, load_recipe
+from raydfkd.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

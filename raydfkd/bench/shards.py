@@ -19,8 +19,8 @@ from raydfkd.data.sources import TransferSetSource
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.devices import cpu_threads, keep_freed_memory
 from raydfkd.pipeline import device_name
-from raydfkd.recipe import SourceSpec
 from raydfkd.schedule import Request, WorkUnit
+from raydfkd.sections import SourceSpec
 
 CLASSES = 10
 ROWS = {32: 40_000, 224: 800}

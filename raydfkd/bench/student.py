@@ -22,7 +22,7 @@ from raydfkd.images import PixelRange
 from raydfkd.networks import build_network
 from raydfkd.observed import ObservedNetwork
 from raydfkd.pipeline import device_name
-from raydfkd.recipe import DistillSpec, ImageSpace, SourceSpec, StudentSpec, TeacherSpec
+from raydfkd.sections import DistillSpec, ImageSpace, SourceSpec, StudentSpec, TeacherSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

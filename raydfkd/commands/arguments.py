@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from raydfkd.recipe import Recipe, load_recipe
+from raydfkd.loading import load_recipe
+from raydfkd.recipe import Recipe
 from raydfkd.registry import RecipeError, did_you_mean
 from raydfkd.static_check import static_check
 

@@ -10,7 +10,7 @@ from pydantic import TypeAdapter
 from raydfkd.data.commits import RECORD, Snapshot, parse_record
 from raydfkd.data.store import Store
 from raydfkd.data.transfer_set import TransferSet
-from raydfkd.recipe import SourceSpec
+from raydfkd.sections import SourceSpec
 
 
 class PassPlanner:

@@ -20,8 +20,8 @@ from raydfkd.data.passes import PassLog, PassPlanner
 from raydfkd.data.shards import StoredRows
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.data.windows import Piece, Window
-from raydfkd.recipe import SourceSpec
 from raydfkd.schedule import derive_seed
+from raydfkd.sections import SourceSpec
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from raydfkd.data.sources import BatchSource, StudentBatch
 from raydfkd.distill.criteria import CRITERIA
 from raydfkd.images import PixelRange
 from raydfkd.observed import Observation, ObservedNetwork
-from raydfkd.recipe import DistillSpec, OptimizerSpec
 from raydfkd.schedule import derive_seed
+from raydfkd.sections import DistillSpec, OptimizerSpec
 from raydfkd.synthesis.augment import build_augmentations
 from raydfkd.synthesis.synthesizer import rng_from
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from raydfkd.observed import Need, Observation
-from raydfkd.recipe import TermSpec
 from raydfkd.registry import RecipeError, Registry
+from raydfkd.sections import TermSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from raydfkd.recipe import BelowOne, Count, Fraction, NotNegative, PluginSpec, PositiveFloat
 from raydfkd.registry import Registry
+from raydfkd.sections import BelowOne, Count, Fraction, NotNegative, PluginSpec, PositiveFloat
 
 
 class Augmentation(Protocol):

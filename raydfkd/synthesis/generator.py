@@ -14,8 +14,8 @@ from torch import Tensor
 from raydfkd.batches import SyntheticBatch
 from raydfkd.generators import GENERATORS, StackedGenerators, StackForm
 from raydfkd.memory import is_out_of_memory
-from raydfkd.recipe import BelowOne, Fraction, PluginSpec, Positive, PositiveFloat, Spec
 from raydfkd.schedule import Request
+from raydfkd.sections import BelowOne, Fraction, PluginSpec, Positive, PositiveFloat, Spec
 from raydfkd.synthesis.interlude import UNINTERRUPTED, Interlude
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Log, Progress, Setting, rng_from
 

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from raydfkd.batches import SyntheticBatch
 from raydfkd.memory import is_out_of_memory
-from raydfkd.recipe import BelowOne, Count, Positive, PositiveFloat, Spec
 from raydfkd.schedule import Request
+from raydfkd.sections import BelowOne, Count, Positive, PositiveFloat, Spec
 from raydfkd.synthesis.interlude import UNINTERRUPTED, Interlude
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Log, Progress, Setting, rng_at, rng_from, warmup_cosine
 

@@ -14,9 +14,9 @@ from raydfkd.batches import SyntheticBatch
 from raydfkd.images import PixelRange
 from raydfkd.losses.objective import Objective, ObjectiveValue, View
 from raydfkd.observed import Need, Observation, ObservedNetwork
-from raydfkd.recipe import ImageSpace
 from raydfkd.registry import Registry
 from raydfkd.schedule import Request
+from raydfkd.sections import ImageSpace
 from raydfkd.synthesis.augment import Augmentation
 from raydfkd.synthesis.interlude import Interlude
 from raydfkd.synthesis.targets import TargetSampler

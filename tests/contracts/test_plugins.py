@@ -8,7 +8,7 @@ from raydfkd.distill.criteria import CRITERIA
 from raydfkd.generators import GENERATORS
 from raydfkd.networks import NETWORKS, build_network
 from raydfkd.observed import Observation
-from raydfkd.recipe import ImageSpace, TeacherSpec
+from raydfkd.sections import ImageSpace, TeacherSpec
 from raydfkd.synthesis.augment import AUGMENTATIONS
 from raydfkd.synthesis.synthesizer import rng_from
 from raydfkd.synthesis.targets import TARGETS

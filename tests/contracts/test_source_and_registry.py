@@ -8,8 +8,8 @@ import pytest
 from toy import FAMILIES, shipped
 
 from raydfkd.catalog import REGISTRIES, declared
-from raydfkd.recipe import PluginSpec
 from raydfkd.registry import RecipeError
+from raydfkd.sections import PluginSpec
 
 PLUGINS = [(family, name) for family, registry in FAMILIES.items() for name in shipped(registry)]
 VALUES = ("x", "auto", -1, 0, 1, 2.5, math.nan, True, None, [], [1], [0.5, 0.5], [{"steps": 1}], [{"stps": 1}], {})

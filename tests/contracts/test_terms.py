@@ -8,8 +8,8 @@ from toy import BATCHNORM_TAPS, batchnorm_teacher, plain_teacher, shipped, toy_i
 
 from raydfkd.losses.objective import TERMS, Term, View, build_objective
 from raydfkd.observed import Need, Observation, ObservedNetwork
-from raydfkd.recipe import TermSpec
 from raydfkd.registry import RecipeError
+from raydfkd.sections import TermSpec
 
 CASES = [(name, options) for name in shipped(TERMS) for options in variants(TERMS, name)]
 MOMENTS = frozenset({Need.MOMENTS, Need.CLASS_MOMENTS})

@@ -15,8 +15,8 @@ from raydfkd.data.shards import StoredRows
 from raydfkd.data.sources import TransferSetSource
 from raydfkd.data.store import Store
 from raydfkd.data.transfer_set import TransferSet
-from raydfkd.recipe import SourceSpec
 from raydfkd.schedule import Request, WorkUnit
+from raydfkd.sections import SourceSpec
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ from raydfkd.distill.published import UNPUBLISHED, PublishedStudent, PublishedSt
 from raydfkd.images import PixelRange
 from raydfkd.losses.objective import build_objective
 from raydfkd.observed import ObservedNetwork
-from raydfkd.recipe import TermSpec
 from raydfkd.registry import RecipeError
+from raydfkd.sections import TermSpec
 from raydfkd.synthesis.synthesizer import Judge
 
 CPU = torch.device("cpu")

@@ -24,7 +24,7 @@ from raydfkd.images import PixelRange
 from raydfkd.job import open_job
 from raydfkd.local import LocalExecutor
 from raydfkd.observed import ObservedNetwork
-from raydfkd.recipe import DistillSpec, OptimizerSpec
+from raydfkd.sections import DistillSpec, OptimizerSpec
 
 CPU = torch.device("cpu")
 AUGMENTED = (

@@ -21,8 +21,8 @@ from toy import quiet_monitor
 
 from raydfkd.data.collect import collect_garbage
 from raydfkd.job import Job, open_job
+from raydfkd.loading import load_recipe
 from raydfkd.local import LocalExecutor
-from raydfkd.recipe import load_recipe
 
 pytestmark = pytest.mark.cluster
 

@@ -17,9 +17,9 @@ from rich.console import Console
 
 from raydfkd.interruption import Interruption
 from raydfkd.job import open_job
+from raydfkd.loading import load_recipe
 from raydfkd.metrics import MetricsLog
 from raydfkd.progress import Monitor
-from raydfkd.recipe import load_recipe
 
 pytestmark = pytest.mark.cluster
 

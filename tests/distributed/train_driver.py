@@ -9,8 +9,8 @@ import ray
 
 from raydfkd.distributed.train import new_board, train_student
 from raydfkd.job import open_job
+from raydfkd.loading import load_recipe
 from raydfkd.metrics import MetricsLog
-from raydfkd.recipe import load_recipe
 
 
 def main(recipe: str, run_dir: str, address: str, metrics: str) -> None:

@@ -7,8 +7,8 @@ from toy import SPACE, PlainNet, batchnorm_teacher, toy_images, toy_recipe, toy_
 from raydfkd.images import PixelRange
 from raydfkd.losses.objective import Objective, Term, build_objective
 from raydfkd.observed import Need, ObservedNetwork
-from raydfkd.recipe import TermSpec
 from raydfkd.registry import RecipeError
+from raydfkd.sections import TermSpec
 from raydfkd.synthesis.synthesizer import Judge
 
 

@@ -6,10 +6,10 @@ import pytest
 from toy import quiet_monitor
 
 from raydfkd.job import open_job
+from raydfkd.loading import load_recipe, packaged_recipes
 from raydfkd.local import LocalExecutor
 from raydfkd.metrics import read_metrics
 from raydfkd.pipeline import check
-from raydfkd.recipe import load_recipe, packaged_recipes
 
 NO_DATA = ["real_data=null", "teacher.train=null", "teacher.weights=random"]
 HERE = ["runtime.executor=local", "runtime.device=cpu"]
