@@ -74,6 +74,10 @@ class StoreError(OSError):
     """A store cannot do what was asked, and trying again did not help; one line that shows no secret."""
 
 
+class OutageError(StoreError):
+    """A store did not answer, or with errors that pass, for as long as it was asked again: about a minute."""
+
+
 class DamagedError(ValueError):
     """What a set has stored is not what was committed; one line that names the object.
 

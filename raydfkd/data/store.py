@@ -17,7 +17,15 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
 
 from raydfkd.data.earliest import EarliestFolder
-from raydfkd.data.failures import StoreError, explain, is_missing_bucket, is_transient, patiently, secrets_of
+from raydfkd.data.failures import (
+    OutageError,
+    StoreError,
+    explain,
+    is_missing_bucket,
+    is_transient,
+    patiently,
+    secrets_of,
+)
 from raydfkd.data.folders import Entry, Folder, LocalFolder, ObjectFolder
 from raydfkd.registry import RecipeError
 
@@ -217,10 +225,10 @@ class Store:
         except Exception as error:  # every file system has errors of its own
             if isinstance(error, FileNotFoundError) and act != "written" and not is_missing_bucket(error):
                 raise FileNotFoundError(f"{self.uri}/{path} does not exist") from None
-            reason = self._explain(error)
+            failure = f"{self.uri}/{path} cannot be {act} ({self._explain(error)}"
             if self._is_remote and is_transient(error):
-                reason = f"{reason}; tried again and again"
-            raise StoreError(f"{self.uri}/{path} cannot be {act} ({reason})") from None
+                raise OutageError(f"{failure}; tried again and again)") from None
+            raise StoreError(f"{failure})") from None
 
     def _patiently(self, act: str, path: str, call: Callable[[], T], attempts: int | None = None) -> T:
         if not self._is_remote:

@@ -18,6 +18,7 @@ from ray.exceptions import (
 )
 
 from raydfkd.data.commits import Commit
+from raydfkd.data.failures import OutageError
 from raydfkd.distributed.actor import SynthesisActor
 from raydfkd.interruption import Interruption
 from raydfkd.job import Job
@@ -35,6 +36,10 @@ FINISH_S = 6.0
 """How long units in work may still finish once the run is interrupted; after that they are left, their state saved."""
 LEAVE_S = 10.0
 """When workers are ended that have neither finished nor left by then."""
+OUTAGE_S = 1800.0
+"""How long the store may be out of reach before the run ends."""
+QUIET_S = 300.0
+"""After so long without news of an outage it was over."""
 MAX_STILLBORN = 5
 """Deaths in a row of workers that are being built, preempted machines aside, that end the run."""
 LOST = (RayActorError, NodeDiedError, OutOfMemoryError, WorkerCrashedError)
@@ -64,6 +69,7 @@ class SynthesisPool:
         self._unreachable: list[Any] = []
         self._busy: dict[Any, tuple[Any, WorkUnit]] = {}
         self._num_stillborn = 0
+        self._outage = (float("-inf"), float("-inf"))
         self._next_sync = time.monotonic() + SYNC_S
 
     def run(self, queue: UnitQueue, on_tick: Callable[[], None], interruption: Interruption) -> None:
@@ -71,6 +77,7 @@ class SynthesisPool:
 
         Raises:
             RecipeError: workers cannot be built.
+            OutageError: the store was out of reach for too long.
             KeyboardInterrupt: there was an ``interruption``; what was in work is committed or its state saved.
         """
         if queue.is_drained:
@@ -155,7 +162,11 @@ class SynthesisPool:
                 ) from None
             self._await_again(actor, error)
         except RayTaskError as error:
-            raise _cause(error) from None
+            cause = _cause(error)
+            if not isinstance(cause, OutageError):
+                raise cause from None
+            self._wait_for_store(cause)
+            ray.kill(actor)
         else:
             self._num_stillborn = 0
             self._give_work(actor, queue)
@@ -169,10 +180,7 @@ class SynthesisPool:
             self._await_again(actor, error)
             return
         except RayTaskError as error:
-            cause = _cause(error)
-            logger.debug("unit %s failed", unit.id, exc_info=error)
-            failure = queue.failed(unit, f"{type(cause).__name__}: {cause}")
-            self._monitor.failed(failure, is_final=queue.is_quarantined(unit))
+            self._failed(unit, _cause(error), queue)
         else:
             if record is None:
                 queue.lost(unit, preempted=True)
@@ -182,6 +190,26 @@ class SynthesisPool:
             queue.finished(unit)
             self._monitor.committed(Commit.from_json(record), running=queue.num_running)
         self._give_work(actor, queue)
+
+    def _failed(self, unit: WorkUnit, cause: Exception, queue: UnitQueue) -> None:
+        logger.debug("unit %s failed", unit.id, exc_info=cause)
+        if isinstance(cause, OutageError):  # which the unit can do nothing about
+            queue.lost(unit, preempted=True)
+            self._wait_for_store(cause)
+            return
+        failure = queue.failed(unit, f"{type(cause).__name__}: {cause}")
+        self._monitor.failed(failure, is_final=queue.is_quarantined(unit))
+
+    def _wait_for_store(self, outage: OutageError) -> None:
+        """Let the run go on without its store for a while."""
+        now = time.monotonic()
+        began, last = self._outage
+        if now - last > QUIET_S:
+            began = now
+            self._monitor.say("store", f"{outage}; going on as soon as it can")
+        elif now - began > OUTAGE_S:
+            raise outage
+        self._outage = (began, now)
 
     def _lost(self, unit: WorkUnit, error: Exception, queue: UnitQueue) -> None:
         failure = queue.lost(unit, preempted=_was_preempted(error))
@@ -205,7 +233,10 @@ class SynthesisPool:
     def _sync(self, queue: UnitQueue) -> None:
         """Take note of what others have done to the set; always where nothing seems to be left."""
         if queue.is_drained or time.monotonic() >= self._next_sync:
-            self._job.catch_up(queue)
+            try:
+                self._job.catch_up(queue)
+            except OutageError as outage:
+                self._wait_for_store(outage)
             self._next_sync = time.monotonic() + SYNC_S
 
     def _wind_up(self, queue: UnitQueue, interruption: Interruption) -> None:

@@ -1,17 +1,42 @@
-"""A teacher that kills the process which builds it, but not the one that runs the tests."""
+"""Teachers that fail in a synthesis worker, but not in the process that runs the tests."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from raydfkd.data.failures import OutageError
 from raydfkd.networks import ConvNet
 
 
 def build(**options: Any) -> ConvNet:
-    """See the module."""
+    """One that kills the process which builds it."""
     if "pytest" not in sys.modules:
         os.kill(os.getpid(), signal.SIGKILL)
     return ConvNet(10, 1, widths=(4, 8))
+
+
+def build_cut_off(*, told: str) -> ConvNet:
+    """One that behaves three times as if the store were out of reach; ``told`` is a file to count in."""
+    return CutOff(Path(told))
+
+
+class CutOff(ConvNet):
+    """See ``build_cut_off``."""
+
+    def __init__(self, told: Path) -> None:
+        super().__init__(10, 1, widths=(4, 8))
+        self._told = told
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images to logits."""
+        if "pytest" not in sys.modules and len(self._told.read_text()) < 3:
+            with self._told.open("a") as file:
+                file.write("x")
+            raise OutageError("s3://bucket/set/parts/x.parquet cannot be written (timed out; tried again and again)")
+        return super().forward(images)

@@ -16,8 +16,9 @@ from rich.console import Console
 from small import small_recipe
 from toy import quiet_monitor
 
+from raydfkd.data.failures import OutageError
 from raydfkd.interruption import Interruption
-from raydfkd.job import open_job
+from raydfkd.job import Job, open_job
 from raydfkd.local import LocalExecutor
 from raydfkd.metrics import MetricsLog
 from raydfkd.progress import Monitor
@@ -113,6 +114,37 @@ def test_actor_that_gets_sigterm_leaves_its_unit_to_another(ray_cluster, tmp_pat
 def test_workers_that_die_while_they_are_built_end_the_run(ray_cluster, tmp_path, monkeypatch):
     job = job_of(tmp_path, "teacher.network=deadly:build", "teacher.options={}")
     with pytest.raises(RecipeError, match=r"runtime.workers: 5 in a row died while they were built"):
+        pool_of(job).run(job.begin_synthesis(), lambda: None, Interruption())
+
+
+def test_store_that_is_out_of_reach_costs_no_attempt(ray_cluster, tmp_path, monkeypatch):
+    (tmp_path / "told").touch()
+    job = job_of(tmp_path, "teacher.network=deadly:build_cut_off", f"teacher.options={{told: {tmp_path / 'told'}}}",
+                 TINY, "transfer_set.images_per_class=4", "runtime.max_attempts=1")  # fmt: skip
+    catch_up, calls = Job.catch_up, []
+
+    def cut_off(job, queue):
+        calls.append(time.monotonic())
+        if len(calls) < 3:
+            raise OutageError("s3://bucket/set/commits cannot be listed (timed out; tried again and again)")
+        catch_up(job, queue)
+
+    monkeypatch.setattr(Job, "catch_up", cut_off)
+    monkeypatch.setattr("raydfkd.distributed.pool.SYNC_S", 0.1)
+    pool, queue = pool_of(job), job.begin_synthesis()
+    pool.run(queue, lambda: None, Interruption())
+    assert len(calls) >= 3
+    assert (tmp_path / "told").read_text() == "xxx"
+    assert queue.quarantined == ()
+    assert job.snapshot().images == job.planned_images
+    assert pool._monitor._console.file.getvalue().count("going on as soon as it can") == 1
+
+
+def test_store_that_stays_out_of_reach_ends_the_run(ray_cluster, tmp_path, monkeypatch):
+    (tmp_path / "told").touch()
+    job = job_of(tmp_path, "teacher.network=deadly:build_cut_off", f"teacher.options={{told: {tmp_path / 'told'}}}")
+    monkeypatch.setattr("raydfkd.distributed.pool.OUTAGE_S", 0.0)
+    with pytest.raises(OutageError, match="x.parquet cannot be written"):
         pool_of(job).run(job.begin_synthesis(), lambda: None, Interruption())
 
 
