@@ -105,7 +105,8 @@ def connect(address: str | None) -> JobServer:
     os.environ["RAY_API_SERVER_ADDRESS"] = found  # which Ray's client takes in place of its argument
     if "RAY_AUTH_MODE" not in os.environ and _has_token():
         os.environ["RAY_AUTH_MODE"] = "token"  # or the client would not send the one that is there
-    logging.getLogger("ray").setLevel(logging.ERROR)  # below that it tells its own steps
+    for client in ("dashboard_sdk", "job.sdk"):  # which tell their own steps, at levels of their own
+        logging.getLogger(f"ray.dashboard.modules.{client}").setLevel(logging.ERROR)
     with _in_one_line(found):
         return JobServer(_ImpatientClient(found), found)
 

@@ -544,7 +544,7 @@ def test_submitted_run_is_followed_to_its_report(head, tmp_path):
     assert secret not in log + done.stdout + done.stderr
 
     twice = head.raydfkd("submit", "smoke.yaml", "--run-dir", run_dir, "--name", "smoke")
-    assert (twice.returncode, twice.stderr.count("\n")) == (2, 1)
+    assert (twice.returncode, twice.stderr.count("\n")) == (2, 1), twice.stderr
     assert "--name is 'smoke': the cluster has a job of that name" in twice.stderr
 
 
