@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import shutil
@@ -30,8 +29,8 @@ class S3Server:
         pytest.importorskip("s3fs")
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        ports = [f"-{name}.port={_free_port()}" for name in ("master", "volume", "filer")]
-        port = _free_port()
+        port, *others = _free_ports(4)
+        ports = [f"-{name}.port={other}" for name, other in zip(("master", "volume", "filer"), others, strict=True)]
         self.endpoint = f"http://127.0.0.1:{port}"
         self._command = [weed, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={port}"]
         self._command += [*ports, "-webdav=false", "-admin.ui=false"]
@@ -86,12 +85,17 @@ class S3Server:
         pytest.fail(f"weed did not come up at {self.endpoint} within {timeout_s} s")
 
 
-def _free_port() -> int:
-    """One that is free with the one 10,000 above it, which weed takes too."""
-    for _ in range(100):
-        port = random.randrange(20000, 30000)
-        with socket.socket() as first, socket.socket() as second, contextlib.suppress(OSError):
-            first.bind(("127.0.0.1", port))
-            second.bind(("127.0.0.1", port + 10000))
-            return port
-    raise AssertionError("no two free ports")
+def _free_ports(count: int) -> list[int]:
+    """Such as are free with those 10,000 above them, which weed takes too, and none that outgoing connections get."""
+    found = [port for port in random.sample(range(20000, 22700), 100) if _is_free(port) and _is_free(port + 10000)]
+    assert len(found) >= count, "no free ports"
+    return found[:count]
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True

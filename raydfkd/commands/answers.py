@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ def complain(text: str) -> None:
 
 def console_for(*, is_json: bool) -> Console:
     """Where people read: standard error when standard output belongs to a script."""
-    return Console(stderr=is_json)
+    return Console(file=sys.stderr if is_json else sys.stdout)  # whatever is redirected later
 
 
 def print_summary(console: Console, report: Mapping[str, Any], /, **places: object) -> None:

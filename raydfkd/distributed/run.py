@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -33,25 +35,27 @@ class RayExecutor:
 
     def synthesize(self, job: Job, monitor: Monitor) -> SynthesisOutcome:
         """See Executor."""
-        _connect(job, monitor)
-        with Interruption() as interruption:
+        with _connected(job, monitor), Interruption() as interruption:
             return _synthesize(job, monitor, job.begin_synthesis(), _nothing, interruption)
 
     def distill(self, job: Job, monitor: Monitor) -> Mapping[str, Tensor]:
         """See Executor."""
-        _connect(job, monitor)
-        with Interruption() as interruption, _Training(job, monitor, interruption) as training:
+        with (
+            _connected(job, monitor),
+            Interruption() as interruption,
+            _Training(job, monitor, interruption) as training,
+        ):
             return training.wait()
 
     def run(self, job: Job, monitor: Monitor) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:
         """See Executor."""
-        _connect(job, monitor)
-        if job.recipe.rounds > 1:
-            return in_rounds(job, monitor, self)
-        queue = job.begin_synthesis()  # before the student, who would take the end of an earlier run for this one's
-        with Interruption() as interruption, _Training(job, monitor, interruption) as training:
-            outcome = _synthesize(job, monitor, queue, training.look, interruption, training.board)
-            return outcome, training.wait()
+        with _connected(job, monitor):
+            if job.recipe.rounds > 1:
+                return in_rounds(job, monitor, self)
+            queue = job.begin_synthesis()  # before the student, who would take the end of an earlier run for this one's
+            with Interruption() as interruption, _Training(job, monitor, interruption) as training:
+                outcome = _synthesize(job, monitor, queue, training.look, interruption, training.board)
+                return outcome, training.wait()
 
 
 def _synthesize(
@@ -158,9 +162,21 @@ class _Training:
             self._monitor.student(entry)
 
 
+@contextlib.contextmanager
+def _connected(job: Job, monitor: Monitor) -> Iterator[None]:
+    """Ray prints what it hears of nodes, some of it when it ends; standard output is for what a command answers."""
+    with contextlib.redirect_stdout(sys.stderr):
+        if ray.is_initialized():
+            yield
+            return
+        _connect(job, monitor)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
 def _connect(job: Job, monitor: Monitor) -> None:
-    if ray.is_initialized():
-        return
     address = job.recipe.runtime.address
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     on_sigterm = signal.getsignal(signal.SIGTERM)

@@ -123,3 +123,20 @@ def test_weights_that_changed_under_a_run_stop_its_workers(ray_cluster, tmp_path
     with pytest.raises(RecipeError, match="not the weights that this run began with"):
         RayExecutor().synthesize(job, monitor)
     assert job.transfer_set.committed() == set()
+
+
+class PrintsAsRayDoes(Monitor):
+    def synthesis_started(self) -> None:
+        super().synthesis_started()
+        print("(raylet) The node with node id 1 has been marked dead")  # noqa: T201 - that is the point
+
+
+def test_what_ray_prints_is_not_on_standard_output(ray_cluster, tmp_path, capsys):
+    from raydfkd.distributed.run import RayExecutor
+
+    job = open_job(small_recipe(tmp_path, "transfer_set.images_per_class=4", "synthesis.steps=4"))
+    with PrintsAsRayDoes(Console(file=io.StringIO()), MetricsLog(tmp_path / "metrics.jsonl", fresh=True)) as monitor:
+        RayExecutor().synthesize(job, monitor)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "marked dead" in printed.err
