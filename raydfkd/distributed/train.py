@@ -137,17 +137,17 @@ class _Meeting(ControllerCallback):
 def _newest_in(folder: Path) -> Checkpoint | None:
     """The newest checkpoint of the Train run in ``folder``.
 
-    Ray Train writes its list of them over the old one. Where a kill has hit it there, Train would refuse to go on: the
-    list goes, and the newest checkpoint that is whole is found by itself.
+    Ray Train lists a checkpoint some time after it is there, and writes the list over the old one. Where a kill came
+    before the first list, or has hit it, the newest checkpoint that is whole is found by itself; the damaged list goes,
+    since Train would refuse to go on from it.
     """
     listed = folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
-    if not listed.exists():
-        return None
-    try:
-        return Result.from_path(folder).checkpoint
-    except (ValueError, CheckpointManagerInitializationError) as error:
-        logger.warning("%s is damaged (%s); looking at the checkpoints themselves", listed, error)
-    listed.unlink()
+    if listed.exists():
+        try:
+            return Result.from_path(folder).checkpoint
+        except (ValueError, CheckpointManagerInitializationError) as error:
+            logger.warning("%s is damaged (%s); looking at the checkpoints themselves", listed, error)
+            listed.unlink()
     for path in sorted(folder.glob(f"checkpoint_*/{STATE}"), reverse=True):
         checkpoint = Checkpoint.from_directory(path.parent)
         with contextlib.suppress(RuntimeError, EOFError, pickle.UnpicklingError):  # cut off by the same kill

@@ -61,12 +61,14 @@ def test_waiting_ends_when_it_is_over(tmp_path):
 
 
 @pytest.mark.ray
-def test_checkpoints_are_found_where_their_list_was_cut_off_and_the_newest_too(tmp_path):
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_checkpoints_are_found_where_their_list_is_missing_or_was_cut_off_and_the_newest_too(is_listed, tmp_path):
     from raydfkd.distributed.rank import STATE
     from raydfkd.distributed.train import _newest_in
 
     assert _newest_in(tmp_path) is None
-    (tmp_path / "checkpoint_manager_snapshot.json").write_bytes(b"")
+    if is_listed:
+        (tmp_path / "checkpoint_manager_snapshot.json").write_bytes(b"")
     for number, content in enumerate([checkpoint_bytes({"step": torch.tensor(step)}) for step in (1, 2, 3)]):
         folder = tmp_path / f"checkpoint_2026-01-01_00-00-0{number}"
         folder.mkdir()
