@@ -150,10 +150,11 @@ class ParquetSink:
             curve=tuple({name: float(value) for name, value in entry.items()} for entry in curve),
         )
         winner = self._publish(own)
-        if winner.parts != own.parts:  # equal where the client repeated a request that had succeeded
+        has_lost = winner.parts != own.parts  # equal where the client repeated a request that had succeeded
+        if has_lost:
             logger.info("unit %s was committed by attempt %d meanwhile", winner.unit, winner.attempt)
         if self._store.is_exclusive:  # else another attempt may come to count, and only gc knows
-            if winner.parts != own.parts:
+            if has_lost:
                 self._discard()
             for path in set(self._inherited) - {part.path for part in winner.parts}:
                 self._store.delete(path)

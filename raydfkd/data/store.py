@@ -69,9 +69,9 @@ class Store:
         is_local = protocol in ("file", "local")
         self._location: str = LocalFileSystem._strip_protocol(uri) if is_local else uri.removesuffix("/")
         self._storage_options = dict(storage_options or {})
-        self._records: Records = records
         self._is_remote = not is_local and protocol != "memory"
-        objects = EarliestFolder if records == "earliest" and self._is_remote else ObjectFolder
+        self._records: Records = records if self._is_remote else "exclusive"
+        objects = ObjectFolder if self.is_exclusive else EarliestFolder
         self._folder: Folder = (
             LocalFolder(Path(self._location)) if is_local else objects(self._location, self._storage_options)
         )
@@ -90,7 +90,7 @@ class Store:
     @property
     def is_exclusive(self) -> bool:
         """Whether what ``put_new`` created counts for ever."""
-        return not isinstance(self._folder, EarliestFolder)
+        return self._records == "exclusive"
 
     def put(self, path: str, data: bytes) -> None:
         """Write an object, replacing one of the same name; readers see the old bytes or the new ones.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 import signal
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from clusters import processes
-from rich.console import Console
 from small import small_recipe
 from toy import quiet_monitor
 
@@ -20,8 +18,6 @@ from raydfkd.data.failures import OutageError
 from raydfkd.interruption import Interruption
 from raydfkd.job import Job, open_job
 from raydfkd.local import LocalExecutor
-from raydfkd.metrics import MetricsLog
-from raydfkd.progress import Monitor
 from raydfkd.registry import RecipeError
 
 pytestmark = pytest.mark.ray
@@ -39,11 +35,7 @@ def job_of(folder, *settings):
 def pool_of(job):
     from raydfkd.distributed.pool import SynthesisPool  # noqa: PLC0415 - imports Ray
 
-    return SynthesisPool(job, quiet_monitor_of(job))
-
-
-def quiet_monitor_of(job):
-    return Monitor(Console(file=io.StringIO()), MetricsLog(Path(job.recipe.run_dir) / "metrics.jsonl", fresh=True))
+    return SynthesisPool(job, quiet_monitor(Path(job.recipe.run_dir)))
 
 
 def test_actors_without_a_unit_are_ended_when_the_queue_drains(ray_cluster, tmp_path):

@@ -6,7 +6,6 @@ Run by make test-cluster; about three minutes.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import subprocess
 import sys
@@ -17,14 +16,13 @@ from pathlib import Path
 
 import pytest
 from clusters import Nodes, cluster
-from rich.console import Console
 from small import small_recipe
+from toy import quiet_monitor
 
 from raydfkd.checkpoints import read_checkpoint
 from raydfkd.job import open_job
 from raydfkd.local import LocalExecutor
-from raydfkd.metrics import MetricsLog, read_metrics
-from raydfkd.progress import Monitor
+from raydfkd.metrics import read_metrics
 
 pytestmark = pytest.mark.cluster
 
@@ -50,9 +48,8 @@ def recipe_file(folder: Path, *, units: int = 2, steps: int = 1_000_000) -> Path
         "runtime.cpus_per_student_worker=0.5",
         "runtime.resources_per_student_worker={train: 1}",
     )
-    monitor = Monitor(Console(file=io.StringIO()), MetricsLog(folder / "synthesis.jsonl", fresh=True))
     job = open_job(recipe)
-    LocalExecutor().synthesize(replace(job, units=job.units[:units]), monitor)
+    LocalExecutor().synthesize(replace(job, units=job.units[:units]), quiet_monitor(folder / "synthesis"))
     if units < len(job.units):
         job.transfer_set.reopen()
     path = folder / "recipe.yaml"
