@@ -8,10 +8,14 @@ import sys
 
 import typer
 
-from raydfkd.commands import cluster, inspecting, machine, running, storage
-from raydfkd.commands.answers import DONE, INCOMPLETE, INTERRUPTED, WRONG_INPUT, complain
+from raydfkd.commands import inspect as inspecting
+from raydfkd.commands import jobs as cluster
+from raydfkd.commands import node as machine
+from raydfkd.commands import run as running
+from raydfkd.commands import storage
 from raydfkd.commands.bench import bench
-from raydfkd.registry import RecipeError
+from raydfkd.commands.output import DONE, INCOMPLETE, INTERRUPTED, WRONG_INPUT, complain
+from raydfkd.errors import RecipeError
 
 app = typer.Typer(
     name="raydfkd",
@@ -52,7 +56,7 @@ def main() -> None:
         complain(" ".join(str(error).splitlines()))
         sys.exit(WRONG_INPUT)
     except OSError as error:
-        from raydfkd.data.failures import StoreError
+        from raydfkd.store.errors import StoreError
 
         if not isinstance(error, StoreError):
             raise

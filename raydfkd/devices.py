@@ -1,8 +1,9 @@
-"""What a process computes on, and how it is to use a CPU."""
+"""What a process computes on, how it is to use a CPU, and what it looks like when memory runs out."""
 
 from __future__ import annotations
 
 import ctypes
+import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from functools import cache
 
 import torch
 
-from raydfkd.registry import RecipeError
+from raydfkd.errors import RecipeError
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -47,3 +48,20 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(m_mmap_threshold, 1 << 30)
         mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+_ALLOCATORS = ("DefaultCPUAllocator", "not enough memory", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that an allocation failed, on any device; less work at once may then succeed."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(allocator in str(error) for allocator in _ALLOCATORS)
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{platform.machine()} CPU"

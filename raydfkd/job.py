@@ -7,19 +7,20 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
 
 from torch import Tensor, nn
 
+from raydfkd.config.recipe import Recipe
 from raydfkd.data.commits import Snapshot
 from raydfkd.data.encodings import Encoding
+from raydfkd.data.student_versions import StudentPublisher
 from raydfkd.data.transfer_set import TransferSet
-from raydfkd.distill.published import Announce, StudentPublisher, tell_nobody
-from raydfkd.networks import build_network
-from raydfkd.progress import Monitor
-from raydfkd.recipe import Recipe
-from raydfkd.schedule import Failure, UnitQueue, WorkUnit, derive_seed
-from raydfkd.synthesis.assembly import asks_student, digest_of, load_teacher
+from raydfkd.losses.objective import TERMS
+from raydfkd.networks.build import build_network
+from raydfkd.networks.observed import Need
+from raydfkd.networks.weights import load_teacher
+from raydfkd.seeds import derive_seed
+from raydfkd.units import Failure, UnitQueue, WorkUnit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,20 +87,20 @@ class Job:
     def catch_up(self, queue: UnitQueue) -> None:
         """Tell the queue of units that others have committed, and of commits that were found damaged and taken out."""
         queue.finished_elsewhere(self.transfer_set.committed())
-        for unit_id in self.transfer_set.quarantined() & self.unit_ids:
+        for unit_id in self.transfer_set.damaged() & self.unit_ids:
             queue.reopened(self.units_by_id[unit_id])
 
     def end_synthesis(self, queue: UnitQueue) -> SynthesisOutcome:
         """Say in the set that no more units will come."""
-        self.transfer_set.close([failure.unit for failure in queue.quarantined])
-        return SynthesisOutcome(attempted=queue.attempted, quarantined=queue.quarantined)
+        self.transfer_set.close([failure.unit for failure in queue.given_up])
+        return SynthesisOutcome(attempted=queue.attempted, given_up=queue.given_up)
 
-    def publisher(self, announce: Announce = tell_nobody) -> Callable[[int, Mapping[str, Tensor]], None] | None:
+    def publisher(self) -> Callable[[int, Mapping[str, Tensor]], None] | None:
         """Takes versions of the student to the set, where synthesis asks it; in rounds the last one of each."""
         if not asks_student(self.recipe):
             return None
         recipe = self.recipe
-        publisher = StudentPublisher(self.transfer_set.store, keep=max(3, recipe.rounds), announce=announce)
+        publisher = StudentPublisher(self.transfer_set.store, keep=max(3, recipe.rounds))
         if recipe.rounds == 1:
             return publisher.publish
         ends = {recipe.steps_until(number) for number in range(recipe.rounds)}
@@ -116,29 +117,7 @@ class SynthesisOutcome:
     """How synthesis ended."""
 
     attempted: int
-    quarantined: tuple[Failure, ...]
-
-
-def in_rounds(job: Job, monitor: Monitor, executor: Executor) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:
-    """Synthesis and training in turns, as often as the recipe has rounds."""
-    attempted = 0
-    for part in job.rounds():
-        outcome, student = executor.synthesize(part, monitor), executor.distill(part, monitor)
-        attempted += outcome.attempted
-    return replace(outcome, attempted=attempted), student
-
-
-class Executor(Protocol):
-    """Where the work happens: this process or a Ray cluster."""
-
-    def synthesize(self, job: Job, monitor: Monitor) -> SynthesisOutcome:
-        """Work until every unit is committed or set aside; the set is closed then."""
-
-    def distill(self, job: Job, monitor: Monitor) -> Mapping[str, Tensor]:
-        """Train the student on a set that is complete or growing; returns its state dict."""
-
-    def run(self, job: Job, monitor: Monitor) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:
-        """Both, at once where that is possible."""
+    given_up: tuple[Failure, ...]
 
 
 def open_job(recipe: Recipe) -> Job:
@@ -161,5 +140,17 @@ def transfer_set_of(recipe: Recipe, digest: str) -> TransferSet:
         storage_options=spec.storage_options,
         part_rows=spec.part_rows,
         encoding=Encoding(kind=spec.encoding.kind, quality=spec.encoding.quality),
-        records=spec.records,
     )
+
+
+def asks_student(recipe: Recipe) -> bool:
+    """Whether a term of the recipe's objective asks the student."""
+    return any(
+        Need.STUDENT in TERMS.get(term.term, where=f"synthesis.objective[{index}]").needs  # type: ignore[attr-defined]
+        for index, term in enumerate(recipe.synthesis.objective)
+    )
+
+
+def digest_of(recipe: Recipe, weights_sha256: str) -> str:
+    """Digest of all that the recipe's images depend on."""
+    return recipe.digest(weights_sha256, is_against_student=asks_student(recipe))

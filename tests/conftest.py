@@ -1,9 +1,38 @@
 """Its presence makes pytest put this folder on the path, so that tests in all subfolders can import ``toy``."""
 
+import itertools
+import uuid
+
 import pytest
 import torch
+
+from raydfkd.data.batches import SyntheticBatch
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)  # toy sizes gain nothing from more, and other sessions share the machine
+
+
+@pytest.fixture(params=["local", "memory"])
+def uri(request, tmp_path):
+    """An empty place of each kind."""
+    return str(tmp_path / "set") if request.param == "local" else f"memory://{uuid.uuid4().hex}/set"
+
+
+@pytest.fixture
+def make_batch():
+    """Makes batches of ``count`` 3 x 4 x 5 images and 7 classes, each unlike the others."""
+    seeds = itertools.count()
+
+    def make(count, *, objective=1.0, student_version=-1):
+        rng = torch.Generator().manual_seed(next(seeds))
+        return SyntheticBatch(
+            images=torch.randint(0, 256, (count, 3, 4, 5), dtype=torch.uint8, generator=rng),
+            labels=torch.randint(0, 7, (count,), generator=rng),
+            teacher_logits=torch.randn(count, 7, generator=rng).half(),
+            objective=objective,
+            student_version=student_version,
+        )
+
+    return make

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from raydfkd.loading import load_recipe
+from raydfkd.config.load import load_recipe
 
 JOBS = Path(__file__).parents[1] / "jobs"
 NAMES = sorted(path.name for path in JOBS.glob("*.yaml"))

@@ -14,20 +14,22 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from raydfkd.batches import SyntheticBatch
-from raydfkd.catalog import REGISTRIES
+from raydfkd.config.families import REGISTRIES
+from raydfkd.config.load import load_recipe
+from raydfkd.config.recipe import Recipe
+from raydfkd.config.registry import Registry
+from raydfkd.config.schema import ImageSpace
+from raydfkd.data.batches import SyntheticBatch
 from raydfkd.data.shards import encode_rows, write_part
-from raydfkd.loading import load_recipe
+from raydfkd.errors import RecipeError
 from raydfkd.losses.objective import View
-from raydfkd.metrics import MetricsLog
-from raydfkd.networks import ConvNet, save_bytes
-from raydfkd.observed import Need, Observation, ObservedNetwork
-from raydfkd.progress import Monitor
-from raydfkd.recipe import Recipe
-from raydfkd.registry import RecipeError, Registry
-from raydfkd.schedule import Request, WorkUnit
-from raydfkd.sections import ImageSpace
-from raydfkd.synthesis.assembly import build_synthesizer, load_teacher
+from raydfkd.networks.observed import Need, Observation, ObservedNetwork
+from raydfkd.networks.small import ConvNet
+from raydfkd.networks.weights import load_teacher, save_bytes
+from raydfkd.report.metrics import MetricsLog
+from raydfkd.run.progress import Monitor
+from raydfkd.synthesis.build import build_synthesizer
+from raydfkd.units import Request, WorkUnit
 
 CLASSES = 4
 SPACE = ImageSpace(channels=1, size=8, mean=(0.4,), std=(0.3,))

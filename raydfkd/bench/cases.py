@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from raydfkd.networks import build_network
-from raydfkd.recipe import Recipe
-from raydfkd.registry import RecipeError, did_you_mean
+from raydfkd.config.recipe import Recipe
+from raydfkd.errors import RecipeError, did_you_mean
+from raydfkd.networks.build import build_network
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,10 +13,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from raydfkd.batches import SyntheticBatch
+from raydfkd.data.batches import SyntheticBatch
 
 ROW_GROUP = 2000
-
 Pass = Callable[[], int]
 """Goes once over all rows as shuffled uint8 batches [N, C, H, W] on the host; returns how many rows it saw."""
 Feeder = Callable[[Path, SyntheticBatch, int, bool], Pass]

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from raydfkd.bench.ceilings import synchronize
 from raydfkd.bench.table import Row, alternate
-from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
-from raydfkd.generators import GENERATORS, StackedGenerators, StackForm
-from raydfkd.pipeline import device_name
-from raydfkd.sections import ImageSpace
+from raydfkd.config.schema import ImageSpace
+from raydfkd.devices import cpu_threads, device_name, keep_freed_memory, pick_device
+from raydfkd.networks.generators import GENERATORS, StackedGenerators, StackForm
 
 Step = Callable[[], Tensor]
 

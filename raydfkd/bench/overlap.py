@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional as F
 
-from raydfkd.batches import SyntheticBatch
 from raydfkd.bench.table import Row, alternate
+from raydfkd.data.batches import SyntheticBatch
 from raydfkd.data.encodings import Encoding, EncodingKind
 from raydfkd.data.transfer_set import TransferSet
-from raydfkd.devices import cpu_threads, pick_device
-from raydfkd.pipeline import device_name
-from raydfkd.schedule import Request, WorkUnit
+from raydfkd.devices import cpu_threads, device_name, pick_device
+from raydfkd.units import Request, WorkUnit
 
 KINDS: tuple[EncodingKind, ...] = ("raw", "png", "jpeg")
 SIZES = {32: 256, 224: 8}

@@ -13,10 +13,10 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from raydfkd.data.store import Store
-from raydfkd.loading import load_recipe
-from raydfkd.real_data import Split
-from raydfkd.recipe import Recipe
+from raydfkd.config.load import load_recipe
+from raydfkd.config.recipe import Recipe
+from raydfkd.images.real_data import Split
+from raydfkd.store.store import Store
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +102,8 @@ def _with_shared_teacher(recipe: Recipe, folder: Path) -> Recipe:
 def _teach(recipe: Recipe, folder: Path) -> None:
     from rich.console import Console
 
-    from raydfkd.pipeline import ensure_teacher, monitored
+    from raydfkd.run.run import monitored
+    from raydfkd.run.teach import ensure_teacher
 
     if recipe.teacher.train is None:
         return
@@ -115,9 +116,11 @@ def measure(cell: Cell, folder: Path) -> Result:
     """Run one cell in this process; what it synthesizes is thrown away."""
     from rich.console import Console
 
-    from raydfkd.budget import run_within
-    from raydfkd.devices import pick_device
-    from raydfkd.pipeline import check, device_name, evaluate, monitored
+    from raydfkd.devices import device_name, pick_device
+    from raydfkd.run.budget import run_within
+    from raydfkd.run.check import check
+    from raydfkd.run.judge import evaluate
+    from raydfkd.run.run import monitored
 
     with tempfile.TemporaryDirectory() as scratch:
         recipe = load_recipe(cell.recipe, [*cell.overrides, f"seed={cell.seed}"], run_dir=scratch)

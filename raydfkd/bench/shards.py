@@ -11,16 +11,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
-from raydfkd.batches import SyntheticBatch
 from raydfkd.bench.feeders import FEEDERS, ROW_GROUP, Feeder, raw_table
 from raydfkd.bench.table import Row, alternate
+from raydfkd.config.schema import SourceSpec
+from raydfkd.data.batches import SyntheticBatch
 from raydfkd.data.commits import Commit
 from raydfkd.data.sources import TransferSetSource
 from raydfkd.data.transfer_set import TransferSet
-from raydfkd.devices import cpu_threads, keep_freed_memory
-from raydfkd.pipeline import device_name
-from raydfkd.schedule import Request, WorkUnit
-from raydfkd.sections import SourceSpec
+from raydfkd.devices import cpu_threads, device_name, keep_freed_memory
+from raydfkd.units import Request, WorkUnit
 
 CLASSES = 10
 ROWS = {32: 40_000, 224: 800}

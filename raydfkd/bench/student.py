@@ -14,15 +14,14 @@ from torch import nn
 from raydfkd.bench.ceilings import synchronize
 from raydfkd.bench.shards import CLASSES, random_batch, write_unit
 from raydfkd.bench.table import Row, alternate
+from raydfkd.config.schema import DistillSpec, ImageSpace, SourceSpec, StudentSpec, TeacherSpec
 from raydfkd.data.sources import BatchSource, StudentBatch, TransferSetSource
 from raydfkd.data.transfer_set import TransferSet
-from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
+from raydfkd.devices import cpu_threads, device_name, keep_freed_memory, pick_device
 from raydfkd.distill.trainer import StudentTrainer
-from raydfkd.images import PixelRange
-from raydfkd.networks import build_network
-from raydfkd.observed import ObservedNetwork
-from raydfkd.pipeline import device_name
-from raydfkd.sections import DistillSpec, ImageSpace, SourceSpec, StudentSpec, TeacherSpec
+from raydfkd.images.pixels import PixelRange
+from raydfkd.networks.build import build_network
+from raydfkd.networks.observed import ObservedNetwork
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,13 +12,11 @@ from raydfkd.bench.cases import Case, build_teacher, choose_cases, missing_packa
 from raydfkd.bench.ceilings import Ceilings, cost_of_step, faster_precision, measure_ceilings, synchronize
 from raydfkd.bench.published import fair_loop, published_loop
 from raydfkd.bench.table import Row, alternate_all
-from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
-from raydfkd.pipeline import device_name
-from raydfkd.schedule import Request
-from raydfkd.synthesis.assembly import build_synthesizer
+from raydfkd.devices import cpu_threads, device_name, keep_freed_memory, pick_device
+from raydfkd.synthesis.build import build_synthesizer
+from raydfkd.units import Request
 
 logger = logging.getLogger(__name__)
-
 THEIR_SHARE = 5
 """Our steps in a round for each step of the slower loops."""
 

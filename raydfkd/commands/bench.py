@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from raydfkd.commands.answers import DONE
-from raydfkd.commands.arguments import AsJson, Overrides, load
+from raydfkd.commands.options import AsJson, Overrides, load
+from raydfkd.commands.output import DONE
 
 if TYPE_CHECKING:
     from raydfkd.bench.table import Row
 
 bench = typer.Typer(help="Measure speed against published loops and raw libraries.", no_args_is_help=True)
-
 Rounds = Annotated[int, typer.Option(min=1, help="Alternating rounds; the median counts.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
@@ -47,7 +46,7 @@ def bench_shards(
 
     feeders = dict(FEEDERS)
     if with_ray:
-        from raydfkd.distributed.feeding import ray_data
+        from raydfkd.bench.ray_data import ray_data
 
         feeders["Ray Data"] = ray_data
     return _print_rows(measure(rounds=rounds, feeders=feeders), is_json=as_json)

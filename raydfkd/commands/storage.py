@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from raydfkd.commands.answers import DONE, INCOMPLETE, complain
-from raydfkd.commands.arguments import AsJson, Overrides, RunDir, Source, load
-from raydfkd.registry import RecipeError
+from raydfkd.commands.options import AsJson, Overrides, RunDir, Source, load
+from raydfkd.commands.output import DONE, INCOMPLETE, complain
+from raydfkd.errors import RecipeError
 
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -49,7 +49,7 @@ def gc(
     """Remove what dead attempts left in the transfer set; may run beside workers and readers."""
     age_s = _seconds(older_than)
     plan = load(recipe, overrides, run_dir)
-    from raydfkd.data.collect import collect_garbage
+    from raydfkd.data.garbage import collect_garbage
     from raydfkd.job import open_job
 
     found = collect_garbage(open_job(plan).transfer_set, older_than_s=age_s, dry_run=dry_run)

@@ -15,16 +15,14 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from itertools import count
 
-from raydfkd.data.commits import UNIT_ID, Commit, Quarantine, Snapshot
-from raydfkd.data.failures import DamagedError
-from raydfkd.data.store import Store
-from raydfkd.data.threads import in_threads
+from raydfkd.data.background import in_threads
+from raydfkd.data.commits import UNIT_ID, Commit, DamageRecord, Snapshot
+from raydfkd.store.errors import DamagedError
+from raydfkd.store.store import Store
 
 logger = logging.getLogger(__name__)
-
 FETCHES = 16
 """Records that are fetched at once."""
-
 _RECORD_NAME = re.compile(rf"(?P<unit>{UNIT_ID})(@(?P<generation>[1-9][0-9]{{0,5}}))?\.json")
 
 
@@ -48,13 +46,13 @@ class CommitLog:
         """Ids of committed units, from names alone."""
         return set(self._live()[0])
 
-    def quarantined(self) -> set[str]:
+    def damaged(self) -> set[str]:
         """Ids of units whose last commit was taken out and that have no other yet, from names alone."""
-        live, quarantined = self._live()
-        return quarantined - live.keys()
+        live, damaged = self._live()
+        return damaged - live.keys()
 
     def snapshot(self, within: Collection[str] | None = None) -> Snapshot:
-        """What is committed now; a record is fetched once, and one that is damaged is quarantined."""
+        """What is committed now; a record is fetched once, and one that is damaged is marked damaged."""
         live, _ = self._live()
         wanted = live.keys() if within is None else live.keys() & set(within)
         unknown = sorted(unit for unit in wanted if not self._knows(unit, live[unit]))
@@ -65,7 +63,7 @@ class CommitLog:
         """The commit of a unit that counts now, looked up by its names; None if there is none."""
         generation = self._live_generation(unit)
         commit = self._fetch_if_there(unit, generation)
-        return None if self._is_quarantined(unit, generation) else commit
+        return None if self._is_damaged(unit, generation) else commit
 
     def publish(self, own: Commit) -> Commit:
         """Create the record of a commit; returns the one that counts, which another attempt may have created."""
@@ -74,11 +72,11 @@ class CommitLog:
             is_first = self._store.put_new(f"commits/{_name(own.unit, generation)}", mine.to_json())
             winner = mine if is_first else self._fetch(own.unit, generation)
             # asked last, since it may have been taken out between any two of our requests
-            if winner is not None and not self._is_quarantined(own.unit, generation):
+            if winner is not None and not self._is_damaged(own.unit, generation):
                 return winner
         raise AssertionError("there is always another generation")
 
-    def quarantine(self, commit: Commit, damage: DamagedError) -> bool:
+    def mark_damaged(self, commit: Commit, damage: DamagedError) -> bool:
         """Take a commit out of the set, unless it is out of it; returns whether this call did."""
         path = f"commits/{_name(commit.unit, commit.generation)}"
         try:
@@ -93,20 +91,20 @@ class CommitLog:
                 return False
         return self._take_out(commit.unit, commit.generation, damage)
 
-    def reason(self, unit: str) -> Quarantine | None:
+    def reason(self, unit: str) -> DamageRecord | None:
         """The newest quarantine of a unit, or None; one whose record is damaged too counts all the same."""
         generation = self._live_generation(unit) - 1
         if generation < 0:
             return None
         path = f"quarantine/{_name(unit, generation)}"
         try:
-            return Quarantine.from_json(self._store.get(path))
+            return DamageRecord.from_json(self._store.get(path))
         except ValueError as error:
-            return Quarantine(unit=unit, generation=generation, path=path, reason=f"is damaged: {error}")
+            return DamageRecord(unit=unit, generation=generation, path=path, reason=f"is damaged: {error}")
 
     def _live(self) -> tuple[dict[str, int], set[str]]:
-        """The generation of each committed unit, and the units that were ever quarantined."""
-        commits = list(self._names("commits"))  # first, so that what is quarantined meanwhile is left out
+        """The generation of each committed unit, and the units that were ever marked damaged."""
+        commits = list(self._names("commits"))  # first, so that what is marked damaged meanwhile is left out
         quarantines = set(self._names("quarantine"))
         quarantined = {unit for unit, _ in quarantines}
         first_free = {unit: next(g for g in count() if (unit, g) not in quarantines) for unit in quarantined}
@@ -120,9 +118,9 @@ class CommitLog:
                 yield match["unit"], int(match["generation"] or 0)
 
     def _live_generation(self, unit: str) -> int:
-        return next(generation for generation in count() if not self._is_quarantined(unit, generation))
+        return next(generation for generation in count() if not self._is_damaged(unit, generation))
 
-    def _is_quarantined(self, unit: str, generation: int) -> bool:
+    def _is_damaged(self, unit: str, generation: int) -> bool:
         return self._store.exists(f"quarantine/{_name(unit, generation)}")
 
     def _knows(self, unit: str, generation: int) -> bool:
@@ -135,7 +133,7 @@ class CommitLog:
             return None
 
     def _fetch(self, unit: str, generation: int) -> Commit | None:
-        """A commit by its name; None if what is there is no commit, which is quarantined then."""
+        """A commit by its name; None if what is there is no commit, which is marked damaged then."""
         if self._knows(unit, generation):
             return self._known[unit]
         path = f"commits/{_name(unit, generation)}"
@@ -157,10 +155,10 @@ class CommitLog:
 
     def _take_out(self, unit: str, generation: int, damage: DamagedError) -> bool:
         self._check()
-        record = Quarantine(unit=unit, generation=generation, path=damage.path, reason=damage.reason)
+        record = DamageRecord(unit=unit, generation=generation, path=damage.path, reason=damage.reason)
         is_first = self._store.put_new(f"quarantine/{_name(unit, generation)}", record.to_json())
         if is_first:
-            logger.warning("unit %s is quarantined and has to be made again: %s", unit, damage)
+            logger.warning("unit %s is damaged and has to be made again: %s", unit, damage)
         return is_first
 
     def _not_a_record(self, path: str, error: ValueError) -> DamagedError:

@@ -1,4 +1,4 @@
-"""Records of what is in a transfer set: parts, commits, quarantines and snapshots, as data and as JSON."""
+"""Records of what is in a transfer set: parts, commits, damage and snapshots, as data and as JSON."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from typing import Annotated, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 T = TypeVar("T")
-
 # a diverged objective is NaN and has to survive the round trip
 RECORD = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
 """How every record is read and written."""
-
 UNIT_ID = r"[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*"
 """Usable as a file name everywhere; no separator, no ``..`` and no ``@``."""
 UnitId = Annotated[str, Field(pattern=rf"^{UNIT_ID}$", max_length=128)]
@@ -64,7 +62,7 @@ class Commit:
     curve: tuple[dict[str, float], ...]
     """Parts of the objective over the steps of synthesis."""
     generation: Generation = 0
-    """How many commits of the unit were quarantined before this one; set when it is published."""
+    """How many commits of the unit were marked damaged before this one; set when it is published."""
 
     def to_json(self) -> bytes:
         """The record as it is stored."""
@@ -86,7 +84,7 @@ class Commit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Quarantine:
+class DamageRecord:
     """The record that takes a commit out of the set for ever."""
 
     __pydantic_config__ = RECORD
@@ -101,16 +99,16 @@ class Quarantine:
 
     def to_json(self) -> bytes:
         """The record as it is stored."""
-        return _QUARANTINE.dump_json(self)
+        return _DAMAGE.dump_json(self)
 
     @classmethod
-    def from_json(cls, data: bytes) -> Quarantine:
+    def from_json(cls, data: bytes) -> DamageRecord:
         """Read a record.
 
         Raises:
             ValueError: not exactly such a record.
         """
-        return parse_record(_QUARANTINE, data)
+        return parse_record(_DAMAGE, data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,5 +176,5 @@ def parse_record(adapter: TypeAdapter[T], data: bytes) -> T:
 
 
 _COMMIT = TypeAdapter(Commit)
-_QUARANTINE = TypeAdapter(Quarantine)
+_DAMAGE = TypeAdapter(DamageRecord)
 _COMMITS = TypeAdapter(tuple[Commit, ...])

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from raydfkd.batches import SyntheticBatch
+from raydfkd.data.batches import SyntheticBatch
 from raydfkd.data.encodings import Encoding, EncodingKind, decode_images, encode_images
 
 RAW = Encoding()

@@ -14,18 +14,16 @@ import torch
 import xxhash
 from pydantic import TypeAdapter
 
-from raydfkd.batches import SyntheticBatch
 from raydfkd.data.background import OrderedCalls
+from raydfkd.data.batches import SyntheticBatch
 from raydfkd.data.commits import Commit, Part
 from raydfkd.data.encodings import Encoding
 from raydfkd.data.shards import GROUP_BYTES, RowsDigest, encode_rows, on_host, write_part
-from raydfkd.data.store import Store
-from raydfkd.schedule import WorkUnit
+from raydfkd.store.store import Store
+from raydfkd.units import WorkUnit
 
 logger = logging.getLogger(__name__)
-
 _PARTS = TypeAdapter(list[Part])
-
 WAITING = 2
 """Batches on the host that may wait to be encoded; the device waits while there are more."""
 
@@ -153,11 +151,10 @@ class ParquetSink:
         has_lost = winner.parts != own.parts  # equal where the client repeated a request that had succeeded
         if has_lost:
             logger.info("unit %s was committed by attempt %d meanwhile", winner.unit, winner.attempt)
-        if self._store.is_exclusive:  # else another attempt may come to count, and only gc knows
-            if has_lost:
-                self._discard()
-            for path in set(self._inherited) - {part.path for part in winner.parts}:
-                self._store.delete(path)
+        if has_lost:
+            self._discard()
+        for path in set(self._inherited) - {part.path for part in winner.parts}:
+            self._store.delete(path)
         return winner
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,18 +13,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from raydfkd.config.schema import SourceSpec
 from raydfkd.data.background import ahead
 from raydfkd.data.commits import Part, Snapshot
-from raydfkd.data.failures import DamagedError
-from raydfkd.data.passes import PassLog, PassPlanner
+from raydfkd.data.epochs import EpochLog, EpochPlanner
 from raydfkd.data.shards import StoredRows
+from raydfkd.data.shuffle_buffer import Piece, ShuffleBuffer
 from raydfkd.data.transfer_set import TransferSet
-from raydfkd.data.windows import Piece, Window
-from raydfkd.schedule import derive_seed
-from raydfkd.sections import SourceSpec
+from raydfkd.seeds import derive_seed
+from raydfkd.store.errors import DamagedError
 
 logger = logging.getLogger(__name__)
-
 POLL_S = 0.25
 AHEAD = 4
 """Batches that are made ahead of their use."""
@@ -84,10 +83,10 @@ class TransferSetSource:
     committed when it began, old and new ones at equal odds. A new image is as likely to be next as any other within
     ``refresh_steps``, none is forgotten, and once the set is complete every pass sees each image once.
 
-    A source that goes on from a checkpoint repeats what was done since with the same batches: passes that were begun
-    while the set grew are looked up in ``passes``.
+    A source that goes on from a checkpoint repeats what was done since with the same batches: epochs that were begun
+    while the set grew are looked up in ``epochs``.
 
-    Images that turn out to be damaged are quarantined, and a pass over the others begins; with several ranks the
+    Images that turn out to be damaged are taken out, and a pass over the others begins; with several ranks the
     error is raised too, since they are not at the same step, and the pass begins where training goes on.
 
     Args:
@@ -101,7 +100,7 @@ class TransferSetSource:
         rank: of this process.
         world_size: number of ranks.
         agree: makes all ranks use rank 0's snapshot; called by the thread that iterates.
-        passes: where rank 0 notes and looks up how passes began; unless given, a source that goes on chooses anew.
+        epochs: where rank 0 notes and looks up how epochs began; unless given, a source that goes on chooses anew.
         pin_memory: whether batches are made in memory that a CUDA device can copy from by itself.
     """
 
@@ -118,12 +117,12 @@ class TransferSetSource:
         rank: int = 0,
         world_size: int = 1,
         agree: Callable[[Snapshot | None], Snapshot | None] = in_this_process,
-        passes: PassLog | None = None,
+        epochs: EpochLog | None = None,
         pin_memory: bool = False,
     ) -> None:
         self._transfer_set = transfer_set
-        self._planner = PassPlanner(
-            transfer_set, spec, units=units, planned_images=planned_images, steps=steps, log=passes
+        self._planner = EpochPlanner(
+            transfer_set, spec, units=units, planned_images=planned_images, steps=steps, log=epochs
         )
         self._window_rows = max(spec.window_rows, batch_size)
         self._batch_size = batch_size
@@ -133,8 +132,8 @@ class TransferSetSource:
         self._pin_memory = pin_memory
         self._held: dict[str, StoredRows] = {}
         self._step = 0
-        self._pass = 0
-        self._step_in_pass = 0
+        self._epoch = 0
+        self._step_in_epoch = 0
         self._snapshot: Snapshot | None = None
         self._is_restored = False
 
@@ -148,21 +147,21 @@ class TransferSetSource:
                 raise ValueError(f"{snapshot.images} images cannot be shared by {self._world_size} training workers")
             newer = None
             try:
-                with closing(ahead(self._remaining(snapshot, self._step_in_pass), depth=AHEAD)) as batches:
+                with closing(ahead(self._remaining(snapshot, self._step_in_epoch), depth=AHEAD)) as batches:
                     while (newer := self._newer_than(snapshot)) is None and (batch := next(batches, None)) is not None:
                         self._step += 1
-                        self._step_in_pass += 1
+                        self._step_in_epoch += 1
                         yield batch
             except DamagedError as damage:
-                self._quarantine(damage, snapshot)
-            self._pass += 1
-            self._step_in_pass = 0
+                self._mark_damaged(damage, snapshot)
+            self._epoch += 1
+            self._step_in_epoch = 0
             self._snapshot = newer
 
-    def _quarantine(self, damage: DamagedError, snapshot: Snapshot) -> None:
+    def _mark_damaged(self, damage: DamagedError, snapshot: Snapshot) -> None:
         """Take what cannot be read out of the set; this pass is over then."""
         commit = next(commit for commit in snapshot.commits if damage.path in [part.path for part in commit.parts])
-        self._transfer_set.quarantine(commit, damage)
+        self._transfer_set.mark_damaged(commit, damage)
         if self._world_size > 1:
             raise damage  # the other ranks wait for this one's step
         logger.info("the student goes on without unit %s", commit.unit)
@@ -171,22 +170,22 @@ class TransferSetSource:
         """Step, pass, position in it, and the pinned snapshot."""
         return {
             "step": self._step,
-            "pass": self._pass,
-            "step_in_pass": self._step_in_pass,
+            "pass": self._epoch,
+            "step_in_epoch": self._step_in_epoch,
             "snapshot": None if self._snapshot is None else self._snapshot.to_json().decode(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``."""
-        self._step, self._pass, self._step_in_pass = state["step"], state["pass"], state["step_in_pass"]
+        self._step, self._epoch, self._step_in_epoch = state["step"], state["pass"], state["step_in_epoch"]
         pinned = state["snapshot"]
         self._snapshot = None if pinned is None else Snapshot.from_json(pinned.encode())
         self._is_restored = self._snapshot is not None
 
     def start_over(self) -> None:
         """Begin another pass, with the snapshot of then; on every rank alike."""
-        self._pass += 1
-        self._step_in_pass = 0
+        self._epoch += 1
+        self._step_in_epoch = 0
         self._snapshot, self._is_restored = None, False
 
     def _pinned(self) -> Snapshot:
@@ -203,19 +202,19 @@ class TransferSetSource:
                 self.start_over()
         is_asked = self._rank == 0
         while self._snapshot is None:
-            self._snapshot = self._agree(self._planner.begin(self._pass, self._step) if is_asked else None)
+            self._snapshot = self._agree(self._planner.begin(self._epoch, self._step) if is_asked else None)
             if self._snapshot is None:
                 time.sleep(POLL_S)
         return self._snapshot
 
     def _newer_than(self, snapshot: Snapshot) -> Snapshot | None:
         """What the next pass goes over if this one ends here, before its time; the same on every rank."""
-        if not self._planner.is_due(snapshot, self._step_in_pass):
+        if not self._planner.is_due(snapshot, self._step_in_epoch):
             return None
         is_asked = self._rank == 0
-        return self._agree(self._planner.end_early(self._pass, self._step, snapshot) if is_asked else None)
+        return self._agree(self._planner.end_early(self._epoch, self._step, snapshot) if is_asked else None)
 
-    def _windows(self, snapshot: Snapshot) -> list[list[Part]]:
+    def _buffers(self, snapshot: Snapshot) -> list[list[Part]]:
         """The parts in this pass's order, cut where a window is full.
 
         A rest too small for a batch joins the window before it: it would make a step of a few images, and none at all
@@ -236,7 +235,7 @@ class TransferSetSource:
     def _remaining(self, snapshot: Snapshot, skip: int) -> Generator[StudentBatch]:
         """This pass's batches but for the first ``skip``; runs on another thread than the steps are counted on."""
         shares, first_steps = [], []
-        for number, parts in enumerate(self._windows(snapshot)):
+        for number, parts in enumerate(self._buffers(snapshot)):
             share = self._share_of(parts, number)
             if skip < share.steps:
                 shares.append(share)
@@ -264,13 +263,13 @@ class TransferSetSource:
             order=torch.randperm(end - begin, generator=self._rng("rows", number, self._rank)),
         )
 
-    def _read_all(self, shares: list[_Share]) -> Generator[Window]:
+    def _read_all(self, shares: list[_Share]) -> Generator[ShuffleBuffer]:
         for share in shares:
-            window = Window(share.pieces, self._transfer_set.read, held=self._held)
+            window = ShuffleBuffer(share.pieces, self._transfer_set.read, held=self._held)
             self._held = window.parts
             yield window
 
-    def _batch(self, window: Window, share: _Share, step: int, snapshot_images: int) -> StudentBatch:
+    def _batch(self, window: ShuffleBuffer, share: _Share, step: int, snapshot_images: int) -> StudentBatch:
         sizes = [
             (end - start) * (step + 1) // share.steps - (end - start) * step // share.steps
             for start, end in pairwise(share.bounds)
@@ -287,7 +286,7 @@ class TransferSetSource:
         )
 
     def _rng(self, *parts: object) -> torch.Generator:
-        return torch.Generator().manual_seed(derive_seed(self._seed, self._pass, *parts))
+        return torch.Generator().manual_seed(derive_seed(self._seed, self._epoch, *parts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,20 +15,19 @@ from dataclasses import dataclass
 import xxhash
 from pydantic import TypeAdapter
 
+from raydfkd.data.background import in_threads
 from raydfkd.data.commit_log import CommitLog
-from raydfkd.data.commits import RECORD, Commit, Part, Quarantine, Snapshot, UnitId, parse_record
+from raydfkd.data.commits import RECORD, Commit, DamageRecord, Part, Snapshot, UnitId, parse_record
 from raydfkd.data.encodings import Encoding
-from raydfkd.data.failures import DamagedError
 from raydfkd.data.shards import RAW, StoredRows, decode_part
 from raydfkd.data.sink import ParquetSink
-from raydfkd.data.store import Records, Store
-from raydfkd.data.threads import in_threads
-from raydfkd.registry import RecipeError
-from raydfkd.schedule import WorkUnit
+from raydfkd.errors import RecipeError
+from raydfkd.store.errors import DamagedError
+from raydfkd.store.store import Store
+from raydfkd.units import WorkUnit
 
 FORMAT = 1
 """Version of layout and records."""
-
 READS = 4
 """Commits that ``verify`` reads at once; each holds a part."""
 
@@ -41,7 +40,7 @@ class Verdict:
     images: int
     """Images that were read and are as they were committed."""
     damage: str | None
-    """The first thing that is wrong, in one line; the unit is quarantined then."""
+    """The first thing that is wrong, in one line; the unit is marked damaged then."""
 
 
 class TransferSet:
@@ -49,7 +48,7 @@ class TransferSet:
 
     A reader sees units, whole ones only: it lists commits and opens the parts they name. Any attempt may be killed
     at any point and any unit made twice; that leaves files which nobody reads, and never a wrong set. A commit that
-    turns out to be damaged is quarantined: it is in no later snapshot, and its unit can be committed again.
+    turns out to be damaged is taken out: it is in no later snapshot, and its unit can be committed again.
 
     Whatever the store cannot do for good raises ``StoreError`` in one line.
 
@@ -59,7 +58,6 @@ class TransferSet:
         storage_options: of the file system.
         part_rows: rows of a part at most; large images make parts of fewer rows and about 32 MiB of pixels.
         encoding: of the pixels that are written; what is read says its own.
-        records: how the store decides between attempts; see ``Store``.
     """
 
     def __init__(
@@ -70,9 +68,8 @@ class TransferSet:
         storage_options: Mapping[str, object] | None = None,
         part_rows: int = 4096,
         encoding: Encoding = RAW,
-        records: Records = "exclusive",
     ) -> None:
-        self.store = Store(uri, storage_options, records=records)
+        self.store = Store(uri, storage_options)
         self.digest = digest
         self._part_rows = part_rows
         self._encoding = encoding
@@ -129,17 +126,17 @@ class TransferSet:
         """Ids of committed units, from names alone."""
         return self._log.committed()
 
-    def quarantined(self) -> set[str]:
-        """Ids of units whose commit was quarantined and that have no other yet, from names alone: to be made again.
+    def damaged(self) -> set[str]:
+        """Ids of units whose commit was marked damaged and that have no other yet, from names alone: to be made again.
 
         Units that a run gave up are others; ``close`` keeps those.
         """
-        return self._log.quarantined()
+        return self._log.damaged()
 
     def snapshot(self, within: Collection[str] | None = None) -> Snapshot:
         """What is committed now, of the units ``within`` if they are given; a record is fetched once.
 
-        A record that is not one is quarantined with a warning, and its unit left out.
+        A record that is not one is marked damaged with a warning, and its unit left out.
 
         Raises:
             RecipeError: a record is not one, and the set is of another recipe or format.
@@ -161,7 +158,7 @@ class TransferSet:
         except DamagedError:
             return self._read_once(part)  # what was damaged on its way here arrives the second time
 
-    def quarantine(self, commit: Commit, damage: DamagedError) -> bool:
+    def mark_damaged(self, commit: Commit, damage: DamagedError) -> bool:
         """Take a damaged commit out of the set; returns whether this call did.
 
         False where that commit is out of the set already, whoever took it out and whatever was committed since.
@@ -170,18 +167,18 @@ class TransferSet:
             commit: from a snapshot, however old.
             damage: why; what ``read`` raised.
         """
-        return self._log.quarantine(commit, damage)
+        return self._log.mark_damaged(commit, damage)
 
     def verify(self, within: Collection[str] | None = None) -> Iterator[Verdict]:
-        """Read every part that is committed; quarantines what is damaged and says of each unit how it is.
+        """Read every part that is committed; marks what is damaged and says of each unit how it is.
 
         Raises:
             RecipeError: the set is of another recipe or format.
         """
         self.check()
-        known = self.quarantined()
+        known = self.damaged()
         snapshot = self.snapshot(within)
-        for unit in sorted(self.quarantined() - known - set(snapshot.units)):
+        for unit in sorted(self.damaged() - known - set(snapshot.units)):
             record = self._log.reason(unit)
             if record is not None:
                 yield Verdict(unit=unit, images=0, damage=str(self._damage(record)))
@@ -191,9 +188,9 @@ class TransferSet:
         """``Snapshot.content_digest`` of what is committed now."""
         return self.snapshot(within).content_digest()
 
-    def close(self, quarantined: Sequence[str]) -> None:
-        """Say that synthesis has ended and the units ``quarantined`` will not come."""
-        self.store.put("closed.json", _CLOSED.dump_json(_Closed(quarantined=tuple(quarantined))))
+    def close(self, given_up: Sequence[str]) -> None:
+        """Say that synthesis has ended and the units ``given_up`` will not come."""
+        self.store.put("closed.json", _CLOSED.dump_json(_Closed(quarantined=tuple(given_up))))
 
     def reopen(self) -> None:
         """Say that synthesis goes on."""
@@ -228,11 +225,11 @@ class TransferSet:
             for part in commit.parts:
                 images += len(self.read(part))
         except DamagedError as damage:
-            self.quarantine(commit, damage)
+            self.mark_damaged(commit, damage)
             return Verdict(unit=commit.unit, images=images, damage=str(damage))
         return Verdict(unit=commit.unit, images=images, damage=None)
 
-    def _damage(self, record: Quarantine) -> DamagedError:
+    def _damage(self, record: DamageRecord) -> DamagedError:
         return DamagedError(self.store.uri, record.path, record.reason)
 
     def _refusal(self, problem: str) -> RecipeError:

@@ -7,8 +7,8 @@ from typing import Literal, Protocol
 from torch import Tensor
 from torch.nn import functional as F
 
-from raydfkd.observed import Observation
-from raydfkd.registry import Registry
+from raydfkd.config.registry import Registry
+from raydfkd.networks.observed import Observation
 
 
 class Criterion(Protocol):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from raydfkd.images import PixelRange
+from raydfkd.images.pixels import PixelRange
 
 
 @torch.no_grad()

@@ -8,34 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from raydfkd.config.schema import DistillSpec
 from raydfkd.data.sources import BatchSource, StudentBatch
 from raydfkd.distill.criteria import CRITERIA
-from raydfkd.images import PixelRange
-from raydfkd.observed import Observation, ObservedNetwork
-from raydfkd.schedule import derive_seed
-from raydfkd.sections import DistillSpec, OptimizerSpec
-from raydfkd.synthesis.augment import build_augmentations
-from raydfkd.synthesis.synthesizer import rng_from
-
-
-def build_optimizer(
-    student: nn.Module, spec: OptimizerSpec, *, steps: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Optimiser and learning-rate schedule of a recipe."""
-    optimizer: torch.optim.Optimizer
-    if spec.kind == "adam":
-        betas = (spec.momentum, 0.999)
-        optimizer = torch.optim.AdamW(student.parameters(), lr=spec.lr, betas=betas, weight_decay=spec.weight_decay)
-    else:
-        optimizer = torch.optim.SGD(
-            student.parameters(), lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay, nesterov=True
-        )
-    if spec.schedule == "one_cycle":
-        # One step more than is made: OneCycleLR raises when asked for the rate after its last.
-        return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, spec.lr, total_steps=steps + 1)
-    if spec.schedule == "cosine":
-        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+from raydfkd.images.augment import build_augmentations
+from raydfkd.images.pixels import PixelRange
+from raydfkd.networks.observed import Observation, ObservedNetwork
+from raydfkd.networks.optimizers import build_optimizer
+from raydfkd.seeds import derive_seed, rng_from
 
 
 class StudentTrainer:

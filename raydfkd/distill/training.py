@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
 from raydfkd.data.commits import Snapshot
-from raydfkd.data.passes import PassLog
+from raydfkd.data.epochs import EpochLog
 from raydfkd.data.sources import TransferSetSource, in_this_process
-from raydfkd.data.store import Store
 from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
 from raydfkd.distill.trainer import StudentTrainer
-from raydfkd.images import PixelRange
+from raydfkd.images.pixels import PixelRange
 from raydfkd.job import Job
-from raydfkd.observed import ObservedNetwork
-from raydfkd.schedule import derive_seed
-from raydfkd.synthesis.assembly import load_teacher
+from raydfkd.networks.observed import ObservedNetwork
+from raydfkd.networks.weights import load_teacher
+from raydfkd.seeds import derive_seed
+from raydfkd.store.store import Store
 
 
 class StudentTraining:
@@ -94,7 +94,7 @@ class StudentTraining:
             rank=rank,
             world_size=world_size,
             agree=agree,
-            passes=PassLog(Store(str(Path(recipe.run_dir) / "train")), job.student_digest),
+            epochs=EpochLog(Store(str(Path(recipe.run_dir) / "train")), job.student_digest),
             pin_memory=device.type == "cuda",
         )
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType
-from typing import Any
 
 import ray
 
+from raydfkd.config.recipe import Recipe
 from raydfkd.devices import pick_device
-from raydfkd.distill.published import PublishedStudents
-from raydfkd.distributed.drain import DrainNotice
-from raydfkd.distributed.student_feed import AnnouncedStudents
+from raydfkd.distributed.drain_notice import DrainNotice
 from raydfkd.job import transfer_set_of
-from raydfkd.recipe import Recipe
-from raydfkd.schedule import WorkUnit
-from raydfkd.synthesis.interlude import Interrupted
+from raydfkd.synthesis.checkpoint import Interrupted
 from raydfkd.synthesis.worker import SynthesisWorker
+from raydfkd.units import WorkUnit
 
 
 class SynthesisActor:
@@ -28,13 +25,11 @@ class SynthesisActor:
     Args:
         recipe: as JSON.
         digest: of the recipe and its teacher's weights.
-        board: to which the training pins versions of the student; None where no training runs beside the synthesis.
     """
 
-    def __init__(self, recipe: str, digest: str, board: Any) -> None:
+    def __init__(self, recipe: str, digest: str) -> None:
         self._recipe = Recipe.model_validate_json(recipe)
         self._digest = digest
-        self._board = board
         self._worker: SynthesisWorker | None = None
         self._is_working = False
         self._leaving = threading.Event()
@@ -45,13 +40,11 @@ class SynthesisActor:
         """Build the worker: teacher, objective, synthesizer."""
         if self._worker is None:
             transfer_set = transfer_set_of(self._recipe, self._digest)
-            stored = PublishedStudents(transfer_set.store).newest
             self._worker = SynthesisWorker(
                 self._recipe,
                 transfer_set,
                 device=pick_device(self._recipe.runtime.device),
                 should_stop=self._should_stop,
-                newest_student=stored if self._board is None else AnnouncedStudents(self._board, stored),
             )
 
     def run(self, unit: WorkUnit, attempt: int) -> bytes | None:

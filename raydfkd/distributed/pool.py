@@ -17,18 +17,17 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from raydfkd.config.recipe import Recipe
 from raydfkd.data.commits import Commit
-from raydfkd.data.failures import OutageError
 from raydfkd.distributed.actor import SynthesisActor
-from raydfkd.interruption import Interruption
+from raydfkd.errors import RecipeError
 from raydfkd.job import Job
-from raydfkd.progress import Monitor
-from raydfkd.recipe import Recipe
-from raydfkd.registry import RecipeError
-from raydfkd.schedule import UnitQueue, WorkUnit
+from raydfkd.run.progress import Monitor
+from raydfkd.run.signals import Interruption
+from raydfkd.store.errors import OutageError
+from raydfkd.units import UnitQueue, WorkUnit
 
 logger = logging.getLogger(__name__)
-
 POLL_S = 0.5
 SYNC_S = 5.0
 """Seconds between looks at what others have committed to the set or taken out of it."""
@@ -56,12 +55,10 @@ class SynthesisPool:
     Args:
         job: whose units are worked on.
         monitor: told of commits, losses and failures.
-        board: to which a training that runs at the same time pins versions of its student; None without one.
     """
 
-    def __init__(self, job: Job, monitor: Monitor, board: Any = None) -> None:
+    def __init__(self, job: Job, monitor: Monitor) -> None:
         self._job = job
-        self._board = board
         self._monitor = monitor
         self._workers = job.recipe.runtime.workers
         self._idle: list[Any] = []
@@ -130,7 +127,7 @@ class SynthesisPool:
             resources=dict(runtime.resources_per_worker),
             max_restarts=0,  # we see each death, and replace the actor if it is still wanted
         )
-        return remote.remote(self._job.recipe.located().model_dump_json(), self._job.digest, self._board)
+        return remote.remote(self._job.recipe.located().model_dump_json(), self._job.digest)
 
     def _await_ready(self, actor: Any) -> None:
         self._starting[actor.ready.remote()] = actor
@@ -198,7 +195,7 @@ class SynthesisPool:
             self._wait_for_store(cause)
             return
         failure = queue.failed(unit, f"{type(cause).__name__}: {cause}")
-        self._monitor.failed(failure, is_final=queue.is_quarantined(unit))
+        self._monitor.failed(failure, is_final=queue.is_given_up(unit))
 
     def _wait_for_store(self, outage: OutageError) -> None:
         """Let the run go on without its store for a while."""

@@ -21,7 +21,6 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 Resources = dict[str, float]
-
 GETS_ON_S = 600.0
 """A training that has run for so long since it last failed does not fail for the same reason."""
 NODE_ID = "ray.io/node-id"

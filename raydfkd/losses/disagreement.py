@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from raydfkd.losses.objective import TERMS, Term, View
-from raydfkd.observed import Need
+from raydfkd.networks.observed import Need
 
 
 @TERMS.register("competition")

@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from raydfkd.frozen import LayerMoments
 from raydfkd.losses.objective import TERMS, Term, View
-from raydfkd.observed import Need
+from raydfkd.networks.batchnorm import LayerMoments
+from raydfkd.networks.observed import Need
 
 
 @TERMS.register("bn_moments")

@@ -8,9 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from raydfkd.observed import Need, Observation
-from raydfkd.registry import RecipeError, Registry
-from raydfkd.sections import TermSpec
+from raydfkd.config.registry import Registry
+from raydfkd.config.schema import TermSpec
+from raydfkd.errors import RecipeError
+from raydfkd.networks.observed import Need, Observation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,7 @@ class Term(nn.Module):
 TERMS: Registry[Term] = Registry(
     "term",
     ["raydfkd.losses.outputs", "raydfkd.losses.moments", "raydfkd.losses.priors", "raydfkd.losses.disagreement"],
+    member="forward",
 )
 
 

@@ -11,13 +11,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from raydfkd.batches import SyntheticBatch
-from raydfkd.generators import GENERATORS, StackedGenerators, StackForm
-from raydfkd.memory import is_out_of_memory
-from raydfkd.schedule import Request
-from raydfkd.sections import BelowOne, Fraction, PluginSpec, Positive, PositiveFloat, Spec
-from raydfkd.synthesis.interlude import UNINTERRUPTED, Interlude
-from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Log, Progress, Setting, rng_from
+from raydfkd.config.schema import BelowOne, Fraction, Generator, PluginSpec, Positive, PositiveFloat, Spec
+from raydfkd.data.batches import SyntheticBatch
+from raydfkd.devices import is_out_of_memory
+from raydfkd.networks.generators import GENERATORS, StackedGenerators, StackForm
+from raydfkd.seeds import rng_from
+from raydfkd.synthesis.checkpoint import NO_HOOK, StepHook
+from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Log, Progress, Setting
+from raydfkd.units import Request
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ class GeneratorSynthesizer:
         *,
         steps: Positive,
         batch_per_class: Positive,
-        generator: PluginSpec = PluginSpec(kind="conv"),  # noqa: B008 - frozen
+        generator: Generator = PluginSpec(kind="conv"),  # noqa: B008 - frozen
         conditional: bool = False,
         lr: PositiveFloat = 5e-3,
         betas: tuple[BelowOne, BelowOne] = (0.5, 0.9),
@@ -144,16 +145,16 @@ class GeneratorSynthesizer:
         self._renewal = renewal
         self._form: StackForm = form
 
-    def produce(self, request: Request, log: Log, interlude: Interlude = UNINTERRUPTED) -> Iterator[SyntheticBatch]:
+    def produce(self, request: Request, log: Log, hook: StepHook = NO_HOOK) -> Iterator[SyntheticBatch]:
         """Train the unit's generators and stream their images.
 
         A batch that does not fit into memory is halved, for this unit and those after it.
         """
-        saved = interlude.resumed()
+        saved = hook.resumed()
         has_images = saved is not None  # or may have
         while True:
             try:
-                for batch in self._train(request, log, interlude, saved):
+                for batch in self._train(request, log, hook, saved):
                     has_images = True
                     yield batch
                 return
@@ -167,7 +168,7 @@ class GeneratorSynthesizer:
                 torch.cuda.empty_cache()
 
     def _train(
-        self, request: Request, log: Log, interlude: Interlude, saved: Mapping[str, Any] | None
+        self, request: Request, log: Log, hook: StepHook, saved: Mapping[str, Any] | None
     ) -> Iterator[SyntheticBatch]:
         pack = self._start(request, self._batch_per_class if saved is None else saved["batch_per_class"])
         if saved is not None:
@@ -178,7 +179,7 @@ class GeneratorSynthesizer:
         progress = Progress(log, steps=last)
         targets = self._targets(classes, pack.batch_per_class)
         while pack.step < last:
-            interlude(pack.state_dict)
+            hook(pack.state_dict)
             value = self._update(pack, targets, self._groups(classes))
             pack.step += 1
             progress(pack.step, value)

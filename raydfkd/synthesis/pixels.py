@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from raydfkd.batches import SyntheticBatch
-from raydfkd.memory import is_out_of_memory
-from raydfkd.schedule import Request
-from raydfkd.sections import BelowOne, Count, Positive, PositiveFloat, Spec
-from raydfkd.synthesis.interlude import UNINTERRUPTED, Interlude
-from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Log, Progress, Setting, rng_at, rng_from, warmup_cosine
+from raydfkd.config.schema import BelowOne, Count, Positive, PositiveFloat, Spec
+from raydfkd.data.batches import SyntheticBatch
+from raydfkd.devices import is_out_of_memory
+from raydfkd.networks.optimizers import warmup_cosine
+from raydfkd.seeds import rng_at, rng_from
+from raydfkd.synthesis.checkpoint import NO_HOOK, StepHook
+from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Log, Progress, Setting
+from raydfkd.units import Request
 
 logger = logging.getLogger(__name__)
 
@@ -149,14 +151,14 @@ class PixelSynthesizer:
         self._lr, self._betas, self._warmup = lr, betas, warmup
         self._clip = clip
 
-    def produce(self, request: Request, log: Log, interlude: Interlude = UNINTERRUPTED) -> Iterator[SyntheticBatch]:
+    def produce(self, request: Request, log: Log, hook: StepHook = NO_HOOK) -> Iterator[SyntheticBatch]:
         """Stream batches that together hold ``request.images_per_class`` images of each class."""
-        saved = interlude.resumed()
+        saved = hook.resumed()
         course = _Course.begin(request) if saved is None else _Course.from_state(saved, self._setting.device)
         while course.waiting or course.num_begun < request.images_per_class:
             if not course.waiting:
                 course.waiting.append(self._next_batch(request, course))
-            made = self._try_to_invert(course, log, interlude)
+            made = self._try_to_invert(course, log, hook)
             if made is not None:
                 course.waiting.pop()
                 yield made
@@ -169,7 +171,7 @@ class PixelSynthesizer:
         images = torch.cat([torch.randn(shape, generator=rng) for rng in course.noise])
         return _Start(noise=images, targets=self._setting.targets(request.classes, count), groups=len(request.classes))
 
-    def _try_to_invert(self, course: _Course, log: Log, interlude: Interlude) -> SyntheticBatch | None:
+    def _try_to_invert(self, course: _Course, log: Log, hook: StepHook) -> SyntheticBatch | None:
         """What the last of ``waiting`` becomes; None, with its halves in its place, where memory does not suffice."""
         start = course.waiting[-1]
         count = len(start.noise)
@@ -177,7 +179,7 @@ class PixelSynthesizer:
             if not course.step:
                 course.before = course.augmenting.get_state()
             try:
-                return self._invert(course, log, interlude)
+                return self._invert(course, log, hook)
             except (RuntimeError, MemoryError) as error:
                 if count == 1 or not is_out_of_memory(error):
                     raise
@@ -190,7 +192,7 @@ class PixelSynthesizer:
         course.waiting[-1:] = reversed(start.halves())
         return None
 
-    def _invert(self, course: _Course, log: Log, interlude: Interlude) -> SyntheticBatch:
+    def _invert(self, course: _Course, log: Log, hook: StepHook) -> SyntheticBatch:
         start, device = course.waiting[-1], self._setting.device
         if course.images is None:
             course.images = start.noise.to(device, copy=True).requires_grad_()
@@ -199,14 +201,14 @@ class PixelSynthesizer:
         first = 0
         for stage in self._stages:
             if course.step < first + stage.steps:
-                total = self._run(stage, first, course, targets, log, interlude)
+                total = self._run(stage, first, course, targets, log, hook)
             first += stage.steps
         kept = self._setting.judge.keep(course.images.detach(), targets, total.item())
         course.forget_images()
         return kept
 
     def _run(
-        self, stage: Stage, first: int, course: _Course, targets: Tensor | None, log: Log, interlude: Interlude
+        self, stage: Stage, first: int, course: _Course, targets: Tensor | None, log: Log, hook: StepHook
     ) -> Tensor:
         """The steps of ``stage`` that are left, where ``first`` come before it; returns the objective at the last."""
         judge, images, groups = self._setting.judge, course.images, course.waiting[-1].groups
@@ -219,7 +221,7 @@ class PixelSynthesizer:
         progress = Progress(log, steps=first + stage.steps)
         total = torch.zeros(())
         for step in range(course.step - first, stage.steps):
-            interlude(partial(course.state_dict, optimizer))
+            hook(partial(course.state_dict, optimizer))
             for group in optimizer.param_groups:
                 group["lr"] = self._lr * warmup_cosine(step, steps=stage.steps, warmup=self._warmup)
             seen = F.avg_pool2d(images, stage.pool) if stage.pool > 1 else images

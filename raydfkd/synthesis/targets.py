@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from raydfkd.registry import Registry
+from raydfkd.config.registry import Registry
 
 
 class TargetSampler(Protocol):

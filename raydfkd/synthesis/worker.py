@@ -9,17 +9,18 @@ from typing import Any
 
 import torch
 
+from raydfkd.config.recipe import Recipe
 from raydfkd.data.commits import Commit
 from raydfkd.data.sink import ParquetSink
+from raydfkd.data.student_versions import StudentVersions
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.devices import cpu_threads, keep_freed_memory
-from raydfkd.distill.published import PublishedStudents, Source
-from raydfkd.recipe import Recipe
-from raydfkd.registry import RecipeError
-from raydfkd.schedule import WorkUnit
-from raydfkd.synthesis.assembly import build_student, build_synthesizer, digest_of, load_teacher
-from raydfkd.synthesis.bookmark import Bookmark, Bookmarks
-from raydfkd.synthesis.interlude import Interrupted
+from raydfkd.errors import RecipeError
+from raydfkd.job import digest_of
+from raydfkd.networks.weights import load_teacher
+from raydfkd.synthesis.build import build_student, build_synthesizer
+from raydfkd.synthesis.checkpoint import CheckpointHook, Interrupted, UnitCheckpoint
+from raydfkd.units import WorkUnit
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,6 @@ class SynthesisWorker:
         transfer_set: where it goes.
         device: to work on.
         should_stop: whether the unit in work is to be left, its state saved; asked between any two steps.
-        newest_student: where the newest version of the student comes from, if there is a shorter way than the set's
-            store.
     """
 
     def __init__(
@@ -43,7 +42,6 @@ class SynthesisWorker:
         *,
         device: torch.device,
         should_stop: Callable[[], bool] = lambda: False,
-        newest_student: Source | None = None,
     ) -> None:
         if device.type == "cpu":
             keep_freed_memory()
@@ -59,8 +57,8 @@ class SynthesisWorker:
         self._transfer_set = transfer_set
         self._should_stop = should_stop
         self._recipe = recipe
-        self._students = PublishedStudents(transfer_set.store)
-        self._student = build_student(recipe, newest_student or self._students.newest, device)
+        self._students = StudentVersions(transfer_set.store)
+        self._student = build_student(recipe, self._students.newest, device)
         self._synthesizer = build_synthesizer(recipe, teacher, device, self._student)
 
     def run(self, unit: WorkUnit, attempt: int = 1) -> Commit:
@@ -71,11 +69,11 @@ class SynthesisWorker:
         Raises:
             Interrupted: ``should_stop`` said so; the unit's state is saved.
         """
-        bookmark = Bookmark(self._transfer_set.store, unit, self._transfer_set.digest)
+        checkpoint = UnitCheckpoint(self._transfer_set.store, unit, self._transfer_set.digest)
         self._meet_student(unit)
-        work = self._resume(unit, attempt, bookmark.load())
-        interlude = Bookmarks(
-            bookmark,
+        work = self._resume(unit, attempt, checkpoint.load())
+        hook = CheckpointHook(
+            checkpoint,
             every=self._checkpoint_every,
             should_stop=self._should_stop,
             on_step=self._look_for_student,
@@ -84,7 +82,7 @@ class SynthesisWorker:
         )
         try:
             with cpu_threads(self._threads):
-                for batch in self._synthesizer.produce(unit.request, work.log, interlude):
+                for batch in self._synthesizer.produce(unit.request, work.log, hook):
                     work.sink.write(batch)
             commit = work.sink.commit(seconds=work.seconds, curve=work.curve)
         except Interrupted:
@@ -92,9 +90,9 @@ class SynthesisWorker:
             raise
         except BaseException:
             work.sink.abandon()
-            bookmark.remove()  # for it may be what led here
+            checkpoint.remove()  # for it may be what led here
             raise
-        bookmark.remove()
+        checkpoint.remove()
         logger.info("unit %s committed: %d images, objective %.3f", unit.id, commit.images, commit.objective)
         return commit
 

@@ -16,7 +16,7 @@ from raydfkd.bench.generators import (
     one_by_one_step,
     stacked_step,
 )
-from raydfkd.generators import can_group
+from raydfkd.networks.generators import can_group
 
 TINY = GeneratorCase(size=8, options={"latent": 4, "width": 8}, cpu=((3, 2),), cuda=((3, 2),))
 

@@ -11,7 +11,7 @@ from manifests import CLUSTER, constrained, filled, items
 from pydantic import ValidationError
 from ray._private.ray_constants import RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
 
-from raydfkd.loading import load_recipe
+from raydfkd.config.load import load_recipe
 
 FILES = sorted(path.name for path in CLUSTER.glob("kuberay.*.yaml"))
 WITH_CLUSTER = ["kuberay.cluster.yaml", "kuberay.job.yaml"]

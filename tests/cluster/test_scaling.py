@@ -12,7 +12,7 @@ from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
 from ray.autoscaler.v2.utils import ResourceRequestUtil
 
-from raydfkd.loading import load_recipe
+from raydfkd.config.load import load_recipe
 
 CLUSTERS = ["launcher.aws.yaml", "launcher.gcp.yaml", "kuberay.cluster.yaml"]
 pytestmark = pytest.mark.parametrize("name", CLUSTERS)

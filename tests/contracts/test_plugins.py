@@ -4,13 +4,13 @@ import pytest
 import torch
 from toy import CLASSES, FAMILIES, SPACE, shipped, variants
 
+from raydfkd.config.schema import ImageSpace, TeacherSpec
 from raydfkd.distill.criteria import CRITERIA
-from raydfkd.generators import GENERATORS
-from raydfkd.networks import NETWORKS, build_network
-from raydfkd.observed import Observation
-from raydfkd.sections import ImageSpace, TeacherSpec
-from raydfkd.synthesis.augment import AUGMENTATIONS
-from raydfkd.synthesis.synthesizer import rng_from
+from raydfkd.images.augment import AUGMENTATIONS
+from raydfkd.networks.build import NETWORKS, build_network
+from raydfkd.networks.generators import GENERATORS
+from raydfkd.networks.observed import Observation
+from raydfkd.seeds import rng_from
 from raydfkd.synthesis.targets import TARGETS
 
 STRONG = {
@@ -46,8 +46,9 @@ def criterion_value(case, student, teacher, labels):
 @pytest.mark.parametrize(("family", "name"), PLUGINS)
 def test_plugin_says_in_one_line_what_it_is_and_what_each_option_means(family, name):
     meaning, options = FAMILIES[family].describe(name)
-    assert 10 < len(meaning) <= 120
-    assert meaning[-1] in ".;:"
+    first = meaning.partition("\n")[0]
+    assert 10 < len(first) <= 120
+    assert first[-1] in ".;:"
     assert [option.name for option in options if not option.meaning] == []
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from toy import BATCHNORM_TAPS, batchnorm_teacher, plain_teacher, shipped, toy_images, toy_view, variants
 
+from raydfkd.config.schema import TermSpec
+from raydfkd.errors import RecipeError
 from raydfkd.losses.objective import TERMS, Term, View, build_objective
-from raydfkd.observed import Need, Observation, ObservedNetwork
-from raydfkd.registry import RecipeError
-from raydfkd.sections import TermSpec
+from raydfkd.networks.observed import Need, Observation, ObservedNetwork
 
 CASES = [(name, options) for name in shipped(TERMS) for options in variants(TERMS, name)]
 MOMENTS = frozenset({Need.MOMENTS, Need.CLASS_MOMENTS})

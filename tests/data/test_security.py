@@ -16,11 +16,11 @@ import pytest
 import xxhash
 from toy import encode_part
 
-from raydfkd.data import failures
-from raydfkd.data.collect import collect_garbage
-from raydfkd.data.failures import DamagedError
+from raydfkd.data.garbage import collect_garbage
 from raydfkd.data.transfer_set import TransferSet
-from raydfkd.registry import RecipeError
+from raydfkd.errors import RecipeError
+from raydfkd.store import retry as failures
+from raydfkd.store.errors import DamagedError
 
 DIGEST = "d" * 64
 

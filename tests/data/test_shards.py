@@ -11,7 +11,7 @@ import torch
 import xxhash
 from toy import encode_part
 
-from raydfkd.batches import SyntheticBatch
+from raydfkd.data.batches import SyntheticBatch
 from raydfkd.data.shards import GROUP_BYTES, RowsDigest, _only_page, decode_part, rows_digest
 
 

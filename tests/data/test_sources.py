@@ -7,16 +7,16 @@ import weakref
 import pytest
 import torch
 
-from raydfkd.batches import SyntheticBatch
+from raydfkd.config.schema import SourceSpec
 from raydfkd.data import sources
-from raydfkd.data.failures import DamagedError
-from raydfkd.data.passes import PassLog
+from raydfkd.data.batches import SyntheticBatch
+from raydfkd.data.epochs import EpochLog
 from raydfkd.data.shards import StoredRows
 from raydfkd.data.sources import TransferSetSource
-from raydfkd.data.store import Store
 from raydfkd.data.transfer_set import TransferSet
-from raydfkd.schedule import Request, WorkUnit
-from raydfkd.sections import SourceSpec
+from raydfkd.store.errors import DamagedError
+from raydfkd.store.store import Store
+from raydfkd.units import Request, WorkUnit
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ class Rows:
             written += numbers.tolist()
         return written
 
-    def sources(self, ranks=1, *, steps=1000, batch_size=8, seed=3, planned=None, on_wait=None, passes=None, **spec):
+    def sources(self, ranks=1, *, steps=1000, batch_size=8, seed=3, planned=None, on_wait=None, epochs=None, **spec):
         """One source a rank; rank 0 must be asked first in every step. It calls ``on_wait`` instead of waiting."""
         agreed = []
 
@@ -74,7 +74,7 @@ class Rows:
                 rank=rank,
                 world_size=ranks,
                 agree=agree if rank == 0 else follower(agreed),
-                passes=passes,
+                epochs=epochs,
             )
             for rank in range(ranks)
         ]
@@ -86,13 +86,13 @@ def follower(agreed):
     return lambda _: agreed[next(number)]
 
 
-def passes(sources, count):
-    """``count`` passes of all ranks in step: for each pass, for each step, the ranks' batches."""
+def epochs(sources, count):
+    """``count`` epochs of all ranks in step: for each pass, for each step, the ranks' batches."""
     streams = [iter(source) for source in sources]
     found = []
     while True:
         step = [next(stream) for stream in streams]
-        positions = {(source.state_dict()["pass"], source.state_dict()["step_in_pass"]) for source in sources}
+        positions = {(source.state_dict()["pass"], source.state_dict()["step_in_epoch"]) for source in sources}
         assert len(positions) == 1, "all ranks stand at the same step of the same pass"
         number = positions.pop()[0]
         if number == count:
@@ -115,7 +115,7 @@ def taken(stream, count):
 def test_every_row_is_seen_exactly_once_in_a_pass(tmp_path, ranks, window_rows):
     rows = Rows(tmp_path, part_rows=7)
     written = rows.write(5, 16, 9, 23, 6, 4)
-    for steps in passes(rows.sources(ranks, window_rows=window_rows), 3):
+    for steps in epochs(rows.sources(ranks, window_rows=window_rows), 3):
         assert sorted(numbers_of(steps)) == written
 
 
@@ -123,7 +123,7 @@ def test_every_row_is_seen_exactly_once_in_a_pass(tmp_path, ranks, window_rows):
 def test_shares_of_the_ranks_average_to_one_and_weigh_every_image_alike(tmp_path, ranks):
     rows = Rows(tmp_path, part_rows=7)
     rows.write(5, 16, 9, 23)
-    for steps in passes(rows.sources(ranks), 2):
+    for steps in epochs(rows.sources(ranks), 2):
         for step in steps:
             assert sum(batch.share for batch in step) / ranks == pytest.approx(1)
             images = sum(len(batch.labels) for batch in step)
@@ -137,7 +137,7 @@ def test_every_step_is_a_whole_batch_to_rounding_and_every_rank_has_a_part_of_it
     """A window of a few rows, such as the last one of a pass, would make a step that is mostly noise."""
     rows = Rows(tmp_path, part_rows=5)
     rows.write(20, 30, 13, 1, 2)
-    for steps in passes(rows.sources(ranks, batch_size=8, window_rows=window_rows), 4):
+    for steps in epochs(rows.sources(ranks, batch_size=8, window_rows=window_rows), 4):
         for step in steps:
             assert 8 - ranks < sum(len(batch.labels) for batch in step) < 16 + ranks
             assert min(len(batch.labels) for batch in step) >= 8 // ranks
@@ -146,7 +146,7 @@ def test_every_step_is_a_whole_batch_to_rounding_and_every_rank_has_a_part_of_it
 def test_columns_of_a_row_stay_together(tmp_path):
     rows = Rows(tmp_path, part_rows=7)
     rows.write(9, 16)
-    for steps in passes(rows.sources(), 1):
+    for steps in epochs(rows.sources(), 1):
         for (batch,) in steps:
             assert batch.images.dtype == torch.uint8
             assert batch.images[:, 0, 0, 0].tolist() == batch.labels.tolist()
@@ -156,14 +156,14 @@ def test_columns_of_a_row_stay_together(tmp_path):
 def test_passes_differ_in_their_order(tmp_path):
     rows = Rows(tmp_path)
     rows.write(20, 20)
-    first, second = passes(rows.sources(), 2)
+    first, second = epochs(rows.sources(), 2)
     assert numbers_of(first) != numbers_of(second)
 
 
 def test_order_mixes_rows_of_different_units(tmp_path):
     rows = Rows(tmp_path)
     rows.write(20, 20)
-    (steps,) = passes(rows.sources(batch_size=10), 1)
+    (steps,) = epochs(rows.sources(batch_size=10), 1)
     for step in steps:
         units = {number // 20 for number in numbers_of([step])}
         assert units == {0, 1}
@@ -291,7 +291,7 @@ def test_student_keeps_pace_with_a_synthesis_that_is_slower(tmp_path, complete_b
     begun = 0
     for step in range(steps):
         batch = next(stream)
-        if source.state_dict()["step_in_pass"] == 1:
+        if source.state_dict()["step_in_epoch"] == 1:
             begun = step
         share = min(1.0, begun / (complete_by * steps)) if complete_by else 1.0
         wanted = min(planned, max(4, int(share * planned)))
@@ -326,7 +326,7 @@ def test_rows_that_are_not_committed_are_never_seen(tmp_path):
     committed = rows.write(8)
     rows.write(8, commit=False)
     committed += rows.write(8)
-    for steps in passes(rows.sources(), 3):
+    for steps in epochs(rows.sources(), 3):
         assert sorted(numbers_of(steps)) == committed
 
 
@@ -337,7 +337,7 @@ def test_units_outside_the_plan_are_never_seen(tmp_path):
     rows.units = []  # the source keeps the list it was given
     rows.units += ["u000"]
     rows.write(8)
-    for steps in passes([source], 3):
+    for steps in epochs([source], 3):
         assert sorted(numbers_of(steps)) == planned
 
 
@@ -386,12 +386,12 @@ def test_set_that_fits_into_a_window_is_read_once(tmp_path, monkeypatch):
     reads = []
     read = TransferSet.read
     monkeypatch.setattr(TransferSet, "read", lambda self, part: reads.append(part.path) or read(self, part))
-    passes(rows.sources(batch_size=4), 3)
+    epochs(rows.sources(batch_size=4), 3)
     assert len(reads) == len(set(reads)) == 10
 
 
 def part_of_the_second_window(rows):
-    (first,) = passes(rows.sources(window_rows=8), 1)
+    (first,) = epochs(rows.sources(window_rows=8), 1)
     return next(
         part
         for commit in rows.set.snapshot().commits
@@ -410,7 +410,7 @@ def test_unit_that_cannot_be_read_is_quarantined_and_the_student_goes_on_without
     (source,) = rows.sources(window_rows=8)
     begun = taken(iter(source), 1)
     rest = taken(iter(source), 2)
-    assert rows.set.quarantined() == {unit}
+    assert rows.set.damaged() == {unit}
     assert [record.getMessage() for record in caplog.records if unit in record.getMessage()]
     left = [number for number in written if number // 8 != int(unit[1:])]
     assert sorted(sum(rest, [])) == left, "a pass over all others"
@@ -437,7 +437,7 @@ def test_with_several_ranks_damage_ends_the_training_so_that_all_begin_a_pass_to
         source.load_state_dict(state)
     with pytest.raises(DamagedError):
         list(zip(*map(iter, restored), strict=True))
-    assert rows.set.quarantined() == {unit}
+    assert rows.set.damaged() == {unit}
     rows.set.store.put(broken.path, content)  # whatever is there now, nobody reads it
     restored = rows.sources(2, window_rows=8, on_wait=lambda: None)
     for source, state in zip(restored, states, strict=True):
@@ -464,7 +464,7 @@ def test_pass_ends_early_for_a_newer_snapshot_and_only_for_one(tmp_path):
 def test_pass_that_nothing_ends_early_sees_every_row_once(tmp_path, ranks):
     rows = Rows(tmp_path, part_rows=7)
     written = rows.write(5, 16, 9, 23)
-    for steps in passes(rows.sources(ranks, refresh_steps=2, planned=1000, wait_for=1, on_wait=lambda: None), 3):
+    for steps in epochs(rows.sources(ranks, refresh_steps=2, planned=1000, wait_for=1, on_wait=lambda: None), 3):
         assert sorted(numbers_of(steps)) == written
 
 
@@ -529,8 +529,8 @@ def test_training_that_is_killed_while_the_set_grows_repeats_its_batches(tmp_pat
     rows = Rows(tmp_path / "other", part_rows=7)
     rows.write(24)
     left = dict(script)
-    log = PassLog(Store(str(tmp_path / "run")), "t" * 64)
-    before = rows.sources(ranks, passes=log, **spec)
+    log = EpochLog(Store(str(tmp_path / "run")), "t" * 64)
+    before = rows.sources(ranks, epochs=log, **spec)
     _, streams = grown(rows, before, left, 0, saved)
     states = [source.state_dict() for source in before]
     for stream in streams:
@@ -539,7 +539,7 @@ def test_training_that_is_killed_while_the_set_grows_repeats_its_batches(tmp_pat
     for stream in streams:
         stream.close()
 
-    resumed = rows.sources(ranks, passes=PassLog(Store(str(tmp_path / "run")), "t" * 64), **spec)
+    resumed = rows.sources(ranks, epochs=EpochLog(Store(str(tmp_path / "run")), "t" * 64), **spec)
     for source, state in zip(resumed, states, strict=True):
         source.load_state_dict(state)
     found, _ = grown(rows, resumed, left, saved, 30)

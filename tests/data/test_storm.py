@@ -14,12 +14,12 @@ import pytest
 import torch
 from faulty import PLANS, Faults, FaultyFileSystem
 
-from raydfkd.batches import SyntheticBatch
-from raydfkd.data import failures
-from raydfkd.data.collect import collect_garbage
-from raydfkd.data.failures import DamagedError
+from raydfkd.data.batches import SyntheticBatch
+from raydfkd.data.garbage import collect_garbage
 from raydfkd.data.transfer_set import TransferSet
-from raydfkd.schedule import plan_units
+from raydfkd.store import retry as failures
+from raydfkd.store.errors import DamagedError
+from raydfkd.units import plan_units
 
 DIGEST = "d" * 64
 RATES = {"refused": 0.04, "timeout": 0.02, "lost": 0.04, "partial": 0.02, "stale": 0.3}
@@ -39,12 +39,12 @@ def images_of(unit):
 class Storm:
     """Writers with competing attempts, readers, a collector and a disk that rots, on one set."""
 
-    def __init__(self, units, records, faults):
+    def __init__(self, units, faults):
         self.units = {unit.id: unit for unit in units}
         self.faults = faults
         plan = uuid.uuid4().hex
         PLANS[plan] = self.faults
-        self._place = {"uri": f"faulty://{plan}/set", "storage_options": {"plan": plan}, "records": records}
+        self._place = {"uri": f"faulty://{plan}/set", "storage_options": {"plan": plan}}
         self._root = f"/{plan}/set"
         self._attempts = itertools.count(1)
         self._is_over = threading.Event()
@@ -73,7 +73,7 @@ class Storm:
                 self._is_over.set()
             for other in (*others, rotting):
                 other.result()
-            while any([verdict.damage for verdict in self.open().verify()]) or driver.quarantined():
+            while any([verdict.damage for verdict in self.open().verify()]) or driver.damaged():
                 list(pool.map(self._make, sorted(self.units.keys() - driver.snapshot().units)))
         return self.open()
 
@@ -96,7 +96,7 @@ class Storm:
                 try:
                     assert sum(len(reader.read(part)) for part in commit.parts) == 6
                 except DamagedError as damage:
-                    reader.quarantine(commit, damage)
+                    reader.mark_damaged(commit, damage)
             yield
 
     def _collect(self):
@@ -118,16 +118,13 @@ class Storm:
             yield
 
 
-@pytest.fixture(params=["exclusive", "earliest"])
-def storm(request, monkeypatch, caplog):
+@pytest.fixture
+def storm(monkeypatch, caplog):
     monkeypatch.setattr(failures, "_FIRST_WAIT_S", 0.0005)
     monkeypatch.setattr(failures, "_LONGEST_WAIT_S", 0.002)
     caplog.set_level(logging.ERROR)
     units = plan_units(seed=1, classes=range(220), images_per_class=6, classes_per_unit=1, images_per_class_per_unit=6)
-    if request.param == "exclusive":
-        return Storm(units, request.param, Faults(seed=11, **RATES))
-    # nothing but listings says which is the earliest: they have to be up to date
-    return Storm(units, request.param, Faults(seed=11, creates="always", **{**RATES, "stale": 0.0}))
+    return Storm(units, Faults(seed=11, **RATES))
 
 
 def test_every_unit_is_committed_once_and_unchanged_whatever_the_store_does(storm, tmp_path):

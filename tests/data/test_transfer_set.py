@@ -13,14 +13,14 @@ import torch
 import xxhash
 from toy import encode_part
 
-from raydfkd.data.commits import Commit, Quarantine, Snapshot
+from raydfkd.data.commits import Commit, DamageRecord, Snapshot
 from raydfkd.data.encodings import Encoding
-from raydfkd.data.failures import DamagedError
 from raydfkd.data.shards import GROUP_BYTES, rows_digest
 from raydfkd.data.sink import WAITING
 from raydfkd.data.transfer_set import TransferSet
-from raydfkd.registry import RecipeError
-from raydfkd.schedule import plan_units
+from raydfkd.errors import RecipeError
+from raydfkd.store.errors import DamagedError
+from raydfkd.units import plan_units
 
 UNITS = plan_units(seed=1, classes=range(3), images_per_class=4, classes_per_unit=1, images_per_class_per_unit=4)
 DIGEST, OTHER = "d" * 64, "e" * 64
@@ -401,9 +401,9 @@ def test_garbage_commit_is_quarantined_and_left_out(change, transfer_set, make_b
     transfer_set.store.put(path, json.dumps(change(json.loads(made.to_json()))).encode())
     assert transfer_set.snapshot().commits == (other,)
     (record,) = caplog.records
-    assert record.getMessage().startswith(f"unit {made.unit} is quarantined and has to be made again: ")
+    assert record.getMessage().startswith(f"unit {made.unit} is damaged and has to be made again: ")
     assert f"{transfer_set.store.uri}/{path} is not the record of a commit: " in record.getMessage()
-    assert transfer_set.quarantined() == {made.unit}
+    assert transfer_set.damaged() == {made.unit}
     assert transfer_set.committed() == {other.unit}
 
 
@@ -411,7 +411,7 @@ def test_garbage_commit_is_quarantined_and_left_out(change, transfer_set, make_b
 def test_commit_that_is_no_json_is_quarantined(garbage, transfer_set):
     transfer_set.store.put("commits/unit.json", garbage)
     assert transfer_set.snapshot().commits == ()
-    assert transfer_set.quarantined() == {"unit"}
+    assert transfer_set.damaged() == {"unit"}
 
 
 def test_record_damaged_on_its_way_is_read_again(transfer_set, make_batch, monkeypatch):
@@ -427,7 +427,7 @@ def test_record_damaged_on_its_way_is_read_again(transfer_set, make_batch, monke
 def test_object_that_has_no_record_s_name_is_not_ours(name, transfer_set):
     for folder in ("commits", "quarantine"):
         transfer_set.store.put(f"{folder}/{name}", b"x")
-    assert transfer_set.committed() == transfer_set.quarantined() == set()
+    assert transfer_set.committed() == transfer_set.damaged() == set()
     assert transfer_set.snapshot().commits == ()
 
 
@@ -453,11 +453,11 @@ def test_quarantined_commit_is_out_of_the_set_and_its_unit_can_be_committed_agai
     batch, reader = make_batch(4), TransferSet(uri, digest=DIGEST)
     first, other = commit(transfer_set, UNITS[0], batch), commit(transfer_set, UNITS[1], make_batch(2))
     before = reader.content_digest()
-    assert transfer_set.quarantine(first, damage_of(transfer_set, first))
+    assert transfer_set.mark_damaged(first, damage_of(transfer_set, first))
     for each in (transfer_set, reader):
         assert each.snapshot().commits == (other,)
         assert each.committed() == {other.unit}
-        assert each.quarantined() == {first.unit}
+        assert each.damaged() == {first.unit}
     second = commit(transfer_set, UNITS[0], batch, attempt=2)
     assert (first.generation, second.generation) == (0, 1)
     assert transfer_set.store.list("commits") == sorted(
@@ -466,7 +466,7 @@ def test_quarantined_commit_is_out_of_the_set_and_its_unit_can_be_committed_agai
     for each in (transfer_set, reader):
         assert each.snapshot().commits == (second, other)
         assert each.commit_of(first.unit) == second
-        assert each.quarantined() == set()
+        assert each.damaged() == set()
     assert reader.content_digest() == before
 
 
@@ -475,7 +475,7 @@ def test_commit_can_be_quarantined_again_and_again(transfer_set, make_batch):
         made = commit(transfer_set, UNITS[0], make_batch(4))
         assert made.generation == generation
         assert transfer_set.snapshot().commits == (made,)
-        assert transfer_set.quarantine(made, damage_of(transfer_set, made))
+        assert transfer_set.mark_damaged(made, damage_of(transfer_set, made))
         assert transfer_set.commit_of(made.unit) is None
     assert len(transfer_set.store.list("quarantine")) == 12
 
@@ -483,9 +483,9 @@ def test_commit_can_be_quarantined_again_and_again(transfer_set, make_batch):
 def test_late_reader_of_the_old_commit_does_not_quarantine_the_new_one(transfer_set, make_batch):
     first = commit(transfer_set, UNITS[0], make_batch(4))
     damage = damage_of(transfer_set, first)
-    assert transfer_set.quarantine(first, damage)
+    assert transfer_set.mark_damaged(first, damage)
     second = commit(transfer_set, UNITS[0], make_batch(4))
-    assert not transfer_set.quarantine(first, damage)
+    assert not transfer_set.mark_damaged(first, damage)
     assert transfer_set.snapshot().commits == (second,)
 
 
@@ -493,9 +493,9 @@ def test_reader_of_a_set_that_was_deleted_does_not_quarantine_the_new_one(transf
     old = commit(transfer_set, UNITS[0], make_batch(4))
     damage = damage_of(transfer_set, old)
     transfer_set.store.delete(f"commits/{old.unit}.json")
-    assert not transfer_set.quarantine(old, damage)
+    assert not transfer_set.mark_damaged(old, damage)
     new = commit(transfer_set, UNITS[0], make_batch(4))
-    assert not transfer_set.quarantine(old, damage)
+    assert not transfer_set.mark_damaged(old, damage)
     assert transfer_set.snapshot().commits == (new,)
 
 
@@ -505,7 +505,7 @@ def test_of_readers_that_quarantine_at_once_one_makes_the_record(transfer_set, m
 
     def quarantine(_):
         barrier.wait()
-        return transfer_set.quarantine(made, damage)
+        return transfer_set.mark_damaged(made, damage)
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(quarantine, range(8))).count(True) == 1
@@ -515,18 +515,18 @@ def test_of_readers_that_quarantine_at_once_one_makes_the_record(transfer_set, m
 def test_record_of_a_quarantine_says_what_is_damaged(transfer_set, make_batch):
     made = commit(transfer_set, UNITS[0], make_batch(4))
     damage = damage_of(transfer_set, made)
-    transfer_set.quarantine(made, damage)
-    record = Quarantine.from_json(transfer_set.store.get(f"quarantine/{made.unit}.json"))
-    assert record == Quarantine(unit=made.unit, generation=0, path=made.parts[0].path, reason=damage.reason)
+    transfer_set.mark_damaged(made, damage)
+    record = DamageRecord.from_json(transfer_set.store.get(f"quarantine/{made.unit}.json"))
+    assert record == DamageRecord(unit=made.unit, generation=0, path=made.parts[0].path, reason=damage.reason)
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage"])
 def test_quarantine_whose_record_is_damaged_counts_all_the_same(content, transfer_set, make_batch):
     made = commit(transfer_set, UNITS[0], make_batch(4))
-    transfer_set.quarantine(made, damage_of(transfer_set, made))
+    transfer_set.mark_damaged(made, damage_of(transfer_set, made))
     transfer_set.store.put(f"quarantine/{made.unit}.json", content)
     assert transfer_set.snapshot().commits == ()
-    assert transfer_set.quarantined() == {made.unit}
+    assert transfer_set.damaged() == {made.unit}
 
 
 def test_commit_that_is_quarantined_while_a_snapshot_is_taken_is_not_in_it(transfer_set, make_batch, monkeypatch):
@@ -536,7 +536,7 @@ def test_commit_that_is_quarantined_while_a_snapshot_is_taken_is_not_in_it(trans
     def quarantined_after(prefix):
         found = listed(prefix)
         if prefix == "commits":
-            transfer_set.quarantine(made, damage)
+            transfer_set.mark_damaged(made, damage)
         return found
 
     monkeypatch.setattr(transfer_set.store, "list", quarantined_after)
@@ -553,7 +553,7 @@ def test_attempt_whose_generation_is_quarantined_while_it_commits_gets_the_next_
 
     def after_the_quarantine(path, data):
         monkeypatch.setattr(transfer_set.store, "put_new", put_new)
-        transfer_set.quarantine(first, damage)
+        transfer_set.mark_damaged(first, damage)
         if also_removed:
             transfer_set.store.delete(f"commits/{first.unit}.json")
         return put_new(path, data)
@@ -585,7 +585,7 @@ def test_verify_says_of_every_unit_how_it_is_and_quarantines_what_is_damaged(tra
     assert lost.damage == f"{reader.store.uri}/{commits[0].parts[1].path} does not exist, but was committed"
     assert sound.damage is None
     assert f"commits/{commits[2].unit}.json is not the record of a commit" in garbage.damage
-    assert reader.quarantined() == {commits[0].unit, commits[2].unit}
+    assert reader.damaged() == {commits[0].unit, commits[2].unit}
     assert [verdict.unit for verdict in reader.verify()] == [commits[1].unit]
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from raydfkd.distill.criteria import CRITERIA
-from raydfkd.observed import Observation
-from raydfkd.registry import RecipeError
+from raydfkd.errors import RecipeError
+from raydfkd.networks.observed import Observation
 
 STUDENT = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0], [-2.0, 0.0, 0.3], [1.0, 1.5, -1.0]])
 TEACHER = torch.tensor([[1.0, 0.0, 0.0], [-1.0, 4.0, 2.0], [0.5, 0.5, 0.5], [3.0, -1.0, 2.0]])

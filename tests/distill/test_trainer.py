@@ -15,16 +15,17 @@ from toy import (
     toy_recipe,
 )
 
-from raydfkd import observed
 from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
+from raydfkd.config.schema import DistillSpec, OptimizerSpec
 from raydfkd.data.sources import StudentBatch
-from raydfkd.distill.trainer import StudentTrainer, build_optimizer
+from raydfkd.distill.trainer import StudentTrainer
 from raydfkd.distill.training import StudentCheckpoint, StudentTraining
-from raydfkd.images import PixelRange
+from raydfkd.images.pixels import PixelRange
 from raydfkd.job import open_job
-from raydfkd.local import LocalExecutor
-from raydfkd.observed import ObservedNetwork
-from raydfkd.sections import DistillSpec, OptimizerSpec
+from raydfkd.networks import observed
+from raydfkd.networks.observed import ObservedNetwork
+from raydfkd.networks.optimizers import build_optimizer
+from raydfkd.run.local import LocalExecutor
 
 CPU = torch.device("cpu")
 AUGMENTED = (

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from raydfkd.data.failures import OutageError
-from raydfkd.networks import ConvNet
+from raydfkd.networks.small import ConvNet
+from raydfkd.store.errors import OutageError
 
 
 def build(**options: Any) -> ConvNet:

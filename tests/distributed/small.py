@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from raydfkd.loading import load_recipe
-from raydfkd.recipe import Recipe
+from raydfkd.config.load import load_recipe
+from raydfkd.config.recipe import Recipe
 
 
 def small_recipe(run_dir: Path, *overrides: str) -> Recipe:

@@ -19,10 +19,10 @@ from clusters import COMMAND, Nodes, cluster, processes
 from s3_server import S3Server
 from toy import quiet_monitor
 
-from raydfkd.data.collect import collect_garbage
+from raydfkd.config.load import load_recipe
+from raydfkd.data.garbage import collect_garbage
 from raydfkd.job import Job, open_job
-from raydfkd.loading import load_recipe
-from raydfkd.local import LocalExecutor
+from raydfkd.run.local import LocalExecutor
 
 pytestmark = pytest.mark.cluster
 

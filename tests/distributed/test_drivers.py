@@ -21,8 +21,8 @@ from small import small_recipe
 from toy import quiet_monitor
 
 from raydfkd.job import Job, open_job
-from raydfkd.local import LocalExecutor
-from raydfkd.metrics import read_metrics
+from raydfkd.report.metrics import read_metrics
+from raydfkd.run.local import LocalExecutor
 
 pytestmark = pytest.mark.cluster
 

@@ -14,11 +14,11 @@ from clusters import processes
 from small import small_recipe
 from toy import quiet_monitor
 
-from raydfkd.data.failures import OutageError
-from raydfkd.interruption import Interruption
+from raydfkd.errors import RecipeError
 from raydfkd.job import Job, open_job
-from raydfkd.local import LocalExecutor
-from raydfkd.registry import RecipeError
+from raydfkd.run.local import LocalExecutor
+from raydfkd.run.signals import Interruption
+from raydfkd.store.errors import OutageError
 
 pytestmark = pytest.mark.ray
 
@@ -127,7 +127,7 @@ def test_store_that_is_out_of_reach_costs_no_attempt(ray_cluster, tmp_path, monk
     pool.run(queue, lambda: None, Interruption())
     assert len(calls) >= 3
     assert (tmp_path / "told").read_text() == "xxx"
-    assert queue.quarantined == ()
+    assert queue.given_up == ()
     assert job.snapshot().images == job.planned_images
     assert pool._monitor._console.file.getvalue().count("going on as soon as it can") == 1
 

@@ -13,13 +13,13 @@ from clusters import processes
 from rich.console import Console
 from small import small_recipe
 
-from raydfkd import pipeline
 from raydfkd.cli import main
 from raydfkd.data.commits import Commit
 from raydfkd.job import open_job
-from raydfkd.local import LocalExecutor
-from raydfkd.metrics import MetricsLog, read_metrics
-from raydfkd.progress import Monitor
+from raydfkd.report.metrics import MetricsLog, read_metrics
+from raydfkd.run import run as pipeline
+from raydfkd.run.local import LocalExecutor
+from raydfkd.run.progress import Monitor
 
 pytestmark = pytest.mark.ray
 
@@ -44,7 +44,7 @@ def test_a_run_survives_a_killed_worker_makes_the_set_that_one_process_makes_and
 ):
     import ray
 
-    from raydfkd.distributed.run import RayExecutor
+    from raydfkd.distributed.executor import RayExecutor
 
     job = open_job(small_recipe(tmp_path / "ray", f"transfer_set.storage_options={{token: {SECRET}}}"))
     metrics = tmp_path / "metrics.jsonl"
@@ -56,7 +56,7 @@ def test_a_run_survives_a_killed_worker_makes_the_set_that_one_process_makes_and
     assert "worker lost" in console.file.getvalue()
     assert job.transfer_set.committed() == job.unit_ids
     assert outcome.attempted >= len(job.units) + 1
-    assert outcome.quarantined == ()
+    assert outcome.given_up == ()
 
     committed = [entry["unit"] for entry in read_metrics(metrics) if entry["event"] == "unit"]
     assert sorted(committed) == sorted(job.unit_ids)
@@ -102,8 +102,8 @@ def test_asking_for_more_workers_than_fit_is_said(ray_cluster, tmp_path):
 
 
 def test_a_mistake_that_only_a_worker_can_see_reaches_the_user_as_it_is(ray_cluster, tmp_path):
-    from raydfkd.distributed.run import RayExecutor
-    from raydfkd.registry import RecipeError
+    from raydfkd.distributed.executor import RayExecutor
+    from raydfkd.errors import RecipeError
 
     job = open_job(small_recipe(tmp_path))
     wrong = job.recipe.model_copy(update={"runtime": job.recipe.runtime.model_copy(update={"device": "cuda"})})
@@ -114,9 +114,9 @@ def test_a_mistake_that_only_a_worker_can_see_reaches_the_user_as_it_is(ray_clus
 
 
 def test_weights_that_changed_under_a_run_stop_its_workers(ray_cluster, tmp_path):
-    from raydfkd.distributed.run import RayExecutor
+    from raydfkd.distributed.executor import RayExecutor
+    from raydfkd.errors import RecipeError
     from raydfkd.job import job_of
-    from raydfkd.registry import RecipeError
 
     job = job_of(small_recipe(tmp_path), digest="0" * 64)
     monitor = Monitor(Console(file=io.StringIO()), MetricsLog(tmp_path / "metrics.jsonl", fresh=True))
@@ -132,7 +132,7 @@ class PrintsAsRayDoes(Monitor):
 
 
 def test_what_ray_prints_is_not_on_standard_output(ray_cluster, tmp_path, capsys):
-    from raydfkd.distributed.run import RayExecutor
+    from raydfkd.distributed.executor import RayExecutor
 
     job = open_job(small_recipe(tmp_path, "transfer_set.images_per_class=4", "synthesis.steps=4"))
     with PrintsAsRayDoes(Console(file=io.StringIO()), MetricsLog(tmp_path / "metrics.jsonl", fresh=True)) as monitor:

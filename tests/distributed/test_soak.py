@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from raydfkd.interruption import Interruption
+from raydfkd.config.load import load_recipe
 from raydfkd.job import open_job
-from raydfkd.loading import load_recipe
-from raydfkd.metrics import MetricsLog
-from raydfkd.progress import Monitor
+from raydfkd.report.metrics import MetricsLog
+from raydfkd.run.progress import Monitor
+from raydfkd.run.signals import Interruption
 
 pytestmark = pytest.mark.cluster
 

@@ -13,14 +13,13 @@ import torch
 from clusters import processes
 from rich.console import Console
 from small import small_recipe
-from toy import batchnorm_teacher, quiet_monitor
+from toy import quiet_monitor
 
-from raydfkd.data.store import Store
-from raydfkd.distill.published import PublishedStudents, StudentPublisher
+from raydfkd.data.student_versions import StudentVersions
 from raydfkd.job import open_job
-from raydfkd.local import LocalExecutor
-from raydfkd.metrics import MetricsLog
-from raydfkd.progress import Monitor
+from raydfkd.report.metrics import MetricsLog
+from raydfkd.run.local import LocalExecutor
+from raydfkd.run.progress import Monitor
 
 COMPETITION = "synthesis.objective=[cross_entropy, {term: bn_moments, form: norm}, {term: competition, weight: 5}]"
 PUBLISH_EVERY, STEPS = 5, 40
@@ -47,7 +46,7 @@ class Watching(Monitor):
         self.seen.append((commit, self.published()))
 
     def published(self):
-        return max(PublishedStudents(self._job.transfer_set.store).versions(), default=-1)
+        return max(StudentVersions(self._job.transfer_set.store).versions(), default=-1)
 
 
 class WaitsForTheStudent(Watching):
@@ -82,7 +81,7 @@ def versions_in(job, commit):
 
 
 def executor():
-    from raydfkd.distributed.run import RayExecutor
+    from raydfkd.distributed.executor import RayExecutor
 
     return RayExecutor()
 
@@ -104,7 +103,7 @@ def test_workers_follow_the_student_that_is_trained_beside_them(ray_cluster, tmp
     job = open_job(small_recipe(tmp_path, *AT_ONCE))
     monitor = WaitsForTheStudent(job, tmp_path)
     outcome, student = executor().run(job, monitor)
-    assert outcome.quarantined == ()
+    assert outcome.given_up == ()
     assert job.transfer_set.committed() == job.unit_ids
     recorded = [(versions_in(job, commit), published) for commit, published in monitor.seen]
     assert max(recorded[0][0]) <= 0, "before there are images there is nothing to train on"
@@ -113,7 +112,7 @@ def test_workers_follow_the_student_that_is_trained_beside_them(ray_cluster, tmp
         assert versions == sorted(versions)
         assert max(versions) <= published
         assert {version for version in versions if version % PUBLISH_EVERY} <= {-1}
-    newest = PublishedStudents(job.transfer_set.store).newest()
+    newest = StudentVersions(job.transfer_set.store).newest()
     assert newest is not None
     assert newest[0] == STEPS
     assert all(torch.equal(newest[1][name], value) for name, value in student.items())
@@ -141,137 +140,3 @@ def test_worker_killed_in_the_second_round_changes_nothing(ray_cluster, tmp_path
     assert outcome.attempted > len(job.units)
     assert job.snapshot().content_digest() == expected.snapshot().content_digest()
     assert all(torch.equal(expected_student[name], value) for name, value in student.items())
-
-
-@pytest.fixture
-def board(ray_cluster):
-    import ray
-
-    from raydfkd.distributed.train import new_board
-
-    board = new_board()
-    ray.get(board.newest.remote(-1))  # it answers
-    return board
-
-
-@pytest.fixture
-def published(tmp_path):
-    """The store as workers see it."""
-    return PublishedStudents(Store(str(tmp_path / "set")))
-
-
-def publisher(tmp_path, board):
-    from raydfkd.distributed.student_feed import announce_on
-
-    return StudentPublisher(Store(str(tmp_path / "set")), announce=announce_on(board))
-
-
-def weights(seed):
-    return batchnorm_teacher(seed=seed).state_dict()
-
-
-def assert_same(found, version, state):
-    assert found is not None
-    assert found[0] == version
-    assert found[1].keys() == state.keys()
-    assert all(torch.equal(found[1][name], value) for name, value in state.items())
-
-
-@pytest.mark.ray
-def test_announced_version_comes_from_memory_as_the_store_has_it(board, tmp_path, published):
-    from raydfkd.distributed.student_feed import AnnouncedStudents
-
-    asked = []
-
-    def stored(than):
-        asked.append(than)
-        return published.newest(than)
-
-    source = AnnouncedStudents(board, stored)
-    assert source(-1) is None, "neither has one"
-    publisher(tmp_path, board).publish(5, weights(5))
-    asked.clear()
-    assert_same(source(-1), 5, published.state(5))
-    assert source(5) is None
-    assert asked == []
-
-
-@pytest.mark.ray
-def test_version_of_a_run_before_comes_from_the_store_until_one_is_announced(board, tmp_path, published):
-    from raydfkd.distributed.student_feed import AnnouncedStudents
-
-    StudentPublisher(Store(str(tmp_path / "set"))).publish(20, weights(20))
-    source = AnnouncedStudents(board, published.newest)
-    assert_same(source(-1), 20, weights(20))
-    resumed = publisher(tmp_path, board)
-    resumed.publish(10, weights(10))
-    assert_same(source(-1), 20, weights(20))
-    resumed.publish(20, weights(1))
-    assert_same(source(-1), 20, weights(20))
-    resumed.publish(30, weights(30))
-    assert_same(source(20), 30, weights(30))
-
-
-@pytest.mark.ray
-def test_older_version_that_is_announced_late_does_not_replace_a_newer_one(board, published):
-    import ray
-
-    from raydfkd.distributed.student_feed import AnnouncedStudents, announce_on
-
-    for version in (10, 5):
-        announce_on(board)(version, weights(version))
-    assert ray.get(board.newest.remote(-1))[0] == 10
-    assert_same(AnnouncedStudents(board, published.newest)(-1), 10, weights(10))
-
-
-@pytest.mark.ray
-def test_weights_that_died_with_the_training_come_from_the_store(board, tmp_path, published):
-    import ray
-
-    from raydfkd.distributed.student_feed import AnnouncedStudents, announce_on
-
-    @ray.remote(num_cpus=0, max_restarts=0)
-    class Training:
-        def publish(self, folder, state):
-            StudentPublisher(Store(folder), announce=announce_on(board)).publish(5, state)
-
-    training = Training.remote()
-    ray.get(training.publish.remote(str(tmp_path / "set"), weights(5)))
-    while ray.get(board.newest.remote(-1))[0] != 5:  # nobody waits for an announcement
-        time.sleep(0.05)
-    ray.kill(training)
-    source = AnnouncedStudents(board, published.newest)
-    for _ in range(3):  # before the loss is known and after
-        assert_same(source(-1), 5, weights(5))
-        time.sleep(0.5)
-
-
-@pytest.mark.ray
-def test_without_its_board_the_newest_version_comes_from_the_store(board, tmp_path, published):
-    import ray
-
-    from raydfkd.distributed.student_feed import AnnouncedStudents
-
-    publisher(tmp_path, board).publish(5, weights(5))
-    ray.kill(board)
-    source = AnnouncedStudents(board, published.newest)
-    assert_same(source(-1), 5, weights(5))
-    assert source(5) is None
-
-
-@pytest.mark.ray
-def test_board_that_is_silent_is_waited_for_once(ray_cluster, tmp_path, published, monkeypatch):
-    import ray
-
-    from raydfkd.distributed import student_feed
-    from raydfkd.distributed.board import ProgressBoard
-
-    monkeypatch.setattr(student_feed, "ANSWER_S", 2.0)
-    nowhere = ray.remote(ProgressBoard).options(resources={"board": 1}).remote()
-    StudentPublisher(Store(str(tmp_path / "set"))).publish(5, weights(5))
-    source = student_feed.AnnouncedStudents(nowhere, published.newest)
-    assert_same(source(-1), 5, weights(5))
-    began = time.monotonic()
-    for _ in range(5):
-        assert source(5) is None
-    assert time.monotonic() - began < 2.0

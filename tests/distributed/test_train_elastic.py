@@ -21,8 +21,8 @@ from toy import quiet_monitor
 
 from raydfkd.checkpoints import read_checkpoint
 from raydfkd.job import open_job
-from raydfkd.local import LocalExecutor
-from raydfkd.metrics import read_metrics
+from raydfkd.report.metrics import read_metrics
+from raydfkd.run.local import LocalExecutor
 
 pytestmark = pytest.mark.cluster
 

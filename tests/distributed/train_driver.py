@@ -7,21 +7,21 @@ from pathlib import Path
 
 import ray
 
-from raydfkd.distributed.train import new_board, train_student
+from raydfkd.config.load import load_recipe
+from raydfkd.distributed.train_driver import new_coordinator, train_student
 from raydfkd.job import open_job
-from raydfkd.loading import load_recipe
-from raydfkd.metrics import MetricsLog
+from raydfkd.report.metrics import MetricsLog
 
 
 def main(recipe: str, run_dir: str, address: str, metrics: str) -> None:
     job = open_job(load_recipe(recipe, (), run_dir))
     ray.init(address)
-    board = new_board()
-    training = threading.Thread(target=train_student, args=(job, board), daemon=True)
+    coordinator = new_coordinator()
+    training = threading.Thread(target=train_student, args=(job, coordinator), daemon=True)
     training.start()
     log = MetricsLog(Path(metrics), fresh=True)
     while training.is_alive():
-        for entry in ray.get(board.take.remote()):
+        for entry in ray.get(coordinator.take.remote()):
             log.write("student", **entry)
         time.sleep(0.1)
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from toy import batchnorm_teacher, plain_teacher, shipped, toy_images
 
+from raydfkd.config.schema import TermSpec
+from raydfkd.errors import RecipeError
 from raydfkd.losses.objective import TERMS, View, build_objective
-from raydfkd.observed import Need, Observation, ObservedNetwork
-from raydfkd.registry import RecipeError
-from raydfkd.sections import TermSpec
+from raydfkd.networks.observed import Need, Observation, ObservedNetwork
 
 TEACHER = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0], [-2.0, 0.0, 0.3], [1.0, 1.5, -1.0]])
 STUDENT = torch.tensor([[1.0, 0.0, 0.5], [2.0, 0.5, 1.0], [-1.0, -1.5, 0.2], [2.0, 3.0, 0.0]])

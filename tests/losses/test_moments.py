@@ -9,9 +9,9 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 from toy import batchnorm_teacher, toy_images, toy_view, variants
 
-from raydfkd.frozen import LayerMoments
 from raydfkd.losses.objective import TERMS, View
-from raydfkd.observed import Observation
+from raydfkd.networks.batchnorm import LayerMoments
+from raydfkd.networks.observed import Observation
 
 OPTIONS = list(variants(TERMS, "bn_moments"))
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from toy import SPACE, PlainNet, batchnorm_teacher, toy_images, toy_recipe, toy_view
 
-from raydfkd.images import PixelRange
+from raydfkd.config.schema import TermSpec
+from raydfkd.errors import RecipeError
+from raydfkd.images.pixels import PixelRange
 from raydfkd.losses.objective import Objective, Term, build_objective
-from raydfkd.observed import Need, ObservedNetwork
-from raydfkd.registry import RecipeError
-from raydfkd.sections import TermSpec
-from raydfkd.synthesis.synthesizer import Judge
+from raydfkd.networks.observed import Need, ObservedNetwork
+from raydfkd.synthesis.judge import Judge
 
 
 def objective_of(*specs):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from raydfkd.losses.objective import TERMS, View
-from raydfkd.observed import Observation
+from raydfkd.networks.observed import Observation
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0], [-2.0, 0.0, 0.3], [1.0, 1.5, -1.0]])
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from raydfkd.losses.objective import TERMS, View
-from raydfkd.observed import Observation
+from raydfkd.networks.observed import Observation
 
 IMAGES = torch.randn(4, 3, 5, 6, generator=torch.Generator().manual_seed(0))
 

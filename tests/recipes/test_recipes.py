@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from toy import quiet_monitor
 
+from raydfkd.config.load import load_recipe, packaged_recipes
 from raydfkd.job import open_job
-from raydfkd.loading import load_recipe, packaged_recipes
-from raydfkd.local import LocalExecutor
-from raydfkd.metrics import read_metrics
-from raydfkd.pipeline import check
+from raydfkd.report.metrics import read_metrics
+from raydfkd.run.check import check
+from raydfkd.run.local import LocalExecutor
 
 NO_DATA = ["real_data=null", "teacher.train=null", "teacher.weights=random"]
 HERE = ["runtime.executor=local", "runtime.device=cpu"]
@@ -49,7 +49,7 @@ def test_packaged_recipe_makes_images_and_five_steps(name, tmp_path):
     ]
     job = open_job(load_recipe(name, [*NO_DATA, *HERE, *short], run_dir=str(tmp_path)))
     outcome, _ = LocalExecutor().run(job, quiet_monitor(tmp_path))
-    assert outcome.quarantined == ()
+    assert outcome.given_up == ()
     assert job.snapshot().images == job.planned_images == images_per_class * len(job.recipe.classes)
     steps = [entry for entry in read_metrics(tmp_path / "metrics.jsonl") if entry["event"] == "student"]
     assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5]

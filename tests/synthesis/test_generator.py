@@ -5,10 +5,11 @@ import torch
 from torch.nn import functional as F
 from toy import CLASSES, SmallMemory, batches_of, batchnorm_teacher, joined, toy_recipe, unit_of
 
-from raydfkd.registry import RecipeError
-from raydfkd.schedule import Request, WorkUnit
-from raydfkd.synthesis.assembly import build_synthesizer, load_teacher
-from raydfkd.synthesis.augment import AUGMENTATIONS
+from raydfkd.errors import RecipeError
+from raydfkd.images.augment import AUGMENTATIONS
+from raydfkd.networks.weights import load_teacher
+from raydfkd.synthesis.build import build_synthesizer
+from raydfkd.units import Request, WorkUnit
 
 
 def recipe_with(tmp_path, *overrides):

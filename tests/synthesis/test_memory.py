@@ -7,7 +7,7 @@ WORK = """
 import resource, sys
 import torch
 from raydfkd.job import open_job
-from raydfkd.loading import load_recipe
+from raydfkd.config.load import load_recipe
 from raydfkd.synthesis.worker import SynthesisWorker
 
 recipe = load_recipe("digits-generators", [

@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional as F
 from toy import CLASSES, SmallMemory, assert_same_rows, batches_of, batchnorm_teacher, joined, toy_recipe, unit_of
 
-from raydfkd.registry import RecipeError
-from raydfkd.synthesis.assembly import build_synthesizer
-from raydfkd.synthesis.synthesizer import rng_from, warmup_cosine
+from raydfkd.errors import RecipeError
+from raydfkd.networks.optimizers import warmup_cosine
+from raydfkd.seeds import rng_from
+from raydfkd.synthesis.build import build_synthesizer
 
 WIDE = ["teacher.image_space.mean=[0.5]", "teacher.image_space.std=[0.1]"]
 """An image space in which unit noise hardly ever reaches black or white, so that stored pixels tell every change."""

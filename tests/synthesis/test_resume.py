@@ -11,9 +11,8 @@ from toy import SYNTHESIZERS_UNDER_TEST, batches_of, joined, toy_recipe
 from raydfkd.data.shards import rows_digest
 from raydfkd.data.sink import ParquetSink
 from raydfkd.job import open_job
-from raydfkd.synthesis.bookmark import Bookmark
-from raydfkd.synthesis.interlude import Interrupted
-from raydfkd.synthesis.synthesizer import ObjectiveNotFiniteError
+from raydfkd.synthesis.checkpoint import Interrupted, UnitCheckpoint
+from raydfkd.synthesis.judge import ObjectiveNotFiniteError
 from raydfkd.synthesis.worker import SynthesisWorker
 
 CPU = torch.device("cpu")
@@ -97,7 +96,7 @@ def test_unit_of_a_worker_that_vanishes_goes_on_from_its_last_checkpoint(tmp_pat
     worker = SynthesisWorker(jobs[1].recipe, transfer_set, device=CPU, should_stop=counted(vanishes_after=3))
     with monkeypatch.context() as nothing_is_tidied_up:
         nothing_is_tidied_up.setattr(ParquetSink, "abandon", ParquetSink.release)
-        nothing_is_tidied_up.setattr(Bookmark, "remove", lambda _: None)
+        nothing_is_tidied_up.setattr(UnitCheckpoint, "remove", lambda _: None)
         with pytest.raises(Vanished):
             worker.run(unit)
     worker = SynthesisWorker(jobs[1].recipe, transfer_set, device=CPU, should_stop=counted(vanishes_after=1000))
@@ -121,7 +120,7 @@ def test_state_that_cannot_be_gone_on_from_costs_time_and_nothing_else(tmp_path,
     elif damage == "state damaged":
         store.put(state, store.get(state)[:100])
     else:
-        Bookmark(store, job.units[0], "another").save(Bookmark(store, job.units[0], job.digest).load())
+        UnitCheckpoint(store, job.units[0], "another").save(UnitCheckpoint(store, job.units[0], job.digest).load())
     commit = worker_of(job).run(job.units[0])
     other = job_of(tmp_path / "other", "generator", *settings)
     assert commit.content == worker_of(other).run(other.units[0]).content

@@ -14,14 +14,15 @@ from toy import (
     toy_recipe,
 )
 
-from raydfkd.batches import SyntheticBatch
+from raydfkd.data.batches import SyntheticBatch
 from raydfkd.data.shards import rows_digest
 from raydfkd.devices import pick_device
+from raydfkd.errors import RecipeError
 from raydfkd.job import open_job
-from raydfkd.networks import save_bytes
-from raydfkd.registry import RecipeError
-from raydfkd.synthesis.assembly import build_synthesizer, load_teacher
-from raydfkd.synthesis.synthesizer import SYNTHESIZERS, ObjectiveNotFiniteError
+from raydfkd.networks.weights import load_teacher, save_bytes
+from raydfkd.synthesis.build import build_synthesizer
+from raydfkd.synthesis.judge import ObjectiveNotFiniteError
+from raydfkd.synthesis.synthesizer import SYNTHESIZERS
 from raydfkd.synthesis.worker import SynthesisWorker
 
 CPU = torch.device("cpu")
@@ -199,7 +200,7 @@ class Stumbles:
     def __init__(self, setting):
         self._shape = setting.space.shape
 
-    def produce(self, request, log, interlude):
+    def produce(self, request, log, hook):
         yield SyntheticBatch(
             images=torch.zeros(4, *self._shape, dtype=torch.uint8),
             labels=torch.zeros(4, dtype=torch.int64),
@@ -231,9 +232,9 @@ def test_worker_computes_with_the_recipe_s_threads_and_gives_the_rest_back(tmp_p
     seen = []
 
     class Counts(Stumbles):
-        def produce(self, request, log, interlude):
+        def produce(self, request, log, hook):
             seen.append(torch.get_num_threads())
-            yield next(super().produce(request, log, interlude))
+            yield next(super().produce(request, log, hook))
 
     monkeypatch.setitem(SYNTHESIZERS._factories, "counts", Counts)
     settings = ["synthesis={synthesizer: counts, objective: [one_hot], threads: 2}"]

@@ -1,0 +1,45 @@
+"""What commands take: a recipe with changes to it, and the options that several of them share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from raydfkd.config.load import load_recipe
+from raydfkd.config.recipe import Recipe
+from raydfkd.config.static_check import static_check
+from raydfkd.errors import RecipeError, did_you_mean
+
+Source = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a packaged recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, e.g. --set seed=1.")
+]
+RunDir = Annotated[str | None, typer.Option(help="Folder of reports, student and checkpoints.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
+On = Annotated[str | None, typer.Option("--on", metavar="ray|local", help="Where to work; the recipe says otherwise.")]
+
+
+def load(source: str, overrides: list[str] | None, run_dir: str | None, on: str | None = None) -> Recipe:
+    """A recipe without a mistake that it shows by itself; from here on its code may run."""
+    plan = read(source, overrides, run_dir, on)
+    static_check(plan)
+    allow_code()
+    return plan
+
+
+def allow_code() -> None:
+    """Let ``module:callable`` find modules of the current folder, as with ``python -m``."""
+    sys.path.insert(0, os.getcwd())
+
+
+def read(source: str, overrides: list[str] | None, run_dir: str | None, on: str | None = None) -> Recipe:
+    """A recipe as it is, of which nothing but its form was looked at."""
+    given = list(overrides or [])
+    if on is not None:
+        if on not in ("ray", "local"):
+            raise RecipeError(f"--on is {on!r}; {did_you_mean(on, ['ray', 'local'])}")
+        given.append(f"runtime.executor={on}")
+    return load_recipe(source, given, run_dir)

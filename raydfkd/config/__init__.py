@@ -1,0 +1,1 @@
+"""Recipes as data: schema, names, options. Nothing here imports torch."""

@@ -1,0 +1,31 @@
+"""Families of plug-ins, and where each has its registry."""
+
+from __future__ import annotations
+
+import pkgutil
+from typing import Any
+
+from raydfkd.config.registry import Registry
+
+REGISTRIES = {
+    "synthesizers": "raydfkd.synthesis.synthesizer:SYNTHESIZERS",
+    "terms": "raydfkd.losses.objective:TERMS",
+    "targets": "raydfkd.synthesis.targets:TARGETS",
+    "augmentations": "raydfkd.images.augment:AUGMENTATIONS",
+    "criteria": "raydfkd.distill.criteria:CRITERIA",
+    "networks": "raydfkd.networks.build:NETWORKS",
+    "generators": "raydfkd.networks.generators:GENERATORS",
+    "real_data": "raydfkd.images.real_data:REAL_DATA",
+}
+"""Where each family of plug-ins has its registry."""
+OWN = ("module:Class", "Code of yours, which runs; `raydfkd check --no-code` looks at a recipe without it.")
+BESIDE = {name: (OWN,) for name in REGISTRIES} | {
+    "networks": (("torchvision:NAME", "A classification network of torchvision."), OWN)
+}
+"""What a family takes beside the names in its registry."""
+
+
+def family(name: str) -> Registry[Any]:
+    """One of :data:`REGISTRIES`; imports its module, and torch with it."""
+    registry: Registry[Any] = pkgutil.resolve_name(REGISTRIES[name])
+    return registry

@@ -1,0 +1,168 @@
+"""The recipe: everything a run depends on, as frozen data with a digest of what affects pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import model_validator
+
+from raydfkd.config.schema import (
+    BudgetSpec,
+    DistillSpec,
+    Positive,
+    RealDataSet,
+    RuntimeSpec,
+    Spec,
+    StudentSpec,
+    SynthesisSpec,
+    TeacherSpec,
+    Text,
+    TransferSetSpec,
+)
+from raydfkd.units import WorkUnit, plan_units
+
+
+class Recipe(Spec):
+    """A whole run, as data."""
+
+    name: str
+    """Names the run; letters, digits, dash, dot and underscore."""
+    seed: int = 0
+    """Every other seed derives from this one."""
+    run_dir: Text = "runs/${name}"
+    """Folder of reports, student and checkpoints."""
+    teacher: TeacherSpec
+    """The network to invert."""
+    student: StudentSpec
+    """The network to train."""
+    real_data: RealDataSet | None = None
+    """Real images that train the teacher where it has to be trained, and judge the student; nothing else reads them."""
+    synthesis: SynthesisSpec
+    """How images are made."""
+    rounds: Positive = 1
+    """Rounds of synthesis and training one after the other: from the second on, images are made against the student
+    that the rounds before have trained."""
+    transfer_set: TransferSetSpec
+    """Where they go and how many."""
+    distill: DistillSpec
+    """How the student is trained."""
+    runtime: RuntimeSpec = RuntimeSpec()
+    """Where the work runs."""
+    budget: BudgetSpec = BudgetSpec()
+    """How `raydfkd bench quality` shares its budget out."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ValueError(f"name is {self.name!r}; use letters, digits, dash, dot and underscore")
+        if "://" in self.run_dir:
+            raise ValueError(f"run_dir is {self.run_dir!r}; it must be a folder, only transfer_set.uri may be a URL")
+        if self.teacher.train is not None and self.real_data is None:
+            raise ValueError("teacher.train needs real_data; say which, or drop train and give weights")
+        if self.distill.batch_size < self.runtime.student_workers.max:
+            raise ValueError(
+                f"distill.batch_size is {self.distill.batch_size}, but runtime.student_workers.max is "
+                f"{self.runtime.student_workers.max}; give each worker an image a step"
+            )
+        encoding = self.transfer_set.encoding.kind
+        if encoding != "raw" and self.teacher.image_space.channels not in (1, 3):
+            raise ValueError(
+                f"transfer_set.encoding is {encoding}, but images have {self.teacher.image_space.channels} channels; "
+                "use raw, which takes any number"
+            )
+        if encoding == "jpeg" and self.distill.teacher_logits == "stored":
+            raise ValueError(
+                'distill.teacher_logits is "stored", but transfer_set.encoding jpeg changes the pixels that those '
+                'logits belong to; use "live", or raw or png'
+            )
+        for label in self.classes:
+            if not 0 <= label < self.teacher.classes or self.classes.count(label) > 1:
+                raise ValueError(
+                    f"transfer_set.classes has {label}, which is twice there or not a class of the teacher; "
+                    f"use each of 0 to {self.teacher.classes - 1} at most once"
+                )
+        if self.repeats % self.rounds or self.distill.steps < self.rounds:
+            raise ValueError(
+                f"rounds is {self.rounds}, but there are {self.repeats} units of images of each class and "
+                f"{self.distill.steps} steps of the student to share out; use a divisor of {self.repeats}"
+            )
+        if self.transfer_set.unit.classes > len(self.classes):
+            raise ValueError(
+                f"transfer_set.unit.classes is {self.transfer_set.unit.classes}, but there are only "
+                f"{len(self.classes)} classes; use at most that"
+            )
+        return self
+
+    @property
+    def classes(self) -> tuple[int, ...]:
+        """The classes that images are made of."""
+        chosen = self.transfer_set.classes
+        return tuple(range(self.teacher.classes)) if chosen == "all" else chosen
+
+    @property
+    def repeats(self) -> int:
+        """Units that each class is in."""
+        return self.transfer_set.images_per_class // self.transfer_set.unit.images_per_class
+
+    def round_of(self, unit: WorkUnit) -> int:
+        """The round that makes ``unit``, from 0; each round makes whole repeats, so that it covers all classes."""
+        return unit.repeat * self.rounds // self.repeats
+
+    def steps_until(self, number: int) -> int:
+        """Student steps until the end of round ``number``; also the version of the student that it trains."""
+        return self.distill.steps * (number + 1) // self.rounds
+
+    def plan(self) -> tuple[WorkUnit, ...]:
+        """The units of work of this recipe, in order."""
+        return plan_units(
+            seed=self.seed,
+            classes=self.classes,
+            images_per_class=self.transfer_set.images_per_class,
+            classes_per_unit=self.transfer_set.unit.classes,
+            images_per_class_per_unit=self.transfer_set.unit.images_per_class,
+        )
+
+    def digest(self, weights_sha256: str, *, is_against_student: bool = False) -> str:
+        """SHA-256 of what affects a unit's pixels: seed, teacher and its weights, synthesis, size of a unit.
+
+        Not the number of images: a longer plan begins with the units of a shorter one, so a set can be extended. One
+        whose images are made against the student cannot, because its training depends on all of them; there the
+        student and its training count too.
+        """
+        payload = {
+            "format": 1,
+            "seed": self.seed,
+            "teacher": self.teacher.model_dump(mode="json", include={"network", "options", "classes", "image_space"}),
+            "weights": weights_sha256,
+            "synthesis": self.synthesis.model_dump(mode="json"),
+            "unit": self.transfer_set.unit.model_dump(mode="json"),
+        }
+        if is_against_student:
+            payload["against"] = {
+                "student": self.student.model_dump(mode="json"),
+                "distill": self.distill.model_dump(mode="json", exclude={"log_every", "checkpoint_every"}),
+                "images_per_class": self.transfer_set.images_per_class,
+                "rounds": self.rounds,
+            }
+        return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+
+    def located(self) -> Recipe:
+        """The same recipe with absolute local paths, for processes that stand in another folder."""
+        teacher = self.teacher.model_copy(update={"weights": _located(self.teacher.weights)})
+        transfer_set = self.transfer_set.model_copy(update={"uri": _located(self.transfer_set.uri)})
+        changes = {"teacher": teacher, "transfer_set": transfer_set, "run_dir": _located(self.run_dir)}
+        return self.model_copy(update=changes)
+
+    def shown(self) -> dict[str, Any]:
+        """The recipe as plain data without secrets, for reports and logs."""
+        data = self.model_dump(mode="json")
+        data["transfer_set"]["storage_options"] = dict.fromkeys(self.transfer_set.storage_options, "***")
+        return data
+
+
+def _located(path: str) -> str:
+    return path if "://" in path or path == "random" else str(Path(path).absolute())

@@ -1,0 +1,253 @@
+"""Names in a recipe become objects here, with errors that say what would have been right."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from raydfkd.config.schema import Family, PluginSpec
+from raydfkd.errors import RecipeError, did_you_mean, one_line
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptionDoc:
+    """One option of a plug-in, as ``raydfkd show`` prints it."""
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+
+
+class Registry(Generic[T]):
+    """A family of plug-ins: registered ones by name, the user's own as ``module:Class``.
+
+    A plug-in's *options* are the keyword-only arguments of its constructor and come from the recipe, checked against
+    their annotations; its positional arguments are what the engine supplies.
+
+    Args:
+        family: what one of them is called, for messages.
+        modules: that register their plug-ins; imported when the first name is asked for.
+        member: attribute that every plug-in of the family has, so that code of another kind is refused by name.
+    """
+
+    def __init__(self, family: str, modules: Iterable[str], *, member: str = "__call__") -> None:
+        self.family = family
+        self._modules = tuple(modules)
+        self._member = member
+        self._factories: dict[str, Callable[..., T]] = {}
+
+    def register(self, name: str) -> Callable[[F], F]:
+        """Make a class or function known under ``name``; a name can be taken once."""
+
+        def add(factory: F) -> F:
+            assert name not in self._factories, f"{self.family} {name} is registered twice"
+            self._factories[name] = factory
+            return factory
+
+        return add
+
+    def names(self) -> list[str]:
+        """Every registered name, sorted."""
+        for module in self._modules:
+            importlib.import_module(module)
+        return sorted(self._factories)
+
+    def get(self, name: str, *, where: str) -> Callable[..., T]:
+        """Look ``name`` up, or import it where it is ``module:Class``; ``where`` is the recipe key to blame."""
+        if ":" in name:
+            factory: Callable[..., T] = import_callable(name, where=where)
+            return factory
+        if name not in self.names():
+            raise RecipeError(f"{where}: unknown {self.family} {name!r}; {did_you_mean(name, self.names())}")
+        return self._factories[name]
+
+    def check(self, name: str, options: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+        """Validate ``options`` against the constructor's annotations without constructing anything.
+
+        Raises:
+            RecipeError: unknown name or option, or an option of the wrong type or out of its range.
+        """
+        model = _options_model(self.get(name, where=where))
+        try:
+            value = model.model_validate_json(json.dumps(options), strict=True)
+        except ValidationError as error:
+            raise RecipeError(explain(error, where, model)) from None
+        return {field: getattr(value, field) for field in model.model_fields}
+
+    def nested(self, name: str, options: Mapping[str, Any], *, where: str) -> Iterator[Chosen]:
+        """The plug-ins that ``options``, which are checked first, choose inside this one."""
+        model = _options_model(self.get(name, where=where))
+        checked = self.check(name, options, where=where)
+        yield from chosen_in(model, checked, where)
+
+    def build(self, name: str, options: Mapping[str, Any], *supplied: Any, where: str) -> T:
+        """Construct the plug-in ``name`` from engine-``supplied`` arguments and recipe ``options``.
+
+        Raises:
+            RecipeError: what :meth:`check` finds, or the constructor's own complaint.
+        """
+        checked = self.check(name, options, where=where)
+        try:
+            built = self.get(name, where=where)(*supplied, **checked)
+        except RecipeError:
+            raise
+        except ValueError as error:
+            raise RecipeError(f"{where}: {error}") from error
+        if not hasattr(built, self._member):
+            raise RecipeError(
+                f"{where}: {name} makes a {type(built).__name__} without {self._member}, so it is no {self.family}"
+            )
+        return built
+
+    def describe(self, name: str) -> tuple[str, list[OptionDoc]]:
+        """The docstring of plug-in ``name`` without its arguments, and its options."""
+        factory = self.get(name, where=self.family)
+        doc = inspect.getdoc(factory) or ""
+        meanings = meanings_of(doc)
+        options = [
+            OptionDoc(
+                name=parameter.name,
+                type=str(parameter.annotation),
+                default="required" if parameter.default is parameter.empty else _as_json(parameter.default),
+                meaning=meanings.get(parameter.name, ""),
+            )
+            for parameter in _keyword_only(factory)
+        ]
+        return doc.partition("Args:")[0].strip(), options
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """A plug-in as a recipe chooses it."""
+
+    family: str
+    """Key of ``families.REGISTRIES``."""
+    name: str
+    options: Mapping[str, Any]
+    where: str
+    """Recipe key, for messages."""
+
+
+def chosen_in(model: type[BaseModel], values: Mapping[str, Any], where: str) -> Iterator[Chosen]:
+    """Every plug-in that the fields of a model choose, wherever they stand in it: by their ``Family`` annotations."""
+    for name, field in model.model_fields.items():
+        if name in values:
+            key = f"{where}.{name}".lstrip(".")
+            yield from _chosen(values[name], (field.annotation, *field.metadata), key)
+
+
+def _chosen(value: Any, annotation: Any, where: str) -> Iterator[Chosen]:
+    if isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from _chosen(item, annotation, f"{where}[{index}]")
+    elif isinstance(value, PluginSpec):
+        family = next((leaf.name for leaf in _flatten(annotation) if isinstance(leaf, Family)), None)
+        assert family is not None, f"{where} has an annotation that names its family"
+        yield Chosen(family=family, name=value.kind, options=value.options, where=where)
+    elif isinstance(value, BaseModel):
+        yield from chosen_in(type(value), dict(value), where)
+
+
+def import_callable(name: str, *, where: str) -> Any:
+    """What ``module:callable`` names.
+
+    Raises:
+        RecipeError: it cannot be imported, whatever its module raises.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except Exception as error:  # a module of the user's may raise anything
+        raise RecipeError(f"{where} is {name!r}, which cannot be imported: {one_line(error)}") from error
+    if not callable(found):
+        raise RecipeError(f"{where} is {name!r}, which is no class or function but {type(found).__name__}")
+    return found
+
+
+def meanings_of(doc: str) -> dict[str, str]:
+    """Name and meaning of each entry under ``Args:``, continuation lines joined."""
+    entries = re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)$", doc.partition("Args:")[2], flags=re.MULTILINE)
+    return {name: " ".join(meaning.split()) for name, meaning in entries}
+
+
+def _keyword_only(factory: Callable[..., Any]) -> list[inspect.Parameter]:
+    parameters = inspect.signature(factory).parameters.values()
+    return [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+
+
+def _options_model(factory: Callable[..., Any]) -> type[BaseModel]:
+    """What options in a recipe are validated with."""
+    initializer = factory.__init__ if inspect.isclass(factory) else factory
+    namespace = getattr(initializer, "__globals__", {})
+    fields: dict[str, Any] = {
+        parameter.name: (
+            _evaluated(parameter.annotation, namespace),
+            ... if parameter.default is parameter.empty else parameter.default,
+        )
+        for parameter in _keyword_only(factory)
+    }
+    return create_model("Options", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
+
+
+def _evaluated(annotation: Any, namespace: dict[str, Any]) -> Any:
+    if annotation is inspect.Parameter.empty:
+        return Any
+    return eval(annotation, namespace) if isinstance(annotation, str) else annotation
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, default=lambda spec: spec.model_dump(mode="json"))
+
+
+def explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
+    """Put one finding of a pydantic ``error`` into a line with key, value and remedy.
+
+    An unknown key goes first, because it is often a missing one misspelled.
+    """
+    findings = error.errors(include_url=False)
+    finding = next((finding for finding in findings if finding["type"] == "extra_forbidden"), findings[0])
+    path = [str(part) for part in finding["loc"] if not str(part).startswith(("function-", "tagged-", "literal["))]
+    key = ".".join([*([where] if where else []), *path])
+    if finding["type"] == "extra_forbidden":
+        return f"{key}: unknown key; {did_you_mean(path[-1], _known_keys(model, path[:-1]))}"
+    if finding["type"] == "missing":
+        return f"{key} is required and missing"
+    message = finding["msg"].removeprefix("Value error, ")
+    if finding["type"] == "value_error" and isinstance(finding["input"], dict):
+        return f"{key}: {message}" if key else message
+    message = message[0].lower() + message[1:]
+    value = json.dumps(finding["input"], default=str)
+    return f"{key} is {value if len(value) < 80 else value[:77] + '...'}: {message}"
+
+
+def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:
+    """Names that the (nested) model at ``path`` accepts."""
+    for part in path:
+        field = model.model_fields.get(part)
+        inner = [
+            candidate
+            for candidate in _flatten(field.annotation if field else None)
+            if inspect.isclass(candidate) and issubclass(candidate, BaseModel)
+        ]
+        if inner:
+            model = inner[0]
+    return list(model.model_fields)
+
+
+def _flatten(annotation: Any) -> list[Any]:
+    """An annotation with everything inside it, metadata of ``Annotated`` included."""
+    inner = annotation if isinstance(annotation, tuple) else get_args(annotation)
+    return [annotation, *(leaf for argument in inner for leaf in _flatten(argument))]

@@ -1,0 +1,380 @@
+"""The sections of a recipe, as frozen data; a sentence under each field says what it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Spec(BaseModel):
+    """Base of every section: frozen, strict, unknown keys and non-finite numbers refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class PluginSpec(Spec):
+    """A plug-in by name with its options beside it; a bare string is a name without options."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: str
+    """Registered name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The plug-in's own options."""
+        return self.model_extra or {}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Annotates a field with the family that its plug-in belongs to, a key of ``families.REGISTRIES``."""
+
+    name: str
+
+
+Targets = Annotated[PluginSpec, Family("targets")]
+Augmentation = Annotated[PluginSpec, Family("augmentations")]
+Criterion = Annotated[PluginSpec, Family("criteria")]
+Generator = Annotated[PluginSpec, Family("generators")]
+RealDataSet = Annotated[PluginSpec, Family("real_data")]
+
+
+class TermSpec(Spec):
+    """One weighted term of the objective."""
+
+    model_config = ConfigDict(extra="allow")
+
+    term: str
+    """Registered name of the loss."""
+    weight: float = 1.0
+    """Factor in the objective."""
+    name: str
+    """Name in logs, unique within the objective; the term's own name unless given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_after_term(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"term": value}
+        return {"name": value["term"], **value} if isinstance(value, dict) and "term" in value else value
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The term's own options."""
+        return self.model_extra or {}
+
+
+class ImageSpace(Spec):
+    """What the teacher's input looks like: images are in [0, 1], then normalised per channel."""
+
+    channels: Positive = 3
+    """Channels of an image."""
+    size: Positive
+    """Height and width in pixels."""
+    mean: tuple[float, ...]
+    """Mean per channel that normalisation subtracts."""
+    std: tuple[PositiveFloat, ...]
+    """Standard deviation per channel that normalisation divides by."""
+
+    @model_validator(mode="after")
+    def _one_value_a_channel(self) -> ImageSpace:
+        for key in ("mean", "std"):
+            if len(getattr(self, key)) != self.channels:
+                raise ValueError(
+                    f"{key} has {len(getattr(self, key))} values; channels is {self.channels}, give as many"
+                )
+        return self
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        return (self.channels, self.size, self.size)
+
+
+class TeachSpec(Spec):
+    """How to train the teacher on real data where its weights are not there yet."""
+
+    epochs: Positive
+    """Passes over the real training split."""
+    batch_size: Positive = 64
+    """Images per step."""
+    lr: PositiveFloat = 0.01
+    """Peak learning rate of AdamW on a one-cycle schedule."""
+    weight_decay: NotNegative = 0.01
+    """AdamW's weight decay."""
+    augment: tuple[Augmentation, ...] = ()
+    """Augmentations of the real images."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the teacher's convolutions in training; weights and optimiser stay float32."""
+    threads: Positive = 1
+    """CPU threads; part of the recipe because a different split of a sum is a different last bit."""
+
+
+class TeacherSpec(Spec):
+    """The trained network that is to be inverted."""
+
+    network: str
+    """Short name, torchvision:NAME, or module:callable."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of the network's constructor."""
+    classes: Annotated[int, Field(ge=2)]
+    """Number of classes, the width of its output."""
+    image_space: ImageSpace
+    """Its input."""
+    weights: Text = "${run_dir}/teacher.safetensors"
+    """Path or URL of a .safetensors or .pt state dict, or "random" (for benchmarks and tests)."""
+    train: TeachSpec | None = None
+    """How `raydfkd teach` trains it; `run` does so first where the weights are not there yet."""
+
+
+class StudentSpec(Spec):
+    """The smaller network that is to be trained."""
+
+    network: str
+    """Short name, torchvision:NAME, or module:callable."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of the network's constructor."""
+
+
+class SynthesisSpec(Spec):
+    """How images are made; keys beyond these are options of the synthesizer."""
+
+    model_config = ConfigDict(extra="allow")
+
+    synthesizer: str
+    """Registered name of the synthesizer."""
+    objective: Annotated[tuple[TermSpec, ...], Field(min_length=1)]
+    """Weighted terms, added up."""
+    targets: Targets = PluginSpec(kind="balanced")
+    """Which labels images are made for."""
+    augment: tuple[Augmentation, ...] = ()
+    """What the teacher sees instead of the bare image, at every step."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the teacher's convolutions; pixels, moments and optimiser stay float32."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the teacher with its taps; `auto` does on CUDA, while on CPU it takes minutes and gains little. Part of
+    the recipe because another kernel is another last bit."""
+    threads: Positive = 1
+    """CPU threads of a worker; part of the recipe because a different split of a sum is a different last bit."""
+    student_refresh: Positive = 200
+    """Steps between looks for a newer student within a unit, where a term asks it; each unit begins with a look."""
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> SynthesisSpec:
+        names = [term.name for term in self.objective]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two terms are called {name}; give one of them another `name:`")
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The synthesizer's own options."""
+        return self.model_extra or {}
+
+
+class UnitSpec(Spec):
+    """Size of a unit of work."""
+
+    classes: Positive
+    """Classes that share a unit, packed on one device."""
+    images_per_class: Positive
+    """Images of each class in one unit."""
+
+
+class EncodingSpec(Spec):
+    """How pixels are stored; a bare string is a kind."""
+
+    kind: Literal["raw", "png", "jpeg"] = "raw"
+    """`raw` is fastest to write and read; `png` has the same pixels in a little less space, `jpeg` others, close to
+    them, in much less. The stored logits are of the pixels before `jpeg`."""
+    quality: Annotated[int, Field(ge=1, le=100)] = 95
+    """Of `jpeg`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_kind(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+
+class TransferSetSpec(Spec):
+    """Where the synthetic images live and how many there are."""
+
+    uri: Text = "${run_dir}/transfer_set"
+    """Any fsspec URL or a local path."""
+    classes: Literal["all"] | tuple[int, ...] = "all"
+    """Which classes, by number."""
+    images_per_class: Positive
+    """Images of each class; synthesis ends when every class has them."""
+    unit: UnitSpec
+    """Size of a unit of work."""
+    part_rows: Positive = 4096
+    """Rows of one Parquet file at most."""
+    encoding: EncodingSpec = EncodingSpec()
+    """How pixels are stored: raw, png, jpeg or {kind: jpeg, quality: 90}; png and jpeg are for 1 or 3 channels."""
+    storage_options: dict[str, Any] = {}
+    """Options of the file system (endpoint, profile, ...); never part of a digest or a report."""
+
+    @model_validator(mode="after")
+    def _whole_units(self) -> TransferSetSpec:
+        if self.images_per_class % self.unit.images_per_class:
+            below = self.images_per_class // self.unit.images_per_class * self.unit.images_per_class
+            above = below + self.unit.images_per_class
+            remedy = f"{below} or {above}" if below else f"{above}"
+            raise ValueError(
+                f"images_per_class {self.images_per_class} is not a multiple of unit.images_per_class "
+                f"{self.unit.images_per_class}; try {remedy}"
+            )
+        return self
+
+
+class SourceSpec(Spec):
+    """Where the student's batches come from."""
+
+    kind: Literal["growing", "snapshot"] = "growing"
+    """`growing` trains on what is committed so far; `snapshot` waits for the whole set."""
+    wait_for: Positive = 1
+    """Images that must be committed before the first step (growing)."""
+    complete_by: Fraction = 0.5
+    """Share of the student's steps that may pass before the set is complete; before that the student keeps pace
+    with the synthesis, so that its last steps see every image."""
+    refresh_steps: Positive | None = None
+    """Steps after which a newer snapshot is taken although the pass over the old one has not ended (growing); unless
+    given, only between epochs."""
+    window_rows: Positive = 65536
+    """Rows that are shuffled together; memory per training worker is this many images over the number of workers."""
+
+
+class OptimizerSpec(Spec):
+    """The student's optimiser."""
+
+    kind: Literal["adam", "sgd"] = "adam"
+    """Adam, or SGD with Nesterov momentum."""
+    lr: PositiveFloat
+    """Peak learning rate."""
+    weight_decay: NotNegative = 0.0
+    """Weight decay (AdamW's form for adam)."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of sgd; first beta of adam."""
+    schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
+    """Learning rate over the steps."""
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> OptimizerSpec:
+        if self.kind == "sgd" and not self.momentum:
+            raise ValueError("momentum is 0, but sgd's is Nesterov's; give one above 0, such as 0.9")
+        return self
+
+
+class DistillSpec(Spec):
+    """How the student is trained."""
+
+    steps: Positive
+    """Optimiser steps."""
+    batch_size: Positive = 128
+    """Images per step over all training workers."""
+    criterion: Criterion
+    """Distance between student and teacher."""
+    optimizer: OptimizerSpec
+    """Optimiser and schedule."""
+    source: SourceSpec = SourceSpec()
+    """Which images, when."""
+    augment: tuple[Augmentation, ...] = ()
+    """Augmentations of the synthetic images."""
+    teacher_logits: Literal["live", "stored"] = "live"
+    """`live` asks the teacher about each augmented image; `stored` reads its logits from the set."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of both networks' convolutions; weights, criterion and optimiser stay float32."""
+    checkpoint_every: Positive = 500
+    """Steps between checkpoints."""
+    log_every: Positive = 50
+    """Steps between entries of the learning curve."""
+    publish_every: Positive = 500
+    """Steps between versions of the student for synthesis, where a term of the objective asks it."""
+    threads: Positive = 1
+    """CPU threads of a training worker."""
+
+    @model_validator(mode="after")
+    def _stored_logits_fit_the_image(self) -> DistillSpec:
+        if self.teacher_logits == "stored" and self.augment:
+            raise ValueError('teacher_logits "stored" belongs to the bare image; use "live" or drop augment')
+        return self
+
+
+class Range(Spec):
+    """An elastic number of workers."""
+
+    min: Annotated[int, Field(ge=0)]
+    """At least."""
+    max: Positive
+    """At most."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is more than max {self.max}; swap them")
+        return self
+
+
+class RuntimeSpec(Spec):
+    """Where the work runs; nothing here changes a pixel."""
+
+    executor: Literal["ray", "local"] = "ray"
+    """`ray`, or everything in this process."""
+    address: str = "auto"
+    """Ray cluster to join; `auto` joins a running one or starts one here."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where the worker has a GPU."""
+    workers: Range = Range(min=1, max=1)
+    """Synthesis actors."""
+    cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
+    """CPUs that a synthesis actor reserves."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs or share of one that a synthesis actor reserves."""
+    resources_per_worker: dict[str, PositiveFloat] = {}
+    """Other resources that a synthesis actor reserves, such as {synth: 1}."""
+    checkpoint_every: Positive = 1000
+    """Steps of a unit between saved states that another worker can go on from."""
+    student_workers: Range = Range(min=1, max=1)
+    """Workers of the training job."""
+    cpus_per_student_worker: Annotated[float, Field(ge=0)] = 1.0
+    """CPUs that a training worker reserves."""
+    gpus_per_student_worker: Annotated[float, Field(ge=0)] = 0.0
+    """GPUs that a training worker reserves."""
+    resources_per_student_worker: dict[str, PositiveFloat] = {}
+    """Other resources that a training worker reserves, such as {train: 1}."""
+    max_attempts: Positive = 3
+    """Failures of a unit before it is set aside."""
+    max_losses: Positive = 5
+    """Deaths of a unit's worker in a row, preempted machines aside, before the unit is set aside."""
+
+    @model_validator(mode="after")
+    def _somebody_trains(self) -> RuntimeSpec:
+        if self.student_workers.min < 1:
+            raise ValueError("student_workers.min is 0, but the student needs at least 1 worker")
+        return self
+
+
+class BudgetSpec(Spec):
+    """How a budget of device-seconds is spent where one is given instead of numbers of images and steps."""
+
+    synthesis_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of it for synthesis; the student's training gets the rest."""

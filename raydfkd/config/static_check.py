@@ -1,0 +1,48 @@
+"""What a recipe shows to be wrong without any code or file that it names: names and options of plug-ins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from raydfkd.config.families import family
+from raydfkd.config.recipe import Recipe
+from raydfkd.config.registry import Chosen, chosen_in
+
+
+def static_check(recipe: Recipe) -> None:
+    """Find unknown names and unfit options of the plug-ins that come with raydfkd; imports torch.
+
+    What takes more than the recipe is left to ``run.check``: whether parts suit each other, rules in constructors,
+    everything given as ``module:Class`` or ``torchvision:NAME``, files and devices.
+
+    Raises:
+        RecipeError: with key, value and remedy.
+    """
+    for chosen in plugins_of(recipe):
+        _check(chosen)
+
+
+def plugins_of(recipe: Recipe) -> Iterator[Chosen]:
+    """Every plug-in that the recipe chooses, but for those inside others."""
+    synthesis = recipe.synthesis
+    yield _network(recipe.teacher.network, recipe.teacher.options, "teacher")
+    for index, term in enumerate(synthesis.objective):
+        yield Chosen(family="terms", name=term.term, options=term.options, where=f"synthesis.objective[{index}]")
+    yield Chosen(family="synthesizers", name=synthesis.synthesizer, options=synthesis.options, where="synthesis")
+    yield from chosen_in(type(recipe), dict(recipe), "")
+    yield _network(recipe.student.network, recipe.student.options, "student")
+
+
+def _network(name: str, options: dict[str, object], role: str) -> Chosen:
+    return Chosen(family="networks", name=name, options=options, where=f"{role}.network")
+
+
+def _check(chosen: Chosen) -> None:
+    if ":" in chosen.name:
+        return
+    registry, where = family(chosen.family), chosen.where
+    registry.get(chosen.name, where=where)
+    if chosen.family == "networks":
+        where = where.replace(".network", ".options")
+    for inner in registry.nested(chosen.name, chosen.options, where=where):
+        _check(inner)

@@ -1,0 +1,68 @@
+"""The rows that are shuffled together, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raydfkd.data.commits import Part
+from raydfkd.data.shards import StoredRows
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows ``low`` to ``high`` of a part."""
+
+    part: Part
+    low: int
+    high: int
+
+
+class ShuffleBuffer:
+    """The rows of some pieces, one piece after another; images stay in the parts that they were read in.
+
+    Args:
+        pieces: at least one.
+        fetch: reads a part whole.
+        held: parts by path that need not be fetched again.
+    """
+
+    def __init__(
+        self, pieces: Sequence[Piece], fetch: Callable[[Part], StoredRows], *, held: Mapping[str, StoredRows]
+    ) -> None:
+        self.parts: dict[str, StoredRows] = {}
+        labels, logits = [], []
+        self._images = []
+        for piece in pieces:
+            path = piece.part.path
+            rows = self.parts[path] = held[path] if path in held else fetch(piece.part)
+            here = slice(piece.low, piece.high)
+            self._images.append(rows.images[here].numpy())
+            labels.append(rows.labels[here])
+            logits.append(rows.teacher_logits[here])
+        self._labels, self._logits = torch.cat(labels), torch.cat(logits)
+        assert len({images.shape[1:] for images in self._images}) == 1, "images of a set have one shape"
+        self._ends = torch.tensor(list(accumulate(map(len, self._images))))
+        self._begins = [0, *self._ends.tolist()[:-1]]
+
+    def take(self, numbers: Tensor, *, pin_memory: bool = False) -> StoredRows:
+        """Copy the rows with these ``numbers``, in the order of the window."""
+        numbers = numbers.sort().values
+        images = torch.empty(len(numbers), *self._images[0].shape[1:], dtype=torch.uint8, pin_memory=pin_memory)
+        ends = torch.searchsorted(numbers, self._ends).tolist()
+        # numpy, because the call costs half of torch's and there is one for each part; "raise" would copy twice
+        picked, out, begin = numbers.numpy(), images.numpy(), 0
+        for piece, first, end in zip(self._images, self._begins, ends, strict=True):
+            if begin < end:
+                np.take(piece, picked[begin:end] - first, axis=0, out=out[begin:end], mode="clip")
+            begin = end
+        return StoredRows(
+            images=images,
+            labels=self._labels.index_select(0, numbers),
+            teacher_logits=self._logits.index_select(0, numbers),
+        )

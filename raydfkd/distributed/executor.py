@@ -1,0 +1,194 @@
+"""Synthesis and distillation at once on a Ray cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import ray
+from torch import Tensor
+
+from raydfkd.distributed.pool import LEAVE_S, SynthesisPool, capacity
+from raydfkd.distributed.train_driver import new_coordinator, train_student
+from raydfkd.errors import RecipeError
+from raydfkd.job import Job, SynthesisOutcome
+from raydfkd.run.executor import in_rounds
+from raydfkd.run.progress import Monitor
+from raydfkd.run.signals import Interruption
+from raydfkd.units import UnitQueue
+
+POLL_S = 0.5
+KILL_S = 5.0
+"""How long a training that has not started may take to, so that it can be ended."""
+NOW_S = 1.5
+"""The same where the run is to end at once."""
+
+
+class RayExecutor:
+    """Works on the cluster that the recipe names, one that runs here, or one started here for the occasion."""
+
+    def synthesize(self, job: Job, monitor: Monitor) -> SynthesisOutcome:
+        """See Executor."""
+        with _connected(job, monitor), Interruption() as interruption:
+            return _synthesize(job, monitor, job.begin_synthesis(), _nothing, interruption)
+
+    def distill(self, job: Job, monitor: Monitor) -> Mapping[str, Tensor]:
+        """See Executor."""
+        with (
+            _connected(job, monitor),
+            Interruption() as interruption,
+            _Training(job, monitor, interruption) as training,
+        ):
+            return training.wait()
+
+    def run(self, job: Job, monitor: Monitor) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:
+        """See Executor."""
+        with _connected(job, monitor):
+            if job.recipe.rounds > 1:
+                return in_rounds(job, monitor, self)
+            queue = job.begin_synthesis()  # before the student, who would take the end of an earlier run for this one's
+            with Interruption() as interruption, _Training(job, monitor, interruption) as training:
+                outcome = _synthesize(job, monitor, queue, training.look, interruption)
+                return outcome, training.wait()
+
+
+def _synthesize(
+    job: Job,
+    monitor: Monitor,
+    queue: UnitQueue,
+    on_tick: Callable[[], None],
+    interruption: Interruption,
+) -> SynthesisOutcome:
+    SynthesisPool(job, monitor).run(queue, on_tick, interruption)
+    return job.end_synthesis(queue)
+
+
+def _nothing() -> None:
+    pass
+
+
+class _Training:
+    """The Train job, waited for in a thread beside the one that drives the pool.
+
+    Where the run ends early, by an interruption or an error, the training does too, with a checkpoint if it can.
+    """
+
+    def __init__(self, job: Job, monitor: Monitor, interruption: Interruption) -> None:
+        self._monitor = monitor
+        self._interruption = interruption
+        self._is_over = False
+        monitor.student_started()
+        self.coordinator = new_coordinator()
+        self._student: Mapping[str, Tensor] = {}
+        self._error: Exception | None = None
+        self._is_done = threading.Event()  # unlike a thread's end, safe to await where Ctrl-C raises (bpo-45274)
+        threading.Thread(target=self._run, args=(job,), name="student", daemon=True).start()
+
+    def _run(self, job: Job) -> None:
+        try:
+            self._student = train_student(
+                job, self.coordinator, until=job.until, on_wait=self._say_who_trains, is_over=self._is_wound_up
+            )
+        except Exception as error:  # raised again in the main thread
+            self._error = error
+        finally:
+            self._is_done.set()
+
+    def __enter__(self) -> _Training:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._wind_up()
+
+    def _say_who_trains(self, who: str) -> None:
+        self._monitor.say("student", f"{who} trains it in this run_dir; waiting for it")
+
+    def _is_wound_up(self) -> bool:
+        return self._is_over or self._interruption.is_requested
+
+    def look(self) -> None:
+        """Show what is new; raise what went wrong. Once the run is interrupted, tell the training."""
+        self._show()
+        if self._interruption.is_requested:
+            self.coordinator.end.remote()
+        elif self._error is not None:
+            raise self._error
+
+    def wait(self) -> Mapping[str, Tensor]:
+        """Look on until the end; the student's state dict, empty where there was nothing to train on.
+
+        Raises:
+            KeyboardInterrupt: the run was interrupted.
+        """
+        while not self._is_done.wait(POLL_S) and not self._interruption.is_requested:
+            self.look()
+        if self._interruption.is_requested:
+            raise KeyboardInterrupt
+        self.look()
+        return self._student
+
+    def _wind_up(self) -> None:
+        """Let the training make a checkpoint and end, unless it is to end at once."""
+        self._is_over = True
+        try:
+            is_begun = ray.get(self.coordinator.end.remote())  # else there is nothing to save
+            until = time.monotonic() + LEAVE_S - self._interruption.seconds
+            while is_begun and time.monotonic() < until and not self._interruption.is_repeated:
+                if self._is_done.wait(POLL_S):
+                    break
+            self._show()
+        finally:
+            self._kill()
+
+    def _kill(self) -> None:
+        """End the thread: Ray ends a process with status 1 in which one is still waiting for it at the end."""
+        until = time.monotonic() + (NOW_S if self._interruption.is_repeated else KILL_S)
+        while not self._is_done.wait(POLL_S / 5) and time.monotonic() < until:
+            for controller in ray.get(self.coordinator.controller.remote()):
+                ray.kill(controller)
+
+    def _show(self) -> None:
+        for entry in ray.get(self.coordinator.take.remote()):
+            self._monitor.student(entry)
+
+
+@contextlib.contextmanager
+def _connected(job: Job, monitor: Monitor) -> Iterator[None]:
+    """Ray prints what it hears of nodes, some of it when it ends; standard output is for what a command answers."""
+    with contextlib.redirect_stdout(sys.stderr):
+        if ray.is_initialized():
+            yield
+            return
+        _connect(job, monitor)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _connect(job: Job, monitor: Monitor) -> None:
+    address = job.recipe.runtime.address
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        # Without an address Ray joins what RAY_ADDRESS names or what runs on this machine, else starts a cluster.
+        ray.init(None if address == "auto" else address, **options)
+    except (ConnectionError, ValueError) as error:
+        raise RecipeError(f"runtime.address is {address!r}: no Ray cluster answers there ({error}); use auto") from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own exits with status 15
+    has = capacity()
+    monitor.say(
+        "ray",
+        f"{ray.__version__}   {has['CPU']:g} CPUs   {has['GPU']:g} GPUs",
+    )

@@ -1,0 +1,129 @@
+"""What a cluster elsewhere is told to run: a recipe of this machine as a command, refused where files would be lost."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from raydfkd.config.load import packaged_recipes
+from raydfkd.config.recipe import Recipe
+from raydfkd.errors import RecipeError
+
+SECRET = re.compile(r"key|secret|token|password|credential", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entrypoint:
+    """A run as the cluster gets it."""
+
+    name: str
+    """Of the job, unique in its cluster."""
+    command: str
+    """Line of shell that starts in ``working_dir`` on the head."""
+    working_dir: Path
+    """What is packed and sent along."""
+    needs: tuple[str, ...]
+    """Files in it that the command reads, relative to it."""
+    variables: Mapping[str, str]
+    """Environment of driver and workers beside what their nodes have; may hold secrets."""
+    recipe: str
+    """The recipe's name."""
+    run_dir: str
+    """Where the report will be, on the cluster."""
+
+
+def plan_entrypoint(  # noqa: PLR0913 - one option each
+    source: str,
+    recipe: Recipe,
+    *,
+    overrides: Sequence[str],
+    run_dir: str | None,
+    working_dir: Path,
+    env: Sequence[str],
+    name: str | None,
+) -> Entrypoint:
+    """Put together how ``recipe``, which was loaded from ``source`` with ``overrides``, runs on a cluster.
+
+    Raises:
+        RecipeError: a file would not be found there, or what is made there would be lost.
+    """
+    if not working_dir.is_dir():
+        raise RecipeError(f"--working-dir is '{working_dir}': no such folder")
+    _refuse_what_stays_behind(recipe)
+    _refuse_secrets(overrides)
+    needs = []
+    if Path(source).is_file() or source not in packaged_recipes():
+        source = _inside(working_dir, source)
+        needs.append(source)
+    weights = recipe.teacher.weights
+    if weights != "random" and not _is_elsewhere(weights):
+        needs.append(os.path.normpath(weights))
+    arguments = ["run", source, "--json", *(("--run-dir", run_dir) if run_dir is not None else ())]
+    for override in overrides:
+        arguments += ["--set", override]
+    return Entrypoint(
+        name=_job_name(name, recipe),
+        command=shlex.join(["raydfkd", *arguments]),
+        working_dir=working_dir,
+        needs=tuple(needs),
+        variables=_variables(env),
+        recipe=recipe.name,
+        run_dir=recipe.run_dir,
+    )
+
+
+def _refuse_what_stays_behind(recipe: Recipe) -> None:
+    """A job's folder on the cluster goes with the job."""
+    if not _is_elsewhere(recipe.run_dir):
+        raise RecipeError(
+            f"run_dir is {recipe.run_dir!r}, inside the job's own folder, which goes with the job; "
+            f"give a folder that every node sees, such as --run-dir /runs/{recipe.name}"
+        )
+    if not _is_elsewhere(recipe.transfer_set.uri):
+        raise RecipeError(
+            f"transfer_set.uri is {recipe.transfer_set.uri!r}, inside the job's own folder, which goes with the job; "
+            "give a URL, or a folder that every node sees"
+        )
+
+
+def _is_elsewhere(path: str) -> bool:
+    return "://" in path or Path(path).is_absolute()
+
+
+def _refuse_secrets(overrides: Sequence[str]) -> None:
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key.startswith("transfer_set.storage_options") and SECRET.search(override):
+            raise RecipeError(
+                f"--set {key}: a job's command is shown to everyone; leave credentials to the nodes' environment, "
+                "or name a variable of yours with --env"
+            )
+
+
+def _inside(working_dir: Path, source: str) -> str:
+    """The recipe file as it is called from the working directory."""
+    path = Path(os.path.abspath(source))  # a link is packed as what it leads to, under its own name
+    folder = Path(os.path.abspath(working_dir))
+    if not path.is_relative_to(folder):
+        raise RecipeError(f"{source} is not inside --working-dir {working_dir}, so it would not be sent; move either")
+    return str(path.relative_to(folder))
+
+
+def _variables(names: Sequence[str]) -> dict[str, str]:
+    for name in names:
+        if name not in os.environ:
+            raise RecipeError(f"--env {name}: not set here; export it first, or leave it to the nodes' environment")
+    return {name: os.environ[name] for name in names}
+
+
+def _job_name(given: str | None, recipe: Recipe) -> str:
+    if given is None:
+        return f"{recipe.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", given):
+        raise RecipeError(f"--name is {given!r}; use letters, digits, dash, dot and underscore")
+    return given

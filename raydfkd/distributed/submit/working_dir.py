@@ -1,0 +1,78 @@
+"""What of a folder is sent along with a job, as Ray itself chooses it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE, get_runtime_env_default_excludes
+from ray._private.runtime_env import packaging
+
+from raydfkd.errors import RecipeError
+
+EXCLUDES = ("/runs", "/build", "/dist", "*.egg-info", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis")
+"""What is never sent, in the manner of .gitignore, beside what that names and Ray's own .git, .venv, __pycache__."""
+MOST_BYTES = 100 * 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Package:
+    """The files of a folder that are sent."""
+
+    files: frozenset[str]
+    """Paths relative to the folder."""
+    num_bytes: int
+    """Of all files together; Ray does not compress them."""
+    largest: tuple[str, int]
+    """The entry at the top of the folder that weighs most, and its bytes."""
+
+
+def package_of(folder: Path) -> Package:
+    """What Ray would send of ``folder``; reads no file but .gitignore and .rayignore.
+
+    The walk is Ray's own, private as it is: any other would in the end disagree with what is sent.
+    """
+    sizes: dict[str, int] = {}
+
+    def note(path: Path) -> None:
+        if path.is_file():
+            sizes[str(path.relative_to(top))] = path.stat().st_size
+
+    top = folder.absolute()
+    excludes = [packaging._get_excludes(top, [*get_runtime_env_default_excludes(), *EXCLUDES])]
+    with_gitignore = os.environ.get(RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
+    packaging._dir_travel(top, excludes, note, include_gitignore=with_gitignore, logger=logging.getLogger(__name__))
+    entries: Counter[str] = Counter()
+    for name, size in sizes.items():
+        entries[name.partition("/")[0]] += size
+    (largest,) = entries.most_common(1) or [("", 0)]
+    return Package(files=frozenset(sizes), num_bytes=sum(sizes.values()), largest=largest)
+
+
+def check_package(package: Package, folder: Path, needs: Sequence[str]) -> None:
+    """Refuse what is too large to send, and what lacks a file in ``needs``.
+
+    Raises:
+        RecipeError: with the remedy.
+    """
+    if package.num_bytes > MOST_BYTES:
+        name, size = package.largest
+        raise RecipeError(
+            f"--working-dir {folder} holds {in_mib(package.num_bytes)}, {in_mib(size)} of it in {name}; at most "
+            f"{in_mib(MOST_BYTES)} are sent with a job: name what it does not need in .gitignore or .rayignore"
+        )
+    for name in needs:
+        if name not in package.files:
+            raise RecipeError(
+                f"{name} is not sent with the job: it is not in --working-dir {folder}, or .gitignore leaves it out; "
+                "put it there, or give a URL or a path that every node sees"
+            )
+
+
+def in_mib(num_bytes: int) -> str:
+    """``3565158`` as ``3.4 MiB``."""
+    return f"{num_bytes / 2**20:.1f} MiB"

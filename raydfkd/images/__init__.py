@@ -1,0 +1,1 @@
+"""Pixels: spaces, augmentations, real images."""

@@ -1,0 +1,144 @@
+"""What a network sees instead of the bare image; the same plug-ins serve synthesis, teachers and students.
+
+Random numbers come from the CPU generator that is passed in, so a seed means the same on every device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from raydfkd.config.registry import Registry
+from raydfkd.config.schema import BelowOne, Count, Fraction, NotNegative, PluginSpec, PositiveFloat
+
+
+class Augmentation(Protocol):
+    """Maps images [N, C, H, W] to images of the same shape, differentiably."""
+
+    def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:
+        """Augment a batch."""
+
+
+AUGMENTATIONS: Registry[Augmentation] = Registry("augmentation", [])
+
+
+@AUGMENTATIONS.register("jitter")
+class Jitter:
+    """Roll the whole batch by one random offset (Yin et al. 2020).
+
+    Args:
+        pixels: largest offset along each axis.
+    """
+
+    def __init__(self, *, pixels: Count) -> None:
+        self._pixels = pixels
+
+    def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:
+        """See the class."""
+        offsets = torch.randint(-self._pixels, self._pixels + 1, (2,), generator=rng).tolist()
+        return images.roll(offsets, (2, 3))
+
+
+@AUGMENTATIONS.register("flip")
+class Flip:
+    """Mirror the whole batch left to right (Yin et al. 2020).
+
+    Args:
+        probability: of mirroring.
+    """
+
+    def __init__(self, *, probability: Fraction = 0.5) -> None:
+        self._probability = probability
+
+    def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:
+        """See the class."""
+        return images.flip(3) if torch.rand((), generator=rng).item() < self._probability else images
+
+
+@AUGMENTATIONS.register("affine")
+class Affine:
+    """Rotate, scale and shift each image by itself; the border is continued outwards.
+
+    Args:
+        degrees: largest rotation to either side.
+        scale: largest relative change of size.
+        shift: largest shift along each axis, as a share of the image.
+    """
+
+    def __init__(self, *, degrees: NotNegative = 0.0, scale: BelowOne = 0.0, shift: Fraction = 0.0) -> None:
+        self._radians = math.radians(degrees)
+        self._scale = scale
+        self._shift = shift
+
+    def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:
+        """See the class."""
+        angle, zoom, dx, dy = torch.rand(4, len(images), generator=rng).mul(2).sub(1)
+        angle, zoom = angle * self._radians, 1 + zoom * self._scale
+        cos, sin = zoom * angle.cos(), zoom * angle.sin()
+        rows = [torch.stack([cos, -sin, dx * self._shift * 2], 1), torch.stack([sin, cos, dy * self._shift * 2], 1)]
+        grid = F.affine_grid(torch.stack(rows, 1).to(images.device), list(images.shape), align_corners=False)
+        return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+@AUGMENTATIONS.register("noise")
+class Noise:
+    """Add Gaussian noise, its strength drawn for each image between none and ``std``.
+
+    Args:
+        std: largest standard deviation, in teacher-normalised units.
+    """
+
+    def __init__(self, *, std: NotNegative) -> None:
+        self._std = std
+
+    def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:
+        """See the class."""
+        strength = torch.rand(len(images), 1, 1, 1, generator=rng) * self._std
+        noise = torch.randn(images.shape, generator=rng)
+        return images + (strength * noise).to(images.device)
+
+
+@AUGMENTATIONS.register("mixup")
+class Mixup:
+    """Blend each image with another one of the batch; only for students with live teacher logits.
+
+    Args:
+        alpha: both parameters of the Beta distribution of the share.
+    """
+
+    def __init__(self, *, alpha: PositiveFloat = 1.0) -> None:
+        self._alpha = alpha
+
+    def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:
+        """See the class."""
+        shape = torch.full((2, len(images)), self._alpha)
+        first, second = torch._standard_gamma(shape, generator=rng)
+        share = (first / (first + second)).view(-1, 1, 1, 1).to(images.device)
+        partner = torch.randperm(len(images), generator=rng).to(images.device)
+        mixed: Tensor = share * images + (1 - share) * images[partner]
+        return mixed
+
+
+class Chain:
+    """Augmentations one after another."""
+
+    def __init__(self, augmentations: Sequence[Augmentation]) -> None:
+        self._augmentations = tuple(augmentations)
+
+    def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:
+        """Apply all of them in order."""
+        for augmentation in self._augmentations:
+            images = augmentation(images, rng)
+        return images
+
+
+def build_augmentations(specs: Sequence[PluginSpec], *, where: str) -> Chain:
+    """Build a recipe's list of augmentations."""
+    return Chain(
+        [AUGMENTATIONS.build(spec.kind, spec.options, where=f"{where}[{index}]") for index, spec in enumerate(specs)]
+    )

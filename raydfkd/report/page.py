@@ -1,0 +1,188 @@
+"""What a run leaves for people: metrics as it goes, then report.json, report.html and pictures of the transfer set."""
+
+from __future__ import annotations
+
+import base64
+import importlib.resources
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from jinja2 import Environment, StrictUndefined
+from PIL import Image
+from rich.table import Table
+from torch import Tensor
+
+from raydfkd.report.charts import objective_curves, student_curves
+from raydfkd.report.metrics import JSON, finite
+
+NOT_JUDGED = "not judged (no real data)"
+MAX_CLASSES = 20
+MAX_FAILURES = 50
+MAX_PICTURE_BYTES = 3_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gallery:
+    """Some images of each class, with what the teacher thinks of them."""
+
+    images: Tensor
+    """uint8 [K, M, C, H, W]: a row of M images for each of K classes."""
+    class_names: tuple[str, ...]
+    """Names of the K classes."""
+    teacher_confidence: Tensor
+    """[K, M]: probability that the teacher gives the intended class."""
+
+    def __post_init__(self) -> None:
+        assert self.images.dtype == torch.uint8, "a gallery shows bytes"
+        assert self.images.shape[:2] == self.teacher_confidence.shape, "each image has its confidence"
+        assert len(self.images) == len(self.class_names), "each row has its name"
+
+
+def write_report(
+    run_dir: Path,
+    report: Mapping[str, JSON],
+    *,
+    metrics: Sequence[Mapping[str, Any]],
+    gallery: Gallery | None,
+) -> None:
+    """Write ``report.json`` and the self-contained ``report.html``, each of them whole or not at all."""
+    data = _plain(report)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _replace(run_dir / "report.json", json.dumps(data, indent=2, allow_nan=False) + "\n")
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page.filters.update(percent=percent, count=count, duration=duration)
+    template = (importlib.resources.files("raydfkd.report") / "page.html").read_text(encoding="utf-8")
+    html = page.from_string(template).render(
+        report=data,
+        difference=_difference(data["teacher"]["top1"], data["student"]["top1"]),
+        student_curves=student_curves(metrics),
+        objective_curves=objective_curves(metrics),
+        gallery=None if gallery is None else _gallery_rows(gallery),
+        recipe_yaml=yaml.safe_dump(data["recipe"], sort_keys=False, allow_unicode=True),
+        max_failures=MAX_FAILURES,
+    )
+    _replace(run_dir / "report.html", html)
+
+
+def summary_table(report: Mapping[str, JSON]) -> Table:
+    """The result in a terminal: teacher and student side by side."""
+    data = _plain(report)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    table.add_column("teacher", justify="right")
+    table.add_column("student", justify="right")
+    table.add_row("real test images", percent(data["teacher"]["top1"]), percent(data["student"]["top1"]))
+    table.add_row("agreement with teacher", "-", percent(data["agreement"]))
+    return table
+
+
+def gallery_png(gallery: Gallery, path: Path, scale: int = 2) -> None:
+    """Write all images as one PNG, a row for each class, every pixel ``scale`` pixels wide and high."""
+    from torchvision.utils import make_grid  # a second and a half, which `raydfkd check` is spared
+
+    images = _showable(gallery.images)
+    large = images.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
+    sheet = make_grid(large.flatten(0, 1), nrow=images.shape[1], padding=scale, pad_value=255)
+    _picture(sheet).save(path, "PNG")
+
+
+def percent(fraction: float | None) -> str:
+    """``0.991`` as ``99.1 %``; without a value, why there is none."""
+    return NOT_JUDGED if fraction is None else f"{fraction:.1%}".replace("%", "\N{NO-BREAK SPACE}%")
+
+
+def count(number: float | None) -> str:
+    """``6000`` as ``6,000``, to three digits below a hundred; a dash without a value."""
+    if number is None:
+        return "–"
+    return f"{number:,.0f}" if abs(number) >= 100 or number == int(number) else f"{number:.3g}"
+
+
+def duration(seconds: float | None) -> str:
+    """``108.2`` as ``1 min 48 s``; a dash without a value."""
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        text = f"{hours} h {minutes} min"
+    elif minutes:
+        text = f"{minutes} min {rest} s"
+    else:
+        text = f"{seconds:.1f} s" if seconds < 10 else f"{rest} s"
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def _difference(teacher: float | None, student: float | None) -> str:
+    if teacher is None or student is None:
+        return ""
+    points = round(100 * (student - teacher), 1)
+    if points == 0:
+        return "level with the teacher"
+    return f"{abs(points):.1f} points {'above' if points > 0 else 'below'} the teacher"
+
+
+def _gallery_rows(gallery: Gallery) -> dict[str, Any]:
+    """What the page shows of a gallery: evenly spaced classes, as many columns as its weight allows."""
+    num_classes, num_columns, _, height, width = gallery.images.shape
+    chosen = np.linspace(0, num_classes - 1, min(num_classes, MAX_CLASSES)).round().astype(int).tolist()
+    rows: list[dict[str, Any]] = [{"name": gallery.class_names[index], "pictures": []} for index in chosen]
+    total_bytes = shown = 0
+    for column in range(num_columns):
+        pictures = [_data_uri(image) for image in _showable(gallery.images[chosen, column])]
+        total_bytes += sum(map(len, pictures))
+        if column and total_bytes > MAX_PICTURE_BYTES:
+            break
+        for row, index, uri in zip(rows, chosen, pictures, strict=True):
+            row["pictures"].append({"uri": uri, "confidence": float(gallery.teacher_confidence[index, column])})
+        shown = column + 1
+    side = max(height, width)
+    return {
+        "rows": rows,
+        "num_classes": num_classes,
+        "shown": shown,
+        "num_columns": num_columns,
+        "height": height,
+        "width": width,
+        "display": side * max(1, round(64 / side)) if side <= 96 else 112,
+    }
+
+
+def _showable(images: Tensor) -> Tensor:
+    """Images [..., C, H, W] with one or three channels; any other number becomes grey."""
+    if images.shape[-3] in (1, 3):
+        return images
+    return images.float().mean(-3, keepdim=True).round().byte()
+
+
+def _data_uri(image: Tensor) -> str:
+    """PNG where single pixels are to be seen; JPEG for large images, whose noise would make PNGs of megabytes."""
+    kind = "png" if max(image.shape) <= 96 else "jpeg"
+    buffer = io.BytesIO()
+    _picture(image).save(buffer, kind, quality=90)  # PNG ignores the quality
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def _picture(image: Tensor) -> Image.Image:
+    rows = image.cpu().permute(1, 2, 0).numpy()
+    return Image.fromarray(rows[..., 0] if len(image) == 1 else rows)
+
+
+def _plain(report: Mapping[str, JSON]) -> dict[str, Any]:
+    """The report as a reader of ``report.json`` gets it."""
+    data: dict[str, Any] = json.loads(json.dumps(finite(report)))
+    return data
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,26 @@
+"""What ran, and how it was called."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+import shlex
+import sys
+from pathlib import Path
+
+from raydfkd import __version__
+
+
+def versions() -> dict[str, str]:
+    """What ran, for provenance."""
+    found = {"raydfkd": __version__, "python": platform.python_version()}
+    for package in ("torch", "torchvision", "ray", "pyarrow"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def command_line() -> str:
+    """The command that started this process."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -1,0 +1,32 @@
+"""Seeds that follow from names, and random number generators from seeds."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on every part and on nothing else (no device, no worker, no time)."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def rng_from(seed: int) -> torch.Generator:
+    """A CPU generator of random numbers, so that a seed means the same on every device."""
+    import torch  # here, so that a plan can be made without it
+
+    return torch.Generator().manual_seed(seed)
+
+
+def rng_at(state: Tensor) -> torch.Generator:
+    """A CPU generator that goes on from ``state``."""
+    import torch
+
+    rng = torch.Generator()
+    rng.set_state(state)
+    return rng

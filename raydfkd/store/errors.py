@@ -1,0 +1,94 @@
+"""How storage fails, and what is said of it, in one line without secrets."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+PUBLIC_OPTIONS = frozenset({"endpoint_url", "client_kwargs.endpoint_url", "client_kwargs.region_name", "profile"})
+"""Storage options that an error may show, because it is of no use without them."""
+_SECRET_VARIABLE = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|PRIVATE|(ACCESS|API|ACCOUNT|STORAGE)_KEY")
+
+
+class StoreError(OSError):
+    """A store cannot do what was asked, and trying again did not help; one line that shows no secret."""
+
+
+class OutageError(StoreError):
+    """A store did not answer, or with errors that pass, for as long as it was asked again: about a minute."""
+
+
+class DamagedError(ValueError):
+    """What a set has stored is not what was committed; one line that names the object.
+
+    Args:
+        uri: of the set, without any password in it.
+        path: of the damaged object, relative to the set.
+        reason: what is wrong with it; goes on from its name.
+    """
+
+    def __init__(self, uri: str, path: str, reason: str) -> None:
+        super().__init__(uri, path, reason)
+        self.path = path
+        self.reason = reason
+        self._uri = uri
+
+    def __str__(self) -> str:
+        return f"{self._uri}/{self.path} {self.reason}"
+
+
+def is_missing_bucket(error: BaseException) -> bool:
+    """Whether it is the bucket that does not exist; file systems report it as they do a missing object."""
+    return any(_answer(link)[0] == "NoSuchBucket" for link in _chain(error))
+
+
+def explain(error: BaseException, secrets: Collection[str]) -> str:
+    """The reason in one line, with *** for every secret in it."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    reason = " ".join(reason.split()) or type(error).__name__
+    for secret in sorted({*secrets, *_secrets_of_environment()}, key=len, reverse=True):
+        reason = reason.replace(secret, "***")
+    return reason
+
+
+def secrets_of(options: Mapping[str, object], within: str = "") -> Iterator[str]:
+    """Text of every storage option that is not known to be public; below four characters it is no secret but a flag."""
+    for key, value in options.items():
+        if isinstance(value, (list, tuple)):
+            yield from secrets_of({f"{key}.{index}": item for index, item in enumerate(value)}, within)
+        elif isinstance(value, Mapping):
+            yield from secrets_of(value, f"{within}{key}.")
+        elif f"{within}{key}" not in PUBLIC_OPTIONS and not isinstance(value, bool) and len(str(value)) >= 4:
+            yield str(value)
+
+
+def _secrets_of_environment() -> Iterator[str]:
+    return (value for name, value in os.environ.items() if len(value) >= 8 and _SECRET_VARIABLE.search(name.upper()))
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    link: BaseException | None = error
+    while link is not None:
+        yield link
+        link = link.__cause__
+
+
+def _answer(error: BaseException) -> tuple[str, int]:
+    """A server's error code and HTTP status as botocore, aiohttp, gcsfs and requests keep them; "" and 0 for none."""
+    response = getattr(error, "response", None)
+    if isinstance(response, Mapping):
+        code = str(response.get("Error", {}).get("Code", ""))
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return code, int(code) if code.isdigit() else int(status)
+    for found in (getattr(response, "status_code", 0), getattr(error, "status", 0), getattr(error, "code", 0)):
+        if str(found).isdigit() and int(found):
+            return "", int(found)
+    return "", 0
+
+
+def _kinds(error: BaseException) -> set[str]:
+    """Names of the error's classes, each with the package it is from."""
+    return {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}

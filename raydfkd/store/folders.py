@@ -1,0 +1,262 @@
+"""The kinds of file system under a ``Store``: a local folder, and objects that fsspec reaches."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+from uuid import uuid4
+
+import fsspec
+from fsspec.utils import get_protocol
+
+from raydfkd.store.errors import is_missing_bucket
+
+_MEMORY_LOCK = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """An object as a listing has it."""
+
+    path: str
+    """Relative to the store."""
+    bytes: int
+    """Its size."""
+    modified: float | None
+    """When it was written, in seconds since 1970 by the clock of the store; None where the store does not say."""
+
+
+class Folder(Protocol):
+    """What a kind of file system has to do for ``Store``; what reads or deletes may raise FileNotFoundError."""
+
+    def put(self, path: str, data: bytes) -> None:
+        """See Store."""
+
+    def put_new(self, path: str, data: bytes) -> bool:
+        """See Store."""
+        ...
+
+    def get(self, path: str) -> bytes:
+        """See Store."""
+        ...
+
+    def view(self, path: str) -> bytes | mmap.mmap:
+        """See Store."""
+        ...
+
+    def exists(self, path: str) -> bool:
+        """See Store."""
+        ...
+
+    def entries(self, prefix: str) -> list[Entry]:
+        """Files directly under a folder; their paths are names."""
+        ...
+
+    def names(self, prefix: str) -> list[str]:
+        """Names of the files directly under a folder."""
+        ...
+
+    def modified(self, path: str) -> float | None:
+        """When a file was written, by the clock of the store."""
+        ...
+
+    def delete(self, path: str) -> None:
+        """See Store."""
+
+    def nearest(self) -> Folder:
+        """This folder, or the innermost one above it that exists where folders have to be made."""
+        ...
+
+
+class LocalFolder:
+    """Files, each written beside its name and then moved or linked to it."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def put(self, path: str, data: bytes) -> None:
+        """See Store."""
+        with self._written(path, data) as temporary:
+            os.replace(temporary, self._root / path)
+
+    def put_new(self, path: str, data: bytes) -> bool:
+        """See Store."""
+        with self._written(path, data) as temporary:
+            try:
+                os.link(temporary, self._root / path)
+            except FileExistsError:
+                return False
+            return True
+
+    def get(self, path: str) -> bytes:
+        """See Store."""
+        return (self._root / path).read_bytes()
+
+    def view(self, path: str) -> bytes | mmap.mmap:
+        """See Store."""
+        with (self._root / path).open("rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                return b""  # which cannot be mapped
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def exists(self, path: str) -> bool:
+        """See Store."""
+        return (self._root / path).is_file()
+
+    def entries(self, prefix: str) -> list[Entry]:
+        """Files directly under a folder."""
+        found = []
+        with os.scandir(self._root / prefix) as files:
+            for file in files:
+                with contextlib.suppress(FileNotFoundError):  # somebody else's temporary file
+                    if file.is_file():
+                        stat = file.stat()
+                        found.append(Entry(path=file.name, bytes=stat.st_size, modified=stat.st_mtime))
+        return found
+
+    def names(self, prefix: str) -> list[str]:
+        """Names of the files directly under a folder; unlike ``entries`` without a look at each."""
+        with os.scandir(self._root / prefix) as files:
+            return [file.name for file in files if file.is_file()]
+
+    def modified(self, path: str) -> float:
+        """When a file was written, by the clock of the disk that has it."""
+        return (self._root / path).stat().st_mtime
+
+    def delete(self, path: str) -> None:
+        """See Store."""
+        (self._root / path).unlink()
+
+    def nearest(self) -> LocalFolder:
+        """See Folder."""
+        folder = next(folder for folder in (self._root, *self._root.parents) if folder.exists())
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{folder} is a file")
+        return LocalFolder(folder)
+
+    @contextlib.contextmanager
+    def _written(self, path: str, data: bytes) -> Iterator[Path]:
+        """A temporary file beside ``path`` with ``data`` on disk; gone afterwards, whatever happens."""
+        target = self._root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{uuid4().hex}")
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # a name must not outlive its bytes when the machine loses power
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class ObjectFolder:
+    """Objects under a URI of fsspec's."""
+
+    def __init__(self, uri: str, storage_options: Mapping[str, object]) -> None:
+        self._uri = uri
+        self._storage_options = storage_options
+        self._create_lock = _MEMORY_LOCK if get_protocol(uri) == "memory" else contextlib.nullcontext()
+
+    def put(self, path: str, data: bytes) -> None:
+        """See Store."""
+        fs, key = self._open(path)
+        fs.pipe_file(key, data)
+
+    def put_new(self, path: str, data: bytes) -> bool:
+        """See Store."""
+        fs, key = self._open(path)
+        try:
+            with self._create_lock:  # fsspec's memory file system looks first and creates then
+                fs.pipe_file(key, data, mode="create")
+        except OSError:  # FileExistsError, or on S3 one whose number depends on the server
+            if self.exists(path):
+                return False
+            raise
+        return True
+
+    def get(self, path: str) -> bytes:
+        """See Store."""
+        fs, key = self._open(path)
+        data: bytes = fs.cat_file(key)
+        return data
+
+    def view(self, path: str) -> bytes:
+        """See Store."""
+        return self.get(path)
+
+    def exists(self, path: str) -> bool:
+        """See Store."""
+        fs, key = self._open(path)
+        fs.invalidate_cache()  # s3fs would answer from an earlier listing
+        try:
+            fs.info(key, refresh=True)  # fsspec's own exists() takes every error for a no
+        except FileNotFoundError as error:
+            if is_missing_bucket(error):
+                raise
+            return False
+        return True
+
+    def entries(self, prefix: str) -> list[Entry]:
+        """Objects directly under a folder."""
+        return [
+            Entry(path=name, bytes=int(entry["size"]), modified=_modified(entry))
+            for name, entry in self._listed(prefix, "file")
+        ]
+
+    def names(self, prefix: str) -> list[str]:
+        """Names of the objects directly under a folder."""
+        return [name for name, _ in self._listed(prefix, "file")]
+
+    def folders(self, prefix: str) -> list[str]:
+        """Names of the folders directly under a folder."""
+        return [name for name, _ in self._listed(prefix, "directory")]
+
+    def modified(self, path: str) -> float | None:
+        """When an object was written, by the server's clock."""
+        fs, key = self._open(path)
+        fs.invalidate_cache()
+        return _modified(fs.info(key, refresh=True))
+
+    def delete(self, path: str) -> None:
+        """See Store."""
+        fs, key = self._open(path)
+        fs.rm_file(key)
+
+    def nearest(self) -> ObjectFolder:
+        """See Folder."""
+        return self
+
+    def _listed(self, prefix: str, kind: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        fs, key = self._open(prefix)
+        fs.invalidate_cache()
+        for entry in fs.ls(key.rstrip("/"), detail=True, refresh=True):
+            name = entry["name"].rpartition("/")[2]
+            if entry["type"] == kind and name:  # some S3 servers keep an object that stands for the folder itself
+                yield name, entry
+
+    def _open(self, path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+        # not kept: fsspec has one instance for each process and thread and finds it again by itself
+        fs, key = fsspec.url_to_fs(f"{self._uri}/{path}", **self._storage_options)
+        return fs, key
+
+
+def _modified(entry: Mapping[str, Any]) -> float | None:
+    """The time under whatever key the file system has it; memory never rewrites an object, so created is modified."""
+    for key in ("mtime", "LastModified", "last_modified", "modified", "updated", "created"):
+        value = entry.get(key)
+        if isinstance(value, str):
+            value = datetime.fromisoformat(value)
+        if isinstance(value, datetime):
+            return value.timestamp()
+        if isinstance(value, (int, float)):
+            return float(value)
+    return None

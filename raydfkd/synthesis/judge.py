@@ -1,0 +1,75 @@
+"""The one place where images meet teacher, student and objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from raydfkd.data.batches import SyntheticBatch
+from raydfkd.images.pixels import PixelRange
+from raydfkd.losses.objective import Objective, ObjectiveValue, View
+from raydfkd.networks.observed import Need, Observation, ObservedNetwork
+
+
+class StudentFeed(Protocol):
+    """The student inside the objective: the live object of this process or a published one."""
+
+    @property
+    def version(self) -> int:
+        """Number of the version in use, which is recorded beside every image; -1 for one that nobody has published."""
+
+    def refresh(self) -> int:
+        """Take the newest version; returns its number."""
+
+    def __call__(self, images: Tensor) -> Observation | None:
+        """What the student says of ``images``; None while there is none to challenge."""
+
+
+class ObjectiveNotFiniteError(ArithmeticError):
+    """The objective became NaN or infinite; the unit has failed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """The only place where images meet teacher, student and objective."""
+
+    teacher: ObservedNetwork
+    objective: Objective
+    pixels: PixelRange
+    student: StudentFeed | None = None
+
+    def __call__(
+        self, images: Tensor, targets: Tensor | None, latents: Tensor | None = None, *, groups: int = 1
+    ) -> tuple[View, ObjectiveValue]:
+        """Evaluate the objective on normalised ``images`` that hold ``groups`` classes one after another."""
+        by_class = Need.CLASS_MOMENTS in self.objective.needs
+
+        def observe(batch: Tensor) -> Observation:
+            return self.teacher(batch, groups=groups if by_class else 1)
+
+        view = View(
+            images=images,
+            targets=targets,
+            teacher=observe(images),
+            observe=observe,
+            student=self.student(images) if self.student is not None else None,
+            latents=latents,
+        )
+        return view, self.objective(view)
+
+    @torch.no_grad()
+    def keep(self, images: Tensor, targets: Tensor | None, objective: float) -> SyntheticBatch:
+        """Turn normalised ``images`` into stored pixels and ask the teacher about exactly those."""
+        stored = self.pixels.to_uint8(images)
+        logits = self.teacher(self.pixels.from_uint8(stored)).logits
+        labels = targets if targets is not None and targets.ndim == 1 else logits.argmax(1)
+        return SyntheticBatch(
+            images=stored.cpu(),
+            labels=labels.long().cpu().clone(),
+            teacher_logits=logits.half().cpu(),
+            objective=objective,
+            student_version=-1 if self.student is None else self.student.version,
+        )

@@ -1,0 +1,307 @@
+"""Metrics, report.json, report.html and pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from concurrent.futures import ThreadPoolExecutor
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from rich.console import Console
+
+from raydfkd.report.metrics import MetricsLog, read_metrics
+from raydfkd.report.page import Gallery, count, duration, gallery_png, summary_table, write_report
+
+METRICS = [
+    {"event": "unit", "time": 1.0, "unit": "u0", "images": 20, "seconds": 2.5, "objective": 0.7, "attempt": 1},
+    *(
+        {"event": "objective", "unit": unit, "step": step, "total": 3 - step / 10, "bn_moments": offset + 2.0}
+        for step in (0, 10, 20)
+        for unit, offset in (("u0", -1), ("u1", 0), ("u2", 5))
+    ),
+    *(
+        {
+            "event": "student",
+            "step": step,
+            "loss": 1 / step,
+            "agreement": 0.9,
+            "images_seen": step,
+            "snapshot_images": 9,
+        }
+        for step in (1, 2, 3)
+    ),
+    {"event": "failure", "unit": "u1", "attempt": 1, "error": "objective became NaN"},
+]
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    return {
+        "recipe": {"name": "toy", "teacher": {"network": "big_net"}, "student": {"network": "small_net"}},
+        "seed": 17,
+        "teacher": {"top1": 0.991, "parameters": 62346},
+        "student": {"top1": 0.967, "parameters": 9842},
+        "agreement": 0.9725,
+        "images": 6000,
+        "images_per_second": 41.27,
+        "units": {"planned": 24, "committed": 24, "attempted": 25, "quarantined": 0},
+        "failures": [{"unit": "r000-c0000-0004", "attempt": 1, "error": "RuntimeError: lost"}],
+        "seconds": {"total": 192.0, "synthesis": 146.0, "distillation": 171.0},
+        "content_digest": "c0ffee",
+        "recipe_digest": "decade",
+        "versions": {"raydfkd": "0.1.0", "torch": "2.14.1"},
+        "device": "cpu",
+        "command": "raydfkd run toy",
+    }
+
+
+def make_gallery(classes: int = 3, images: int = 2, channels: int = 3, side: int = 8) -> Gallery:
+    shape = (classes, images, channels, side, side)
+    return Gallery(
+        images=torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
+        class_names=tuple(f"class-{index}" for index in range(classes)),
+        teacher_confidence=torch.full((classes, images), 0.875),
+    )
+
+
+def write_page(folder, report, metrics=METRICS, gallery=None) -> str:
+    write_report(folder, report, metrics=metrics, gallery=gallery)
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def text_of(page: str) -> str:
+    text = re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL)
+    return " ".join(text.replace("\N{NO-BREAK SPACE}", " ").split())
+
+
+class Tags(HTMLParser):
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "path", "polygon", "polyline", "circle"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in ("meta", "img", "path", "polygon", "polyline", "circle"):
+            assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def of(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+def test_metrics_are_read_back_as_written_and_carry_the_time(tmp_path):
+    log = MetricsLog(tmp_path / "run" / "metrics.jsonl", fresh=True)
+    log.write("student", step=50, loss=0.25, agreement=None)
+    (event,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert event.pop("time") > 1.7e9
+    assert event == {"event": "student", "step": 50, "loss": 0.25, "agreement": None}
+
+
+def test_torn_last_line_of_metrics_is_left_out_and_not_continued_on_resume(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    MetricsLog(path, fresh=True).write("unit", unit="u0")
+    with path.open("a") as file:
+        file.write('{"event": "unit", "un')
+    assert [event["unit"] for event in read_metrics(path)] == ["u0"]
+    MetricsLog(path, fresh=False).write("unit", unit="u1")
+    assert [event["unit"] for event in read_metrics(path)] == ["u0", "u1"]
+
+
+def test_fresh_metrics_forget_an_earlier_run(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    MetricsLog(path, fresh=True).write("unit", unit="u0")
+    MetricsLog(path, fresh=True)
+    assert read_metrics(path) == []
+
+
+def test_threads_do_not_tear_each_others_lines(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", fresh=True)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda index: log.write("unit", unit=f"{index}" * 50), range(100)))
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 100
+
+
+def test_numbers_that_json_does_not_know_are_written_as_null(tmp_path, report):
+    MetricsLog(tmp_path / "metrics.jsonl", fresh=True).write("unit", objective=math.nan)
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["objective"] is None
+    write_page(tmp_path, report | {"agreement": math.inf})
+    assert json.loads((tmp_path / "report.json").read_text())["agreement"] is None
+
+
+def test_report_json_round_trips_and_nothing_temporary_stays_behind(tmp_path, report):
+    write_page(tmp_path, report)
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
+
+
+def test_page_shows_every_value_of_the_report(tmp_path, report):
+    page = write_page(tmp_path, report, gallery=make_gallery())
+    assert "<title>big_net → small_net</title>" in page
+    text = text_of(page)
+    for value in ("99.1 %", "96.7 %", "97.2 %", "2.4 points below", "62,346", "9,842", "6,000", "41.3", "3 min 12 s"):
+        assert value in text
+    for value in ("committed 24", "attempted 25", "r000-c0000-0004 1 RuntimeError: lost", "torch 2.14.1"):
+        assert value in text
+    for value in ("c0ffee", "decade", "raydfkd run toy", "seed 17", "device cpu"):
+        assert value in text
+    recipe = re.search(r"<pre>(name: .*?)</pre>", page, flags=re.DOTALL)
+    assert yaml.safe_load(recipe[1]) == report["recipe"]
+
+
+def test_page_needs_nothing_from_the_network(tmp_path, report):
+    page = write_page(tmp_path, report, gallery=make_gallery())
+    tags = Tags(page)
+    assert tags.open == []
+    assert tags.of("script") == tags.of("link") == tags.of("iframe") == []
+    sources = [value for _, attributes in tags.found for key, value in attributes.items() if key in ("src", "href")]
+    assert all(source.startswith(("data:image/", "#")) for source in sources)
+    assert "@import" not in page
+    assert "url(" not in page
+
+
+def test_without_real_data_the_accuracy_is_not_judged(tmp_path, report):
+    report["teacher"]["top1"] = report["student"]["top1"] = None
+    text = text_of(write_page(tmp_path, report))
+    assert text.count("not judged (no real data)") == 4
+    assert "points" not in text
+
+
+def test_script_in_an_error_or_a_name_is_text_on_the_page(tmp_path, report):
+    attack = "</pre><script>alert('x')</script>\"'"
+    report["failures"][0]["error"] = report["command"] = report["recipe"]["teacher"]["network"] = attack
+    gallery = Gallery(
+        images=make_gallery(1).images, class_names=(attack,), teacher_confidence=make_gallery(1).teacher_confidence
+    )
+    metrics = [{"event": "objective", "unit": "u0", "step": 0, attack: 1.0}]
+    page = write_page(tmp_path, report, metrics, gallery)
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert f"Synthetic image of class {attack}" in {image["alt"] for image in Tags(page).of("img")}
+
+
+def test_every_image_names_its_class_and_the_teachers_confidence(tmp_path, report):
+    images = Tags(write_page(tmp_path, report, gallery=make_gallery(3, 2))).of("img")
+    titles = [image["title"].replace("\N{NO-BREAK SPACE}", " ") for image in images]
+    assert titles == [f"class-{index}, teacher’s confidence 87.5 %" for index in (0, 0, 1, 1, 2, 2)]
+    assert all(image["alt"] for image in images)
+
+
+@pytest.mark.parametrize(("channels", "side"), [(1, 8), (3, 32), (5, 8), (3, 128)])
+def test_gallery_takes_grey_colour_and_odd_images_of_any_size(tmp_path, report, channels, side):
+    gallery = make_gallery(2, 2, channels, side)
+    assert len(Tags(write_page(tmp_path, report, gallery=gallery)).of("img")) == 4
+    gallery_png(gallery, tmp_path / "gallery.png", scale=3)
+    with Image.open(tmp_path / "gallery.png") as sheet:
+        assert sheet.size == (2 * (3 * side + 3) + 3, 2 * (3 * side + 3) + 3)
+
+
+def test_contact_sheet_has_a_row_for_each_class_and_keeps_the_pixels(tmp_path):
+    gallery = make_gallery(2, 3)
+    gallery_png(gallery, tmp_path / "gallery.png", scale=2)
+    with Image.open(tmp_path / "gallery.png") as image:
+        sheet = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    second_row_third_column = sheet[:, 20 : 20 + 16 : 2, 38 : 38 + 16 : 2]
+    torch.testing.assert_close(second_row_third_column, gallery.images[1, 2])
+
+
+def test_more_than_twenty_classes_are_sampled_and_the_page_says_so(tmp_path, report):
+    page = write_page(tmp_path, report, gallery=make_gallery(1000, 3, side=32))
+    assert "20 of 1,000 classes, evenly spaced." in text_of(page)
+    names = [image["title"].partition(",")[0] for image in Tags(page).of("img")]
+    assert len(set(names)) == 20
+    assert {names[0], names[-1]} == {"class-0", "class-999"}
+    assert len(page) < 5_000_000
+
+
+def test_large_images_are_left_out_before_the_page_gets_heavy(tmp_path, report):
+    page = write_page(tmp_path, report, gallery=make_gallery(10, 12, side=224))
+    assert re.search(r"The first \d of 12 images of each class", text_of(page))
+    assert len(page) < 5_000_000
+
+
+def test_curves_name_their_first_and_last_value(tmp_path, report):
+    labels = [chart["aria-label"] for chart in Tags(write_page(tmp_path, report)).of("svg")]
+    assert labels == [
+        "loss over steps, from 1 to 0.333",
+        "agreement with teacher over steps, from 90 % to 90 %",
+        "images in the snapshot it reads over steps, from 9 to 9",
+        "total over steps, from 3 to 1",
+        "bn_moments over steps, from 2 to 2",  # the median of 1, 2 and 7
+    ]
+
+
+def test_curve_of_a_resumed_student_takes_the_last_word_on_a_step(tmp_path, report):
+    losses = [(1, 9.0), (2, 8.0), (3, 7.0), (2, 5.0), (3, 4.0)]
+    metrics = [{"event": "student", "step": step, "loss": loss} for step, loss in losses]
+    (chart,) = Tags(write_page(tmp_path, report, metrics)).of("svg")
+    assert chart["aria-label"] == "loss over steps, from 9 to 4"
+
+
+@pytest.mark.parametrize(
+    "values", [[1.0], [0.0, 0.0], [-5.0, 3.0], [1e-9, 1e6], [1e-300, 1.0], [None, 2.0], [1e16, 1e16]]
+)
+def test_any_numbers_make_a_curve_inside_its_box(tmp_path, report, values):
+    metrics = [{"event": "student", "step": step, "loss": value} for step, value in enumerate(values)]
+    (line,) = Tags(write_page(tmp_path, report, metrics)).of("polyline")
+    for point in line["points"].split():
+        x, y = map(float, point.split(","))
+        assert 42 <= x <= 310
+        assert 8 <= y <= 138
+
+
+def test_long_runs_stay_readable(tmp_path, report):
+    report["failures"] = [{"unit": f"u{index}", "attempt": 1, "error": "x" * 9000} for index in range(500)]
+    metrics = [{"event": "student", "step": step, "loss": 1.0} for step in range(20_000)]
+    page = write_page(tmp_path, report, metrics)
+    assert "The first 50 of 500" in text_of(page)
+    assert len(page) < 300_000
+
+
+def test_incomplete_transfer_set_is_said_at_the_top(tmp_path, report):
+    report["units"] |= {"quarantined": 1, "committed": 23}
+    before_numbers = write_page(tmp_path, report).partition("<dl")[0]
+    assert "incomplete: 1 of 24 units" in before_numbers
+
+
+def test_page_of_a_run_without_metrics_or_gallery_has_its_numbers(tmp_path, report):
+    report |= {"images_per_second": None, "failures": [], "seconds": {"total": 1.0, "synthesis": None}}
+    page = write_page(tmp_path, report, metrics=[])
+    assert Tags(page).of("svg") == Tags(page).of("img") == []
+    assert "synthesis –" in text_of(page)
+
+
+def test_summary_shows_teacher_and_student_side_by_side(report):
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(summary_table(report))
+    lines = [line.replace("\N{NO-BREAK SPACE}", " ").split() for line in console.export_text().splitlines()]
+    assert lines == [
+        ["teacher", "student"],
+        ["real", "test", "images", "99.1", "%", "96.7", "%"],
+        ["agreement", "with", "teacher", "-", "97.2", "%"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0.4 s"), (59.7, "1 min 0 s"), (45, "45 s"), (108.2, "1 min 48 s"), (7260, "2 h 1 min"), (None, "–")],
+)
+def test_durations_read_as_a_person_says_them(seconds, text):
+    assert duration(seconds).replace("\N{NO-BREAK SPACE}", " ") == text
+
+
+@pytest.mark.parametrize(("number", "text"), [(6000, "6,000"), (41.27, "41.3"), (3, "3"), (0, "0"), (None, "–")])
+def test_counts_read_as_a_person_writes_them(number, text):
+    assert count(number) == text
