@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from raydfkd.config.schema import BelowOne, Fraction, Generator, PluginSpec, Pos
 from raydfkd.data.batches import SyntheticBatch
 from raydfkd.devices import is_out_of_memory
 from raydfkd.networks.generators import StackedGenerators, StackForm
+from raydfkd.networks.observed import Need
 from raydfkd.synthesis.checkpoint import NO_HOOK, StepHook
 from raydfkd.synthesis.generator_training import GeneratorDesign, GeneratorTraining
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Log, Progress, Setting
@@ -54,6 +55,8 @@ class GeneratorSynthesizer:
         renewal: after each ``batch_per_class`` images of a class, draw the weights towards fresh ones and train on.
         form: how the stack is executed; auto, loop, vmap or grouped.
     """
+
+    offers: ClassVar[frozenset[Need]] = frozenset({Need.LATENTS})
 
     def __init__(  # noqa: PLR0913 - the options of a recipe
         self,
