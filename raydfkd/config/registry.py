@@ -244,7 +244,7 @@ def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:
         ]
         if inner:
             model = inner[0]
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _flatten(annotation: Any) -> list[Any]:
