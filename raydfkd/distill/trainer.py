@@ -12,7 +12,7 @@ from raydfkd.config.schema import DistillSpec
 from raydfkd.data.sources import BatchSource, StudentBatch
 from raydfkd.distill.criteria import CRITERIA
 from raydfkd.images.augment import build_augmentations
-from raydfkd.images.pixels import PixelRange
+from raydfkd.images.pixels import PixelRange, nominal_from_uint8
 from raydfkd.networks.observed import Observation, ObservedNetwork
 from raydfkd.networks.optimizers import build_optimizer
 from raydfkd.seeds import derive_seed, rng_from
@@ -104,7 +104,8 @@ class StudentTrainer:
     def _train_step(self, batch: StudentBatch) -> tuple[torch.Tensor, torch.Tensor]:
         torch.manual_seed(derive_seed(self._seed, "student", self.step, self._rank))  # what a student's dropout draws
         rng = rng_from(derive_seed(self._seed, "augment", self.step, self._rank))
-        images = self._augment(self._pixels.from_uint8(batch.images.to(self._device, non_blocking=True)), rng)
+        bare = nominal_from_uint8(batch.images.to(self._device, non_blocking=True))
+        images = self._pixels.from_nominal(self._augment(bare, rng, progress=self.step / self._spec.steps))
         with torch.no_grad():
             if self._spec.teacher_logits == "live":
                 teacher = self._teacher(images)
