@@ -27,7 +27,7 @@ from raydfkd.networks.observed import Need, Observation, ObservedNetwork
 from raydfkd.networks.small import ConvNet
 from raydfkd.networks.weights import load_teacher, save_bytes
 from raydfkd.report.metrics import MetricsLog
-from raydfkd.run.progress import Monitor
+from raydfkd.runner.progress import Monitor
 from raydfkd.synthesis.build import build_synthesizer
 from raydfkd.units import Request, WorkUnit
 

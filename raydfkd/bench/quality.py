@@ -102,8 +102,8 @@ def _with_shared_teacher(recipe: Recipe, folder: Path) -> Recipe:
 def _teach(recipe: Recipe, folder: Path) -> None:
     from rich.console import Console
 
-    from raydfkd.run.run import monitored
-    from raydfkd.run.teach import ensure_teacher
+    from raydfkd.runner.run import monitored
+    from raydfkd.runner.teach import ensure_teacher
 
     if recipe.teacher.train is None:
         return
@@ -117,10 +117,10 @@ def measure(cell: Cell, folder: Path) -> Result:
     from rich.console import Console
 
     from raydfkd.devices import device_name, pick_device
-    from raydfkd.run.budget import run_within
-    from raydfkd.run.check import check
-    from raydfkd.run.judge import evaluate
-    from raydfkd.run.run import monitored
+    from raydfkd.runner.budget import run_within
+    from raydfkd.runner.check import check
+    from raydfkd.runner.judge import evaluate
+    from raydfkd.runner.run import monitored
 
     with tempfile.TemporaryDirectory() as scratch:
         recipe = load_recipe(cell.recipe, [*cell.overrides, f"seed={cell.seed}"], run_dir=scratch)

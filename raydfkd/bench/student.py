@@ -18,7 +18,7 @@ from raydfkd.config.schema import DistillSpec, ImageSpace, SourceSpec, StudentSp
 from raydfkd.data.sources import BatchSource, StudentBatch, TransferSetSource
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.devices import cpu_threads, device_name, keep_freed_memory, pick_device
-from raydfkd.distill.trainer import StudentTrainer
+from raydfkd.distillation.trainer import StudentTrainer
 from raydfkd.images.pixels import PixelRange
 from raydfkd.networks.build import build_network
 from raydfkd.networks.observed import ObservedNetwork

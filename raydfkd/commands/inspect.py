@@ -30,7 +30,7 @@ def check(
     static_check(plan)
     if not no_code:
         allow_code()
-        from raydfkd.run import check as in_check
+        from raydfkd.runner import check as in_check
 
         in_check.check(plan)
     if as_json:
@@ -61,8 +61,8 @@ def report(recipe: Source, overrides: Overrides = None, run_dir: RunDir = None, 
     if not path.is_file():
         raise RecipeError(f"run_dir is {plan.run_dir!r}: there is no report.json; `raydfkd run` writes it")
     from raydfkd.job import open_job
-    from raydfkd.run import check as in_check
-    from raydfkd.run import run as pipeline
+    from raydfkd.runner import check as in_check
+    from raydfkd.runner import run as pipeline
 
     found = json.loads(path.read_text())
     page = pipeline.write(open_job(plan), found, in_check.check(plan))

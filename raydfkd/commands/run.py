@@ -17,8 +17,8 @@ from raydfkd.errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from raydfkd.job import Job, SynthesisOutcome
-    from raydfkd.run.executor import Executor
-    from raydfkd.run.progress import Monitor
+    from raydfkd.runner.executor import Executor
+    from raydfkd.runner.progress import Monitor
 
 
 def run(
@@ -33,10 +33,10 @@ def run(
     plan = load(recipe, overrides, run_dir, on)
     from raydfkd.job import open_job
     from raydfkd.report import provenance as in_provenance
-    from raydfkd.run import check as in_check
-    from raydfkd.run import judge as in_judge
-    from raydfkd.run import run as pipeline
-    from raydfkd.run import teach as in_teach
+    from raydfkd.runner import check as in_check
+    from raydfkd.runner import judge as in_judge
+    from raydfkd.runner import run as pipeline
+    from raydfkd.runner import teach as in_teach
 
     data = in_check.check(plan)
     console = console_for(is_json=as_json)
@@ -67,8 +67,8 @@ def teach(recipe: Source, overrides: Overrides = None, run_dir: RunDir = None, a
     """Train the recipe's teacher on real data, anew even where its weights are there."""
     plan = read(recipe, overrides, run_dir)
     allow_code()
-    from raydfkd.run import run as pipeline
-    from raydfkd.run import teach as in_teach
+    from raydfkd.runner import run as pipeline
+    from raydfkd.runner import teach as in_teach
 
     in_teach.check_teacher(plan)
     with pipeline.monitored(plan, console_for(is_json=as_json)) as monitor:
@@ -104,7 +104,7 @@ def distill(
     """Train the student only, on a transfer set that is there or being made elsewhere."""
 
     def work(executor: Executor, job: Job, monitor: Monitor) -> dict[str, Any]:
-        from raydfkd.run import run as pipeline
+        from raydfkd.runner import run as pipeline
 
         if job.snapshot().images < job.planned_images and not job.transfer_set.is_closed():
             monitor.say("student", "the set is not complete yet; training keeps pace with whoever makes it")
@@ -129,8 +129,8 @@ def evaluate(
     if split not in ("test", "validation"):
         raise RecipeError(f"--split is {split!r}; {did_you_mean(split, ['test', 'validation'])}")
     plan = load(recipe, overrides, run_dir)
-    from raydfkd.run import check as in_check
-    from raydfkd.run import judge as in_judge
+    from raydfkd.runner import check as in_check
+    from raydfkd.runner import judge as in_judge
 
     data = in_check.check(plan)
     weights = student or str(Path(plan.run_dir) / "student.safetensors")
@@ -156,9 +156,9 @@ def _with_job(
 ) -> int:
     plan = load(source, overrides, run_dir, on)
     from raydfkd.job import open_job
-    from raydfkd.run import check as in_check
-    from raydfkd.run import run as pipeline
-    from raydfkd.run import teach as in_teach
+    from raydfkd.runner import check as in_check
+    from raydfkd.runner import run as pipeline
+    from raydfkd.runner import teach as in_teach
 
     in_check.check(plan)
     console = console_for(is_json=is_json)
@@ -177,7 +177,7 @@ def _executor(recipe: Recipe) -> Executor:
         from raydfkd.distributed.executor import RayExecutor
 
         return RayExecutor()
-    from raydfkd.run.local import LocalExecutor
+    from raydfkd.runner.local import LocalExecutor
 
     return LocalExecutor()
 

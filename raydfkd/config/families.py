@@ -12,7 +12,7 @@ REGISTRIES = {
     "terms": "raydfkd.losses.objective:TERMS",
     "targets": "raydfkd.synthesis.targets:TARGETS",
     "augmentations": "raydfkd.images.augment:AUGMENTATIONS",
-    "criteria": "raydfkd.distill.criteria:CRITERIA",
+    "criteria": "raydfkd.distillation.criteria:CRITERIA",
     "networks": "raydfkd.networks.build:NETWORKS",
     "generators": "raydfkd.networks.generators:GENERATORS",
     "real_data": "raydfkd.images.real_data:REAL_DATA",

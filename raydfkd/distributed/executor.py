@@ -19,9 +19,9 @@ from raydfkd.distributed.pool import LEAVE_S, SynthesisPool, capacity
 from raydfkd.distributed.train_driver import new_coordinator, train_student
 from raydfkd.errors import RecipeError
 from raydfkd.job import Job, SynthesisOutcome
-from raydfkd.run.executor import in_rounds
-from raydfkd.run.progress import Monitor
-from raydfkd.run.signals import Interruption
+from raydfkd.runner.executor import in_rounds
+from raydfkd.runner.progress import Monitor
+from raydfkd.runner.signals import Interruption
 from raydfkd.units import UnitQueue
 
 POLL_S = 0.5

@@ -22,8 +22,8 @@ from raydfkd.data.commits import Commit
 from raydfkd.distributed.actor import SynthesisActor
 from raydfkd.errors import RecipeError
 from raydfkd.job import Job
-from raydfkd.run.progress import Monitor
-from raydfkd.run.signals import Interruption
+from raydfkd.runner.progress import Monitor
+from raydfkd.runner.signals import Interruption
 from raydfkd.store.errors import OutageError
 from raydfkd.units import UnitQueue, WorkUnit
 

@@ -19,7 +19,7 @@ from torch import distributed
 from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
 from raydfkd.config.recipe import Recipe
 from raydfkd.data.commits import Snapshot
-from raydfkd.distill.training import StudentTraining
+from raydfkd.distillation.training import StudentTraining
 from raydfkd.job import job_of
 
 STATE = "state.pt"

@@ -22,7 +22,7 @@ from toy import quiet_monitor
 from raydfkd.config.load import load_recipe
 from raydfkd.data.garbage import collect_garbage
 from raydfkd.job import Job, open_job
-from raydfkd.run.local import LocalExecutor
+from raydfkd.runner.local import LocalExecutor
 
 pytestmark = pytest.mark.cluster
 

@@ -16,8 +16,8 @@ from toy import quiet_monitor
 
 from raydfkd.errors import RecipeError
 from raydfkd.job import Job, open_job
-from raydfkd.run.local import LocalExecutor
-from raydfkd.run.signals import Interruption
+from raydfkd.runner.local import LocalExecutor
+from raydfkd.runner.signals import Interruption
 from raydfkd.store.errors import OutageError
 
 pytestmark = pytest.mark.ray

@@ -17,9 +17,9 @@ from raydfkd.cli import main
 from raydfkd.data.commits import Commit
 from raydfkd.job import open_job
 from raydfkd.report.metrics import MetricsLog, read_metrics
-from raydfkd.run import run as pipeline
-from raydfkd.run.local import LocalExecutor
-from raydfkd.run.progress import Monitor
+from raydfkd.runner import run as pipeline
+from raydfkd.runner.local import LocalExecutor
+from raydfkd.runner.progress import Monitor
 
 pytestmark = pytest.mark.ray
 

@@ -18,8 +18,8 @@ from toy import quiet_monitor
 from raydfkd.data.student_versions import StudentVersions
 from raydfkd.job import open_job
 from raydfkd.report.metrics import MetricsLog
-from raydfkd.run.local import LocalExecutor
-from raydfkd.run.progress import Monitor
+from raydfkd.runner.local import LocalExecutor
+from raydfkd.runner.progress import Monitor
 
 COMPETITION = "synthesis.objective=[cross_entropy, {term: bn_moments, form: norm}, {term: competition, weight: 5}]"
 PUBLISH_EVERY, STEPS = 5, 40

@@ -22,7 +22,7 @@ from toy import quiet_monitor
 from raydfkd.checkpoints import read_checkpoint
 from raydfkd.job import open_job
 from raydfkd.report.metrics import read_metrics
-from raydfkd.run.local import LocalExecutor
+from raydfkd.runner.local import LocalExecutor
 
 pytestmark = pytest.mark.cluster
 

@@ -8,8 +8,8 @@ from toy import quiet_monitor
 from raydfkd.config.load import load_recipe, packaged_recipes
 from raydfkd.job import open_job
 from raydfkd.report.metrics import read_metrics
-from raydfkd.run.check import check
-from raydfkd.run.local import LocalExecutor
+from raydfkd.runner.check import check
+from raydfkd.runner.local import LocalExecutor
 
 NO_DATA = ["real_data=null", "teacher.train=null", "teacher.weights=random"]
 HERE = ["runtime.executor=local", "runtime.device=cpu"]

@@ -5,15 +5,15 @@ import itertools
 import pytest
 from toy import quiet_monitor, toy_recipe
 
-import raydfkd.run.budget
-from raydfkd.run.budget import PROBE_STEPS, run_within
+import raydfkd.runner.budget
+from raydfkd.runner.budget import PROBE_STEPS, run_within
 
 
 @pytest.fixture
 def ticks(monkeypatch):
     """A clock that moves by a second whenever it is read."""
     count = itertools.count()
-    monkeypatch.setattr(raydfkd.run.budget, "device_clock", lambda device: lambda: float(next(count)))
+    monkeypatch.setattr(raydfkd.runner.budget, "device_clock", lambda device: lambda: float(next(count)))
 
 
 def test_a_budget_is_shared_between_whole_rounds_and_student_steps(tmp_path, ticks):

@@ -21,8 +21,8 @@ from raydfkd.networks.build import count_parameters
 from raydfkd.report.metrics import MetricsLog, read_metrics
 from raydfkd.report.page import write_report
 from raydfkd.report.provenance import versions
-from raydfkd.run.gallery import gallery
-from raydfkd.run.progress import Monitor
+from raydfkd.runner.gallery import gallery
+from raydfkd.runner.progress import Monitor
 from raydfkd.store.store import Store
 
 METRICS = "metrics.jsonl"

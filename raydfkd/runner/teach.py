@@ -17,7 +17,7 @@ from raydfkd.images.real_data import RealData, open_real_data
 from raydfkd.networks.build import build_network
 from raydfkd.networks.observed import ObservedNetwork
 from raydfkd.networks.weights import save_bytes, weights_exist
-from raydfkd.run.progress import Monitor
+from raydfkd.runner.progress import Monitor
 from raydfkd.seeds import derive_seed, rng_from
 from raydfkd.store.store import Store
 
@@ -76,7 +76,7 @@ def ensure_teacher(recipe: Recipe, monitor: Monitor, *, again: bool = False) -> 
     """Train the teacher if its weights are not there yet and the recipe says how."""
     if weights_exist(recipe.teacher.weights, where="teacher.weights") and not again:
         return
-    from raydfkd.distill.evaluate import judge, predict  # torchmetrics, which takes longer to import than torch
+    from raydfkd.distillation.evaluate import judge, predict  # torchmetrics, which takes longer to import than torch
 
     check_teacher(recipe)
     spec, real = recipe.teacher.train, recipe.real_data

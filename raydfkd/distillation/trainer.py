@@ -10,7 +10,7 @@ from torch import nn
 
 from raydfkd.config.schema import DistillSpec
 from raydfkd.data.sources import BatchSource, StudentBatch
-from raydfkd.distill.criteria import CRITERIA
+from raydfkd.distillation.criteria import CRITERIA
 from raydfkd.images.augment import build_augmentations
 from raydfkd.images.pixels import PixelRange
 from raydfkd.networks.observed import Observation, ObservedNetwork

@@ -6,14 +6,14 @@ import torch
 
 from raydfkd.config.recipe import Recipe
 from raydfkd.devices import pick_device
-from raydfkd.distill.criteria import CRITERIA
+from raydfkd.distillation.criteria import CRITERIA
 from raydfkd.errors import RecipeError
 from raydfkd.images.augment import build_augmentations
 from raydfkd.images.real_data import RealData, open_real_data
 from raydfkd.job import digest_of, transfer_set_of
 from raydfkd.networks.build import build_network, count_parameters
 from raydfkd.networks.weights import load_teacher, load_weights, weights_exist
-from raydfkd.run.teach import check_teacher
+from raydfkd.runner.teach import check_teacher
 from raydfkd.store.store import Store
 from raydfkd.synthesis.build import build_student, build_synthesizer
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from raydfkd.distill.criteria import CRITERIA
+from raydfkd.distillation.criteria import CRITERIA
 from raydfkd.errors import RecipeError
 from raydfkd.networks.observed import Observation
 

@@ -14,7 +14,7 @@ from raydfkd.data.commits import Snapshot
 from raydfkd.data.epochs import EpochLog
 from raydfkd.data.sources import TransferSetSource, in_this_process
 from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
-from raydfkd.distill.trainer import StudentTrainer
+from raydfkd.distillation.trainer import StudentTrainer
 from raydfkd.images.pixels import PixelRange
 from raydfkd.job import Job
 from raydfkd.networks.observed import ObservedNetwork

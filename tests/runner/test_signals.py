@@ -15,8 +15,8 @@ import yaml
 from toy import quiet_monitor, toy_recipe
 
 from raydfkd.job import open_job
-from raydfkd.run.local import LocalExecutor
-from raydfkd.run.signals import Interruption
+from raydfkd.runner.local import LocalExecutor
+from raydfkd.runner.signals import Interruption
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -66,7 +66,7 @@ def test_unit_in_work_is_left_with_its_state_saved_when_time_is_up_and_the_set_i
     undisturbed = open_job(toy_recipe(tmp_path / "undisturbed"))
     LocalExecutor().synthesize(undisturbed, quiet_monitor(tmp_path / "undisturbed"))
     job = open_job(toy_recipe(tmp_path / "disturbed"))
-    monkeypatch.setattr("raydfkd.run.local.FINISH_S", 0.0)
+    monkeypatch.setattr("raydfkd.runner.local.FINISH_S", 0.0)
     seconds = Interruption.seconds
     steps = itertools.count()
 

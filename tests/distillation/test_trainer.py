@@ -18,14 +18,14 @@ from toy import (
 from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
 from raydfkd.config.schema import DistillSpec, OptimizerSpec
 from raydfkd.data.sources import StudentBatch
-from raydfkd.distill.trainer import StudentTrainer
-from raydfkd.distill.training import StudentCheckpoint, StudentTraining
+from raydfkd.distillation.trainer import StudentTrainer
+from raydfkd.distillation.training import StudentCheckpoint, StudentTraining
 from raydfkd.images.pixels import PixelRange
 from raydfkd.job import open_job
 from raydfkd.networks import observed
 from raydfkd.networks.observed import ObservedNetwork
 from raydfkd.networks.optimizers import build_optimizer
-from raydfkd.run.local import LocalExecutor
+from raydfkd.runner.local import LocalExecutor
 
 CPU = torch.device("cpu")
 AUGMENTED = (

@@ -9,11 +9,11 @@ from toy import SYNTHESIZERS_UNDER_TEST, quiet_monitor, toy_recipe
 
 from raydfkd.data.batches import SyntheticBatch
 from raydfkd.data.sink import ParquetSink
-from raydfkd.distill.training import StudentTraining
+from raydfkd.distillation.training import StudentTraining
 from raydfkd.job import open_job
 from raydfkd.report.metrics import MetricsLog, read_metrics
-from raydfkd.run.local import LocalExecutor
-from raydfkd.run.progress import Monitor
+from raydfkd.runner.local import LocalExecutor
+from raydfkd.runner.progress import Monitor
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS
 from raydfkd.synthesis.worker import SynthesisWorker
 
@@ -201,7 +201,7 @@ def test_distillation_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
 
             super().__init__(job, on_log=log, **others)
 
-    monkeypatch.setattr("raydfkd.run.local.StudentTraining", Cut)
+    monkeypatch.setattr("raydfkd.runner.local.StudentTraining", Cut)
     with pytest.raises(KeyboardInterrupt):
         LocalExecutor().distill(job, quiet_monitor(tmp_path / "cut"))
     monkeypatch.undo()

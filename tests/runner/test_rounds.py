@@ -11,13 +11,13 @@ from toy import SYNTHESIZERS_UNDER_TEST, quiet_monitor, toy_recipe
 
 from raydfkd.config.load import load_recipe
 from raydfkd.data.student_versions import StudentVersions
-from raydfkd.distill.training import StudentTraining
+from raydfkd.distillation.training import StudentTraining
 from raydfkd.errors import RecipeError
 from raydfkd.job import open_job
 from raydfkd.report.metrics import read_metrics
-from raydfkd.run import check as in_check
-from raydfkd.run.budget import run_within
-from raydfkd.run.local import LocalExecutor
+from raydfkd.runner import check as in_check
+from raydfkd.runner.budget import run_within
+from raydfkd.runner.local import LocalExecutor
 from raydfkd.synthesis.worker import SynthesisWorker
 
 AGAINST_STUDENT = "synthesis.objective=[cross_entropy, {term: competition, weight: 5}]"

@@ -9,11 +9,11 @@ from pathlib import Path
 from torch import Tensor
 
 from raydfkd.devices import pick_device
-from raydfkd.distill.training import StudentCheckpoint, StudentTraining
+from raydfkd.distillation.training import StudentCheckpoint, StudentTraining
 from raydfkd.job import Job, SynthesisOutcome
-from raydfkd.run.executor import in_rounds
-from raydfkd.run.progress import Monitor
-from raydfkd.run.signals import Interruption
+from raydfkd.runner.executor import in_rounds
+from raydfkd.runner.progress import Monitor
+from raydfkd.runner.signals import Interruption
 from raydfkd.synthesis.checkpoint import Interrupted
 from raydfkd.synthesis.worker import SynthesisWorker
 from raydfkd.units import UnitQueue, WorkUnit

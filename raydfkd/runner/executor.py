@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from raydfkd.job import Job, SynthesisOutcome
-from raydfkd.run.progress import Monitor
+from raydfkd.runner.progress import Monitor
 
 
 def in_rounds(job: Job, monitor: Monitor, executor: Executor) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:

@@ -11,12 +11,12 @@ import torch
 
 from raydfkd.config.recipe import Recipe
 from raydfkd.devices import pick_device
-from raydfkd.distill.training import StudentTraining
+from raydfkd.distillation.training import StudentTraining
 from raydfkd.errors import RecipeError
 from raydfkd.job import Job, job_of, open_job
-from raydfkd.run.local import LocalExecutor
-from raydfkd.run.progress import Monitor
-from raydfkd.run.run import save_student
+from raydfkd.runner.local import LocalExecutor
+from raydfkd.runner.progress import Monitor
+from raydfkd.runner.run import save_student
 
 Clock = Callable[[], float]
 """Device-seconds used so far."""

@@ -20,7 +20,7 @@ from raydfkd.store.errors import DamagedError
 
 def evaluate(recipe: Recipe, weights: str, data: RealData | None, *, split: Split = "test") -> dict[str, Any]:
     """Judge a saved student: top-1 of teacher and student on real images, agreement there or on the transfer set."""
-    from raydfkd.distill.evaluate import judge, predict  # torchmetrics, as above
+    from raydfkd.distillation.evaluate import judge, predict  # torchmetrics, as above
 
     if not weights_exist(weights, where="--student"):
         raise RecipeError(f"--student is {weights!r}: no such file; `raydfkd run` or `distill` writes it")
