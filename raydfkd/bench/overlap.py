@@ -74,7 +74,7 @@ def _idle_share(
             for _ in range(BATCHES):
                 work()
                 sink.write(batch)
-            return sink.commit(seconds=0.0, curve=[]).images
+            return sink.commit(seconds=0.0).images
 
         def without() -> int:
             for _ in range(BATCHES):

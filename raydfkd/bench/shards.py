@@ -66,7 +66,7 @@ def write_unit(transfer_set: TransferSet, unit: str, batches: list[SyntheticBatc
     sink = transfer_set.open(WorkUnit(id=unit, request=request))
     for batch in batches:
         sink.write(batch)
-    return sink.commit(seconds=0.0, curve=[])
+    return sink.commit(seconds=0.0)
 
 
 def _bench_parts(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from raydfkd.config.schema import (
     Text,
     TransferSetSpec,
 )
-from raydfkd.units import WorkUnit, plan_units
+from raydfkd.units import Phase, WorkUnit, plan_phases, plan_units
 
 
 class Recipe(Spec):
@@ -108,14 +106,6 @@ class Recipe(Spec):
         """Units that each class is in."""
         return self.transfer_set.images_per_class // self.transfer_set.unit.images_per_class
 
-    def round_of(self, unit: WorkUnit) -> int:
-        """The round that makes ``unit``, from 0; each round makes whole repeats, so that it covers all classes."""
-        return unit.repeat * self.rounds // self.repeats
-
-    def steps_until(self, number: int) -> int:
-        """Student steps until the end of round ``number``; also the version of the student that it trains."""
-        return self.distill.steps * (number + 1) // self.rounds
-
     def plan(self) -> tuple[WorkUnit, ...]:
         """The units of work of this recipe, in order."""
         return plan_units(
@@ -126,8 +116,12 @@ class Recipe(Spec):
             images_per_class_per_unit=self.transfer_set.unit.images_per_class,
         )
 
-    def digest(self, weights_sha256: str, *, is_against_student: bool = False) -> str:
-        """SHA-256 of what affects a unit's pixels: seed, teacher and its weights, synthesis, size of a unit.
+    def phases(self) -> tuple[Phase, ...]:
+        """Synthesis and training in the order in which they happen."""
+        return plan_phases(self.plan(), repeats=self.repeats, rounds=self.rounds, steps=self.distill.steps)
+
+    def made_of(self, weights_sha256: str, *, is_against_student: bool = False) -> dict[str, Any]:
+        """What affects a unit's pixels, as plain data: seed, teacher and its weights, synthesis, size of a unit.
 
         Not the number of images: a longer plan begins with the units of a shorter one, so a set can be extended. One
         whose images are made against the student cannot, because its training depends on all of them; there the
@@ -148,7 +142,24 @@ class Recipe(Spec):
                 "images_per_class": self.transfer_set.images_per_class,
                 "rounds": self.rounds,
             }
-        return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+        return payload
+
+    def trained_by(self) -> dict[str, Any]:
+        """What a student's training depends on beside its images, as plain data.
+
+        Not how often it is logged, saved or published, nor how many rows are shuffled together or threads compute:
+        changing those goes on with the training that is there.
+        """
+        how_only = {"log_every", "checkpoint_every", "publish_every", "threads"}
+        distill = self.distill.model_dump(mode="json", exclude=how_only)
+        distill["source"].pop("window_rows", None)
+        return {
+            "classes": list(self.classes),
+            "images_per_class": self.transfer_set.images_per_class,
+            "encoding": self.transfer_set.encoding.model_dump(mode="json"),
+            "student": self.student.model_dump(mode="json"),
+            "distill": distill,
+        }
 
     def located(self) -> Recipe:
         """The same recipe with absolute local paths, for processes that stand in another folder."""

@@ -54,6 +54,7 @@ Targets = Annotated[PluginSpec, Family("targets")]
 Augmentation = Annotated[PluginSpec, Family("augmentations")]
 Criterion = Annotated[PluginSpec, Family("criteria")]
 Generator = Annotated[PluginSpec, Family("generators")]
+Source = Annotated[PluginSpec, Family("sources")]
 RealDataSet = Annotated[PluginSpec, Family("real_data")]
 
 
@@ -222,9 +223,9 @@ class TransferSetSpec(Spec):
     """Any fsspec URL or a local path."""
     classes: Literal["all"] | tuple[int, ...] = "all"
     """Which classes, by number."""
-    images_per_class: Positive
-    """Images of each class; synthesis ends when every class has them."""
-    unit: UnitSpec
+    images_per_class: Count = 0
+    """Images of each class; synthesis ends when every class has them. 0 for live sources, which make their own."""
+    unit: UnitSpec = UnitSpec(classes=1, images_per_class=1)
     """Size of a unit of work."""
     part_rows: Positive = 4096
     """Rows of one Parquet file at most."""
@@ -244,23 +245,6 @@ class TransferSetSpec(Spec):
                 f"{self.unit.images_per_class}; try {remedy}"
             )
         return self
-
-
-class SourceSpec(Spec):
-    """Where the student's batches come from."""
-
-    kind: Literal["growing", "snapshot"] = "growing"
-    """`growing` trains on what is committed so far; `snapshot` waits for the whole set."""
-    wait_for: Positive = 1
-    """Images that must be committed before the first step (growing)."""
-    complete_by: Fraction = 0.5
-    """Share of the student's steps that may pass before the set is complete; before that the student keeps pace
-    with the synthesis, so that its last steps see every image."""
-    refresh_steps: Positive | None = None
-    """Steps after which a newer snapshot is taken although the pass over the old one has not ended (growing); unless
-    given, only between epochs."""
-    window_rows: Positive = 65536
-    """Rows that are shuffled together; memory per training worker is this many images over the number of workers."""
 
 
 class OptimizerSpec(Spec):
@@ -295,8 +279,11 @@ class DistillSpec(Spec):
     """Distance between student and teacher."""
     optimizer: OptimizerSpec
     """Optimiser and schedule."""
-    source: SourceSpec = SourceSpec()
-    """Which images, when."""
+    source: Source = PluginSpec(kind="growing")
+    """Where its images come from, and when: growing, snapshot or live."""
+    holdout: BelowOne = 0.1
+    """Share of the images that the student never trains on, so that it can be judged on them; in whole repeats of all
+    classes, at least one. Nothing is held out where `real_data` judges."""
     augment: tuple[Augmentation, ...] = ()
     """Augmentations of the synthetic images."""
     teacher_logits: Literal["live", "stored"] = "live"

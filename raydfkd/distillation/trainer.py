@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from raydfkd.config.schema import DistillSpec
 from raydfkd.data.sources import BatchSource, StudentBatch
@@ -16,6 +17,50 @@ from raydfkd.images.pixels import PixelRange
 from raydfkd.networks.observed import Observation, ObservedNetwork
 from raydfkd.networks.optimizers import build_optimizer
 from raydfkd.seeds import derive_seed, rng_from
+
+
+def ignore(*_: object) -> None:
+    """A hook of nobody's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepHooks:
+    """Who is told of a trainer's steps, by their numbers."""
+
+    on_log: Callable[[Mapping[str, float]], None]
+    """Receives step, loss, agreement, images_seen and snapshot_images every ``log_every`` steps."""
+    on_checkpoint: Callable[[int], None] = ignore
+    """Called every ``checkpoint_every`` steps and after the last."""
+    on_publish: Callable[[int], None] = ignore
+    """Called before the first step, every ``publish_every`` steps and after the last; before a checkpoint of the same
+    step, so that none is left out after a kill."""
+    wants_checkpoint: Callable[[], bool] = lambda: False
+    """Asked after each step whether to make a checkpoint out of turn; all ranks answer alike."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingHooks:
+    """Who is told of a training, by its states."""
+
+    on_log: Callable[[Mapping[str, float]], None]
+    """Receives the learning curve, see StepHooks."""
+    on_checkpoint: Callable[[dict[str, Any]], None] = ignore
+    """Receives the state to go on from."""
+    on_publish: Callable[[int, Mapping[str, Tensor]], None] | None = None
+    """Receives versions of the student and its state dict, on the first rank only: number of steps and tensors. The
+    tensors are the student's own; they change with the next step."""
+    wants_checkpoint: Callable[[], bool] = lambda: False
+    """Asked after each step whether to make a checkpoint out of turn; all ranks answer alike."""
+
+    def of_student(self, student: nn.Module, state: Callable[[], dict[str, Any]], *, is_first: bool) -> StepHooks:
+        """The same for its trainer, whose steps are turned into states."""
+        publish = self.on_publish
+        return StepHooks(
+            on_log=self.on_log,
+            on_checkpoint=lambda _: self.on_checkpoint(state()),
+            on_publish=ignore if publish is None or not is_first else lambda step: publish(step, student.state_dict()),
+            wants_checkpoint=self.wants_checkpoint,
+        )
 
 
 class StudentTrainer:
@@ -31,14 +76,10 @@ class StudentTrainer:
         device: of both networks.
         seed: of the augmentations.
         rank: of this process.
-        on_log: receives step, loss, agreement, images_seen and snapshot_images every ``log_every`` steps.
-        on_checkpoint: called every ``checkpoint_every`` steps and after the last.
-        on_publish: called before the first step, every ``publish_every`` steps and after the last, with the number of
-            steps made; before a checkpoint of the same step, so that none is left out after a kill.
-        wants_checkpoint: asked after each step whether to make a checkpoint out of turn; all ranks answer alike.
+        hooks: who is told what.
     """
 
-    def __init__(  # noqa: PLR0913 - one value for each sentence above
+    def __init__(
         self,
         student: nn.Module,
         teacher: ObservedNetwork,
@@ -48,10 +89,7 @@ class StudentTrainer:
         device: torch.device,
         seed: int,
         rank: int = 0,
-        on_log: Callable[[Mapping[str, float]], None],
-        on_checkpoint: Callable[[int], None],
-        on_publish: Callable[[int], None] | None = None,
-        wants_checkpoint: Callable[[], bool] = lambda: False,
+        hooks: StepHooks,
     ) -> None:
         self._student = student
         precision: torch.dtype = getattr(torch, spec.precision)
@@ -64,15 +102,14 @@ class StudentTrainer:
         self._criterion = CRITERIA.build(spec.criterion.kind, spec.criterion.options, where="distill.criterion")
         self._augment = build_augmentations(spec.augment, where="distill.augment")
         self._optimizer, self._schedule = build_optimizer(student, spec.optimizer, steps=spec.steps)
-        self._on_log, self._on_checkpoint, self._on_publish = on_log, on_checkpoint, on_publish
-        self._wants_checkpoint = wants_checkpoint
+        self._hooks = hooks
         self._images_seen = 0
         self.step = 0
 
     def fit(self, source: BatchSource, *, steps: int) -> None:
         """Make steps until ``steps`` are done in all; the set may grow meanwhile, so there are no epochs."""
-        if self._on_publish is not None and self.step == 0:
-            self._on_publish(0)
+        if self.step == 0:
+            self._hooks.on_publish(0)
         if self.step >= steps:
             return
         self._student.train()
@@ -81,7 +118,7 @@ class StudentTrainer:
             self.step += 1
             self._images_seen += len(batch.labels)
             if self.step % self._spec.log_every == 0 or self.step in (1, steps):
-                self._on_log(
+                self._hooks.on_log(
                     {
                         "step": self.step,
                         "loss": loss.item(),
@@ -95,11 +132,11 @@ class StudentTrainer:
                 break
 
     def _save(self, *, is_last: bool) -> None:
-        if self._on_publish is not None and (is_last or self.step % self._spec.publish_every == 0):
-            self._on_publish(self.step)
-        is_wanted = self._wants_checkpoint()  # whatever the step is: to ask is to meet the other ranks
+        if is_last or self.step % self._spec.publish_every == 0:
+            self._hooks.on_publish(self.step)
+        is_wanted = self._hooks.wants_checkpoint()  # whatever the step is: to ask is to meet the other ranks
         if is_last or is_wanted or self.step % self._spec.checkpoint_every == 0:
-            self._on_checkpoint(self.step)
+            self._hooks.on_checkpoint(self.step)
 
     def _train_step(self, batch: StudentBatch) -> tuple[torch.Tensor, torch.Tensor]:
         torch.manual_seed(derive_seed(self._seed, "student", self.step, self._rank))  # what a student's dropout draws

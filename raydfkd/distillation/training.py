@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
-from raydfkd.data.commits import Snapshot
 from raydfkd.data.epochs import EpochLog
-from raydfkd.data.sources import TransferSetSource, in_this_process
+from raydfkd.data.sources import SOURCES, Feed, LiveGenerator, Ranks
 from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
-from raydfkd.distillation.trainer import StudentTrainer
+from raydfkd.distillation.trainer import StudentTrainer, TrainingHooks
+from raydfkd.errors import differences
 from raydfkd.images.pixels import PixelRange
 from raydfkd.job import Job
 from raydfkd.networks.observed import ObservedNetwork
-from raydfkd.networks.weights import load_teacher
+from raydfkd.networks.teacher import Teacher
 from raydfkd.seeds import derive_seed
 from raydfkd.store.store import Store
+from raydfkd.units import Phase
+
+MakeGenerator = Callable[[nn.Module, Ranks, torch.device], LiveGenerator]
+"""Makes the generator of a live source against a student in training."""
 
 
 class StudentTraining:
@@ -28,85 +33,77 @@ class StudentTraining:
 
     Args:
         job: whose student is trained.
-        on_log: receives the learning curve, see StudentTrainer.
-        on_checkpoint: receives the state to go on from.
-        on_publish: receives a version of the student and its state dict: before the first step (version 0), every
-            ``publish_every`` steps and after the last, the version being the number of steps. Rank 0 only. The
-            tensors are the student's own; they change with the next step.
-        wants_checkpoint: asked after each step whether to make a checkpoint out of turn; all ranks answer alike.
-        rank: of this process.
-        world_size: number of ranks.
-        agree: see TransferSetSource.
+        teacher: of the job.
+        phase: whose images it is trained on.
+        hooks: who is told what.
+        ranks: who trains.
+        generator: makes the generator of a live source.
         parallel: wraps the student for data parallelism.
         device: the recipe's unless given.
     """
 
-    def __init__(  # noqa: PLR0913 - what differs between one process and several
+    def __init__(
         self,
         job: Job,
+        teacher: Teacher,
+        phase: Phase,
         *,
-        on_log: Callable[[Mapping[str, float]], None],
-        on_checkpoint: Callable[[dict[str, Any]], None],
-        on_publish: Callable[[int, Mapping[str, Tensor]], None] | None = None,
-        wants_checkpoint: Callable[[], bool] = lambda: False,
-        rank: int = 0,
-        world_size: int = 1,
-        agree: Callable[[Snapshot | None], Snapshot | None] = in_this_process,
+        hooks: TrainingHooks,
+        ranks: Ranks | None = None,
+        generator: MakeGenerator | None = None,
         parallel: Callable[[nn.Module], nn.Module] = lambda student: student,
         device: torch.device | None = None,
     ) -> None:
-        recipe = job.recipe
+        recipe, ranks = job.recipe, ranks or Ranks()
         device = device or pick_device(recipe.runtime.device)
         if device.type == "cpu":
             keep_freed_memory()
-        seed = derive_seed(recipe.seed, "student")
-        self._spec = recipe.distill
-        self._round_ends = {recipe.steps_until(number) for number in range(recipe.rounds - 1)}
-        self._on_checkpoint = on_checkpoint
+        self._job, self._spec, self._ranks = job, recipe.distill, ranks
+        self._phase = phase
+        self._phase_ends = {phase.until_step for phase in job.phases[:-1]}
         self._student = job.fresh_student().to(device).to(memory_format=torch.channels_last)
-        teacher, _ = load_teacher(recipe)
-
-        def publish(step: int) -> None:
-            assert on_publish is not None
-            on_publish(step, self._student.state_dict())
-
         self.trainer = StudentTrainer(
             parallel(self._student),
-            ObservedNetwork(teacher, frozen=True, precision=getattr(torch, recipe.distill.precision)).to(device),
+            ObservedNetwork(teacher.module, frozen=True, precision=getattr(torch, recipe.distill.precision)).to(device),
             recipe.distill,
             pixels=PixelRange(recipe.teacher.image_space, device),
             device=device,
-            seed=seed,
-            rank=rank,
-            on_log=on_log,
-            on_checkpoint=lambda _: self._on_checkpoint(self.state_dict()),
-            on_publish=publish if on_publish is not None and rank == 0 else None,
-            wants_checkpoint=wants_checkpoint,
+            seed=derive_seed(recipe.seed, "student"),
+            rank=ranks.rank,
+            hooks=hooks.of_student(self._student, self.state_dict, is_first=ranks.rank == 0),
         )
-        self._source = TransferSetSource(
-            job.transfer_set,
-            recipe.distill.source,
-            units=job.unit_ids,
-            planned_images=job.planned_images,
-            steps=recipe.distill.steps,
-            batch_size=recipe.distill.batch_size,
-            seed=seed,
-            rank=rank,
-            world_size=world_size,
-            agree=agree,
-            epochs=EpochLog(Store(str(Path(recipe.run_dir) / "train")), job.student_digest),
+        self._source = SOURCES.build(
+            self._spec.source.kind,
+            self._spec.source.options,
+            self._feed(generator, device),
+            where="distill.source",
+        )
+
+    def _feed(self, generator: MakeGenerator | None, device: torch.device) -> Feed:
+        job = self._job
+        units = [unit for unit in self._phase.units if unit.id not in job.held_out]
+        return Feed(
+            transfer_set=job.transfer_set,
+            units=frozenset(unit.id for unit in units),
+            planned_images=sum(unit.request.count for unit in units),
+            steps=self._spec.steps,
+            batch_size=self._spec.batch_size,
+            seed=derive_seed(job.recipe.seed, "student"),
+            ranks=self._ranks,
+            epochs=EpochLog(_train_store(job), job.student_digest),
             pin_memory=device.type == "cuda",
+            generator=None if generator is None else lambda: generator(self._student, self._ranks, device),
         )
 
-    def run(self, *, until: int | None = None) -> Mapping[str, Tensor]:
-        """Train to the last step, or to step ``until`` before it; returns the student's state dict.
+    def run(self) -> Mapping[str, Tensor]:
+        """Train to the end of the phase; returns the student's state dict.
 
-        Learning rates are those of the whole training: a later call, here or from the checkpoint that was made at
-        ``until``, goes on as if this one had not stopped.
+        Learning rates are those of the whole training: the training of the next phase, here or from the checkpoint
+        that was made at the end of this one, goes on as if this one had not stopped.
         """
-        steps = self._spec.steps if until is None else min(until, self._spec.steps)
         with cpu_threads(self._spec.threads):
-            self.trainer.fit(self._source, steps=steps)
+            self.trainer.fit(self._source, steps=self._phase.until_step)
+            self._source.finish()
         return self._student.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,20 +115,20 @@ class StudentTraining:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``; after a round with all images that there are then."""
+        """Go on from ``state``; after a phase with all images that there are then."""
         self._student.load_state_dict(state["student"])
         self.trainer.load_state_dict(state["trainer"])
         self._source.load_state_dict(state["source"])
-        if self.trainer.step in self._round_ends:
+        if self.trainer.step in self._phase_ends:
             self._source.start_over()
 
 
 class StudentCheckpoint:
     """The newest state of a training, as one file; tensors and plain data only, never unpickled otherwise."""
 
-    def __init__(self, folder: Path, digest: str) -> None:
-        self._store = Store(str(folder))
-        self._name = f"student-{digest[:16]}.pt"
+    def __init__(self, job: Job) -> None:
+        self._store = _train_store(job)
+        self._name = f"student-{job.student_digest[:16]}.pt"
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Replace the newest state."""
@@ -142,3 +139,24 @@ class StudentCheckpoint:
         if not self._store.exists(self._name):
             return None
         return read_checkpoint(self._store.get(self._name))
+
+
+def note_training(job: Job) -> str | None:
+    """Write down what the job's training depends on; says why it starts anew beside another one in the same folder.
+
+    Returns None for a training that was noted before, and for the first one.
+    """
+    store, name = _train_store(job), f"training-{job.student_digest[:16]}.json"
+    noted = [entry for entry in store.entries("") if entry.path.startswith("training-")]
+    is_known = any(entry.path == name for entry in noted)
+    store.put(name, json.dumps(job.trained_by, indent=1).encode())  # written again, so that the newest is the last
+    if is_known or not noted:
+        return None
+    last = max(noted, key=lambda entry: entry.modified or 0.0)
+    found = differences(json.loads(store.get(last.path)), json.loads(json.dumps(job.trained_by)))
+    return "; ".join(found[:3]) + (f", and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def _train_store(job: Job) -> Store:
+    """What is shared by the workers of a training."""
+    return Store(str(Path(job.recipe.run_dir) / "train"))

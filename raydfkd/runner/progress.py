@@ -1,172 +1,209 @@
-"""Live progress: what a run says while it works, on a terminal and elsewhere, and its metrics.jsonl."""
+"""Live progress for people: bars on a terminal, a line every few seconds elsewhere."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from typing_extensions import override
 
 from raydfkd.data.commits import Commit
-from raydfkd.report.metrics import MetricsLog
-from raydfkd.units import Failure
+from raydfkd.runner.events import Listener, Plan
+from raydfkd.units import Failure, UnitProgress
 
 PLAIN_EVERY_S = 5.0
-"""Seconds between lines where the output is not a terminal."""
+"""Seconds between lines of a topic where the output is not a terminal."""
+SETTLED_S = 2.0
+"""Seconds of work before a rate is trusted enough to say when it will be done."""
 
 
-class Monitor:
-    """Receives what happens and shows it: bars on a terminal, a line every few seconds elsewhere."""
+@dataclass(slots=True)
+class _Topic:
+    """A thing that goes on, such as the synthesis."""
 
-    def __init__(self, console: Console, metrics: MetricsLog) -> None:
+    status: str
+    done: float = 0.0
+    """Share of it."""
+    began: float = field(default_factory=time.monotonic)
+    told: float = float("-inf")
+    rate_from: tuple[float, float] | None = None
+    """Time and share at which the work was first seen to move; what came before is not this session's rate."""
+
+    def moved(self, done: float) -> None:
+        self.done = done
+        if self.rate_from is None:
+            self.rate_from = (time.monotonic(), done)
+
+    @property
+    def eta(self) -> str:
+        """When it will be done, if that can be said."""
+        if self.rate_from is None or self.done >= 1:
+            return ""
+        began, first = self.rate_from
+        elapsed = time.monotonic() - began
+        if elapsed < SETTLED_S or self.done <= first:
+            return ""
+        return f"   ETA {_clock((1 - self.done) * elapsed / (self.done - first))}"
+
+
+class Display(Listener):
+    """Shows a run on a console; also without news the lines go on, so that a slow step can be told from a hang."""
+
+    def __init__(self, console: Console) -> None:
         self._console = console
-        self._metrics = metrics
-        self._lock = threading.RLock()
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._last_plain = time.monotonic()
-        self._planned_images = 0
-        self._images_before = 0
-        self._images = 0
-        self._units_done = 0
-        self._synthesis_began: float | None = None
-        self._synthesis_ended: float | None = None
-        self._student_steps = 0
-        self._training = ""
-        self._student_began: tuple[float, int] | None = None
-        self._student_ended: float | None = None
+        self._topics: dict[str, _Topic] = {}
+        self._plan: Plan | None = None
+        self._images = self._units_done = self._running = 0
+        self._in_work: dict[str, UnitProgress] = {}
+        self._objective: float | None = None
+        self._began_images = 0
+        self._lock = threading.RLock()
+        self._is_over = threading.Event()
 
-    def __enter__(self) -> Monitor:
+    def __enter__(self) -> Display:
         """Start showing."""
         if self._console.is_terminal:
-            columns = (TextColumn("{task.description:9}"), BarColumn(30), TextColumn("{task.fields[status]}"))
+            columns = (
+                TextColumn("{task.description:9}"),
+                BarColumn(24),
+                TextColumn("{task.fields[status]}"),
+                TimeElapsedColumn(),
+            )
             self._bars = Progress(*columns, console=self._console, refresh_per_second=4)
             self._bars.start()
+        else:
+            threading.Thread(target=self._keep_telling, name="raydfkd-display", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop showing."""
+        self._is_over.set()
         if self._bars is not None:
             self._bars.stop()
 
+    @override
     def say(self, topic: str, text: str) -> None:
-        """One line that stays."""
-        (self._bars.console if self._bars is not None else self._console).print(
-            f"{topic:9} {text}", highlight=False, soft_wrap=True, markup=False
-        )
+        console = self._bars.console if self._bars is not None else self._console
+        console.print(f"{topic:9} {text}", highlight=False, soft_wrap=True, markup=False)
 
-    def planned(self, *, images: int, images_before: int, units_before: int, student_steps: int, training: str) -> None:
-        """What is to be done and what earlier runs have done of it."""
-        with self._lock:
-            self._planned_images, self._images_before, self._images = images, images_before, images_before
-            self._units_done = units_before
-            self._student_steps = student_steps
-            self._training = training
+    @override
+    def planned(self, plan: Plan) -> None:
+        self._plan = plan
+        self._images = self._began_images = plan.images_before
+        self._units_done = plan.units_before
 
+    @override
     def synthesis_started(self) -> None:
-        """The first unit is about to be worked on."""
-        with self._lock:
-            self._synthesis_began = self._synthesis_began or time.monotonic()
-            self._begin("synthesis", f"{self._images:,}/{self._planned_images:,} images   starting")
+        self._begin("synthesis", f"{self._images:,}/{self._planned:,} images   starting")
 
-    def student_started(self) -> None:
-        """Training is being set up, and will wait for images."""
-        with self._lock:
-            self._begin("student", "starting")
+    @override
+    def progressed(self, progress: UnitProgress) -> None:
+        self._in_work[progress.unit] = progress
+        self._objective = progress.objective.get("total", self._objective)
+        self._running = max(self._running, len(self._in_work))
+        self._show_synthesis()
 
+    @override
     def committed(self, commit: Commit, *, running: int) -> None:
-        """A unit is done; ``running`` others are under way."""
-        with self._lock:
-            self._units_done += 1
-            self._images += commit.images
-            self._synthesis_ended = time.monotonic()
-            self._metrics.write(
-                "unit",
-                unit=commit.unit,
-                images=commit.images,
-                seconds=round(commit.seconds, 3),
-                objective=commit.objective,
-                attempt=commit.attempt,
-            )
-            for entry in commit.curve:
-                self._metrics.write("objective", unit=commit.unit, **entry)
-            rate = self.images_per_second
-            left = (self._planned_images - self._images) / rate if rate else 0.0
-            status = (
-                f"{self._images:,}/{self._planned_images:,} images   {rate:.1f}/s   "
-                f"units {self._units_done} done {running} running   ETA {_clock(left)}"
-            )
-            self._show("synthesis", status, self._images, self._planned_images)
+        self._in_work.pop(commit.unit, None)
+        self._images += commit.images
+        self._units_done += 1
+        self._running = running
+        self._show_synthesis()
 
+    @override
     def failed(self, failure: Failure, *, is_final: bool) -> None:
-        """An attempt at a unit failed by itself."""
-        with self._lock:
-            self._metrics.write("failure", unit=failure.unit, attempt=failure.attempt, error=failure.error)
-            outcome = "set aside" if is_final else "will be tried again"
-            self.say("synthesis", f"unit {failure.unit} failed (attempt {failure.attempt}): {failure.error}; {outcome}")
+        self._in_work.pop(failure.unit, None)
+        outcome = "given up" if is_final else "will be tried again"
+        self.say("synthesis", f"unit {failure.unit} failed (attempt {failure.attempt}): {failure.error}; {outcome}")
 
+    @override
     def lost(self, unit: str, reason: str) -> None:
-        """A worker died under a unit."""
+        self._in_work.pop(unit, None)
         self.say("synthesis", f"worker lost ({reason}); unit {unit} goes to another")
 
+    @override
+    def student_started(self) -> None:
+        self._begin("student", "starting")
+
+    @override
     def student(self, entry: Mapping[str, float]) -> None:
-        """An entry of the learning curve."""
+        step, steps = int(entry["step"]), self._plan.student_steps if self._plan is not None else 1
+        topic = self._topic("student")
+        topic.moved(step / steps)
+        status = (
+            f"step {step:,}/{steps:,}   loss {entry['loss']:.3f}   agreement {entry['agreement']:.0%}   "
+            f"of {int(entry['snapshot_images']):,} images"
+        )
+        self._show("student", status, is_due=step == steps)
+
+    @property
+    def _planned(self) -> int:
+        return self._plan.images if self._plan is not None else 0
+
+    def _show_synthesis(self) -> None:
+        topic, planned = self._topic("synthesis"), max(1, self._planned)
+        per_unit = planned / max(1, self._plan.units) if self._plan is not None else 0.0
+        begun = sum(per_unit * unit.step / max(1, unit.steps) for unit in self._in_work.values())
+        topic.moved(min(1.0, (self._images + begun) / planned))
+        rate = (self._images - self._began_images) / max(1e-9, time.monotonic() - topic.began)
+        status = (
+            f"{self._images:,}/{self._planned:,} images   {rate:.1f}/s   units {self._units_done} done "
+            f"{self._running} running"
+        )
+        if self._in_work:
+            least = min(self._in_work.values(), key=lambda unit: unit.step / max(1, unit.steps))
+            status += f"   step {least.step:,}/{least.steps:,}"
+        if self._objective is not None:
+            status += f"   objective {self._objective:.3g}"
+        self._show("synthesis", status, is_due=self._images >= planned)
+
+    def _topic(self, name: str) -> _Topic:
         with self._lock:
-            now, step = time.monotonic(), int(entry["step"])
-            self._student_began = self._student_began or (now, step - 1)
-            self._student_ended = now
-            self._metrics.write("student", training=self._training, **entry)
-            began, first = self._student_began
-            rate = (step - first) / max(now - began, 1e-9)
-            left = (self._student_steps - step) / rate if step > first + 1 else 0.0
-            status = (
-                f"step {step:,}/{self._student_steps:,}   loss {entry['loss']:.3f}   agreement "
-                f"{entry['agreement']:.0%}   of {int(entry['snapshot_images']):,} images   ETA {_clock(left)}"
-            )
-            self._show("student", status, step, self._student_steps, is_last=step == self._student_steps)
+            return self._topics.setdefault(name, _Topic("starting"))
 
-    @property
-    def images_per_second(self) -> float:
-        """Images that this run committed per second of synthesis."""
-        seconds = self.synthesis_seconds
-        return (self._images - self._images_before) / seconds if seconds > 0 else 0.0
+    def _begin(self, name: str, status: str) -> None:
+        with self._lock:
+            self._topics[name] = _Topic(status)
+        self._show(name, status, is_due=True)
 
-    @property
-    def synthesis_seconds(self) -> float:
-        """From the first unit's start to the last commit."""
-        if self._synthesis_began is None or self._synthesis_ended is None:
-            return 0.0
-        return self._synthesis_ended - self._synthesis_began
-
-    @property
-    def distillation_seconds(self) -> float:
-        """From the first entry of the learning curve to the last."""
-        if self._student_began is None or self._student_ended is None:
-            return 0.0
-        return self._student_ended - self._student_began[0]
-
-    def _begin(self, topic: str, status: str) -> None:
+    def _show(self, name: str, status: str, *, is_due: bool) -> None:
+        topic = self._topic(name)
+        topic.status = status
         if self._bars is not None:
-            self._show(topic, status, 0, 1)
-        else:
-            self.say(topic, status)
+            if name not in self._tasks:
+                self._tasks[name] = self._bars.add_task(name, total=1.0, status="")
+            self._bars.update(self._tasks[name], completed=topic.done, status=status + topic.eta)
+        elif is_due or time.monotonic() - topic.told >= PLAIN_EVERY_S:
+            self._tell(name, topic)
 
-    def _show(self, topic: str, status: str, done: int, total: int, *, is_last: bool = False) -> None:
-        if self._bars is not None:
-            if topic not in self._tasks:
-                self._tasks[topic] = self._bars.add_task(topic, total=total, status="")
-            self._bars.update(self._tasks[topic], completed=done, total=total, status=status)
-            return
-        now = time.monotonic()
-        if now - self._last_plain >= PLAIN_EVERY_S or is_last or done == total:
-            self._last_plain = now
-            self.say(topic, status)
+    def _tell(self, name: str, topic: _Topic) -> None:
+        topic.told = time.monotonic()
+        self.say(name, topic.status + topic.eta)
+
+    def _keep_telling(self) -> None:
+        """A line also where nothing has moved, with the time that it has been going on."""
+        while not self._is_over.wait(PLAIN_EVERY_S / 5):
+            with self._lock:
+                silent = [
+                    (name, topic)
+                    for name, topic in self._topics.items()
+                    if topic.done < 1 and time.monotonic() - topic.told >= PLAIN_EVERY_S
+                ]
+            for name, topic in silent:
+                topic.told = time.monotonic()
+                self.say(name, f"{topic.status}{topic.eta}   {_clock(topic.told - topic.began)} so far")
 
 
 def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"

@@ -167,6 +167,10 @@ class GeneratorSynthesizer:
             if self._setting.device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    def num_steps(self, request: Request) -> int:
+        """Training steps until the last images."""
+        return max(self._draws(request.count // self._groups(request.classes), self._batch_per_class))
+
     def _train(
         self, request: Request, log: Log, hook: StepHook, saved: Mapping[str, Any] | None
     ) -> Iterator[SyntheticBatch]:

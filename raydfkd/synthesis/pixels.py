@@ -163,6 +163,11 @@ class PixelSynthesizer:
                 course.waiting.pop()
                 yield made
 
+    def num_steps(self, request: Request) -> int:
+        """Steps of all stages for each batch."""
+        per_batch = max(1, self._batch_size // len(request.classes))
+        return math.ceil(request.images_per_class / per_batch) * sum(stage.steps for stage in self._stages)
+
     def _next_batch(self, request: Request, course: _Course) -> _Start:
         per_batch = max(1, self._batch_size // len(request.classes))
         count = min(per_batch, request.images_per_class - course.num_begun)
