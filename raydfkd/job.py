@@ -15,7 +15,7 @@ from raydfkd.data.commits import Snapshot
 from raydfkd.data.encodings import Encoding
 from raydfkd.data.student_versions import StudentPublisher
 from raydfkd.data.transfer_set import TransferSet
-from raydfkd.losses.objective import TERMS
+from raydfkd.losses.objective import needs_of
 from raydfkd.networks.build import build_network
 from raydfkd.networks.observed import Need
 from raydfkd.networks.teacher import Teacher, open_teacher
@@ -157,10 +157,7 @@ def transfer_set_of(recipe: Recipe, made_of: Mapping[str, object]) -> TransferSe
 
 def asks_student(recipe: Recipe) -> bool:
     """Whether a term of the recipe's objective asks the student."""
-    return any(
-        Need.STUDENT in TERMS.get(term.term, where=f"synthesis.objective[{index}]").needs  # type: ignore[attr-defined]
-        for index, term in enumerate(recipe.synthesis.objective)
-    )
+    return Need.STUDENT in needs_of(recipe.synthesis.objective)
 
 
 def _sha256(data: Mapping[str, object]) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import ClassVar
+from types import MappingProxyType
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
@@ -12,6 +13,9 @@ from raydfkd.config.registry import Registry
 from raydfkd.config.schema import TermSpec
 from raydfkd.errors import RecipeError
 from raydfkd.networks.observed import Need, Observation
+
+BESIDE_TEACHER = MappingProxyType({Need.STUDENT: "the student", Need.LATENTS: "latents"})
+"""Needs that something else than the teacher has to meet, and what they are called."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +81,7 @@ class Objective(nn.Module):
     def __init__(self, terms: Sequence[tuple[str, float, Term]]) -> None:
         super().__init__()
         self._weights = {name: weight for name, weight, _ in terms}
-        self._terms = nn.ModuleDict({name: term for name, _, term in terms})
+        self._terms = nn.ModuleList([term for _, _, term in terms])  # no ModuleDict, which refuses names such as a.b
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -87,7 +91,7 @@ class Objective(nn.Module):
     @property
     def terms(self) -> dict[str, Term]:
         """The terms by name."""
-        return {name: term for name, term in self._terms.items() if isinstance(term, Term)}
+        return {name: cast("Term", term) for name, term in zip(self._weights, self._terms, strict=True)}
 
     def forward(self, view: View) -> ObjectiveValue:
         """Evaluate every term on ``view``; those about the student rest where there is none yet."""
@@ -105,23 +109,46 @@ class Objective(nn.Module):
             term.commit(view)
 
 
-def build_objective(specs: Sequence[TermSpec], *, has_targets: bool, has_latents: bool, has_student: bool) -> Objective:
-    """Build the objective of a recipe; the flags say what the rest of the pipeline offers.
+def build_objective(
+    specs: Sequence[TermSpec],
+    *,
+    has_targets: bool,
+    offers: Set[Need] = frozenset(),
+    absent: Mapping[Need, str] = MappingProxyType({}),
+) -> Objective:
+    """Build the objective of a recipe.
+
+    Args:
+        specs: its terms.
+        has_targets: whether images have labels or soft targets.
+        offers: those of ``BESIDE_TEACHER`` that the rest of the pipeline offers.
+        absent: why it does not offer the others, and what would; continues "competition needs the student".
 
     Raises:
         RecipeError: unknown term or option, or a term that needs what is not on offer.
     """
     terms = []
-    for index, spec in enumerate(specs):
-        where = f"synthesis.objective[{index}]"
-        term = TERMS.build(spec.term, spec.options, where=where)
+    for where, spec, term in _built(specs):
         if term.needs_targets and not has_targets:
             raise RecipeError(f"{where}: {spec.term} needs targets, but targets is none; use `targets: balanced`")
-        if Need.LATENTS in term.taps and not has_latents:
-            raise RecipeError(f"{where}: {spec.term} needs latents, which only `synthesizer: generator` has")
-        if Need.STUDENT in term.taps and not has_student:
-            raise RecipeError(
-                f"{where}: {spec.term} needs the student, but none is trained beside this synthesis; drop the term"
-            )
+        for need, name in BESIDE_TEACHER.items():
+            if need in term.taps and need not in offers:
+                raise RecipeError(f"{where}: {spec.term} needs {name}, {absent.get(need, 'which nothing offers here')}")
         terms.append((spec.name, spec.weight, term))
     return Objective(terms)
+
+
+def needs_of(specs: Sequence[TermSpec]) -> frozenset[Need]:
+    """What the terms of a recipe read, whether or not it is on offer."""
+    return frozenset().union(*(term.taps for _, _, term in _built(specs)))
+
+
+def terms_that_need(need: Need) -> list[str]:
+    """Names of the registered terms that need it, for messages."""
+    return [name for name in TERMS.names() if need in getattr(TERMS.get(name, where=name), "needs", ())]
+
+
+def _built(specs: Sequence[TermSpec]) -> Iterator[tuple[str, TermSpec, Term]]:
+    for index, spec in enumerate(specs):
+        where = f"synthesis.objective[{index}]"
+        yield where, spec, TERMS.build(spec.term, spec.options, where=where)

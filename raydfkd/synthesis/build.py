@@ -11,13 +11,13 @@ from raydfkd.errors import RecipeError
 from raydfkd.images.augment import build_augmentations
 from raydfkd.images.pixels import PixelRange
 from raydfkd.job import asks_student
-from raydfkd.losses.objective import build_objective
+from raydfkd.losses.objective import build_objective, terms_that_need
 from raydfkd.networks.build import build_network
-from raydfkd.networks.observed import ObservedNetwork
+from raydfkd.networks.observed import Need, ObservedNetwork
 from raydfkd.seeds import derive_seed
 from raydfkd.synthesis.judge import Judge, StudentFeed
 from raydfkd.synthesis.student_feed import StoredStudentFeed
-from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Setting, Synthesizer
+from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Setting, Synthesizer, not_offered, offers_of
 from raydfkd.synthesis.targets import TARGETS
 
 
@@ -30,8 +30,8 @@ def build_student(recipe: Recipe, source: Source, device: torch.device) -> Store
     if not asks_student(recipe):
         if recipe.rounds > 1:
             raise RecipeError(
-                f"rounds is {recipe.rounds}, but no term of synthesis.objective asks the student; add competition, "
-                "logit_gap or decision_gap, or drop rounds"
+                f"rounds is {recipe.rounds}, but no term of synthesis.objective asks the student; add one of "
+                f"{', '.join(terms_that_need(Need.STUDENT))}, or drop rounds"
             )
         return None
     if recipe.rounds == 1 and recipe.runtime.executor == "local":
@@ -63,8 +63,11 @@ def build_synthesizer(
     objective = build_objective(
         spec.objective,
         has_targets=targets.is_conditional,
-        has_latents=spec.synthesizer == "generator",
-        has_student=student is not None,
+        offers=offers_of(spec.synthesizer, where="synthesis") | ({Need.STUDENT} if student is not None else set()),
+        absent={
+            Need.STUDENT: "but none is trained beside this synthesis; drop the term",
+            Need.LATENTS: not_offered(spec.synthesizer, Need.LATENTS),
+        },
     ).to(device)
     observed = ObservedNetwork(
         teacher,

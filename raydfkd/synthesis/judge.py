@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +13,9 @@ from raydfkd.data.batches import SyntheticBatch
 from raydfkd.images.pixels import PixelRange
 from raydfkd.losses.objective import Objective, ObjectiveValue, View
 from raydfkd.networks.observed import Need, Observation, ObservedNetwork
+
+AskStudent = Callable[[Tensor], Observation | None]
+"""What the student says of images, in the teacher's units; None while there is none to challenge."""
 
 
 class StudentFeed(Protocol):
@@ -42,9 +46,19 @@ class Judge:
     student: StudentFeed | None = None
 
     def __call__(
-        self, images: Tensor, targets: Tensor | None, latents: Tensor | None = None, *, groups: int = 1
+        self,
+        images: Tensor,
+        targets: Tensor | None,
+        latents: Tensor | None = None,
+        *,
+        groups: int = 1,
+        student: AskStudent | None = None,
     ) -> tuple[View, ObjectiveValue]:
-        """Evaluate the objective on normalised ``images`` that hold ``groups`` classes one after another."""
+        """Evaluate the objective on normalised ``images`` that hold ``groups`` classes one after another.
+
+        Terms that ask the student ask ``student``, the judge's own unless given.
+        """
+        ask = student or self.student
         by_class = Need.CLASS_MOMENTS in self.objective.needs
 
         def observe(batch: Tensor) -> Observation:
@@ -55,13 +69,15 @@ class Judge:
             targets=targets,
             teacher=observe(images),
             observe=observe,
-            student=self.student(images) if self.student is not None else None,
+            student=None if ask is None else ask(images),
             latents=latents,
         )
         return view, self.objective(view)
 
     @torch.no_grad()
-    def keep(self, images: Tensor, targets: Tensor | None, objective: float) -> SyntheticBatch:
+    def keep(
+        self, images: Tensor, targets: Tensor | None, objective: float, *, student: AskStudent | None = None
+    ) -> SyntheticBatch:
         """Turn normalised ``images`` into stored pixels and ask the teacher about exactly those."""
         stored = self.pixels.to_uint8(images)
         logits = self.teacher(self.pixels.from_uint8(stored)).logits
@@ -71,5 +87,5 @@ class Judge:
             labels=labels.long().cpu().clone(),
             teacher_logits=logits.half().cpu(),
             objective=objective,
-            student_version=-1 if self.student is None else self.student.version,
+            student_version=getattr(student or self.student, "version", -1),
         )

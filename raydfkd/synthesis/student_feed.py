@@ -1,15 +1,19 @@
-"""The newest version of a student, as the judge asks it."""
+"""The student as the judge asks it: its newest version, or the live one of a training in this process."""
 
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from raydfkd.data.student_versions import UNPUBLISHED, Source, State
 from raydfkd.errors import RecipeError
+from raydfkd.networks.input_gradients import FastInputGradients
 from raydfkd.networks.observed import Observation, ObservedNetwork
 
 
@@ -77,3 +81,51 @@ class StoredStudentFeed:
                 "restore it or give another transfer_set.uri"
             )
         self._student.load_state_dict(dict(state))
+
+
+class LiveStudentFeed:
+    """A student in training as the judge asks it: a ``StudentFeed`` for online (adversarial) synthesis.
+
+    Gradients reach the images and nothing else: the student's weights, their gradients and its running statistics are
+    after each question what they were before.
+
+    Args:
+        student: in its place on the device, without a wrapper for data parallelism, whose hooks would wait for others.
+        batchnorm: normalise by the statistics of the batch, as a student in training does (and its dropout works), or
+            by its running ones in eval mode.
+        precision: of its convolutions.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        *,
+        batchnorm: Literal["running", "batch"] = "batch",
+        precision: torch.dtype = torch.float32,
+    ) -> None:
+        self._student = student
+        self._batchnorm = batchnorm
+        self._precision = precision
+        self.version = UNPUBLISHED
+        """What is recorded beside images made against it; whoever trains it may count here."""
+
+    def refresh(self) -> int:
+        """The live student is always the newest; returns its version."""
+        return self.version
+
+    def __call__(self, images: Tensor) -> Observation:
+        """What the student says now of ``images`` [N, C, H, W], normalised."""
+        own = {name: weights.detach() for name, weights in self._student.named_parameters()}
+        # Copies, for a layer that normalises by the batch writes to its running statistics.
+        own |= {name: buffer.clone() for name, buffer in self._student.named_buffers()}
+        modes = {module: module.training for module in self._student.modules()}
+        gradients = FastInputGradients() if images.device.type == "cpu" else nullcontext()
+        if self._batchnorm == "running":
+            self._student.eval()
+        try:
+            with gradients, torch.autocast(images.device.type, self._precision, self._precision != torch.float32):
+                logits: Tensor = functional_call(self._student, own, (images,))
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        return Observation(logits=logits.float())

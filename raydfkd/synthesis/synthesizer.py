@@ -14,6 +14,7 @@ from raydfkd.config.schema import ImageSpace
 from raydfkd.data.batches import SyntheticBatch
 from raydfkd.images.augment import Augmentation
 from raydfkd.losses.objective import ObjectiveValue
+from raydfkd.networks.observed import Need
 from raydfkd.synthesis.checkpoint import StepHook
 from raydfkd.synthesis.judge import Judge, ObjectiveNotFiniteError
 from raydfkd.synthesis.targets import TargetSampler
@@ -37,7 +38,11 @@ class Setting:
 
 
 class Synthesizer(Protocol):
-    """Makes the images of a request. The result depends on the request and the recipe alone."""
+    """Makes the images of a request. The result depends on the request and the recipe alone.
+
+    Its class may say in ``offers`` (a set of ``Need``) what it gives to terms beside images, such as latents. One that
+    has a ``training(request, *, steps, parallel)`` can feed a student online, see ``GeneratorTraining``.
+    """
 
     def produce(self, request: Request, log: Log, hook: StepHook = ...) -> Iterator[SyntheticBatch]:
         """Stream the images of ``request``, with an ``hook`` between any two steps; memory stays bounded.
@@ -57,6 +62,18 @@ class Synthesizer(Protocol):
 SYNTHESIZERS: Registry[Synthesizer] = Registry(
     "synthesizer", ["raydfkd.synthesis.pixels", "raydfkd.synthesis.generator"], member="produce"
 )
+
+
+def offers_of(synthesizer: str, *, where: str) -> frozenset[Need]:
+    """What the synthesizer called so says that it offers to terms."""
+    offers: frozenset[Need] = getattr(SYNTHESIZERS.get(synthesizer, where=where), "offers", frozenset())
+    return offers
+
+
+def not_offered(synthesizer: str, need: Need) -> str:
+    """Says of a ``need`` that the synthesizer does not meet it, and which ones do."""
+    others = [name for name in SYNTHESIZERS.names() if need in offers_of(name, where=name)]
+    return f"which {synthesizer} does not offer; synthesizers that do: {', '.join(others) or 'none of ours'}"
 
 
 class Progress:

@@ -4,11 +4,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy import BATCHNORM_TAPS, batchnorm_teacher, plain_teacher, shipped, toy_images, toy_view, variants
+from toy import (
+    BATCHNORM_TAPS,
+    batches_of,
+    batchnorm_teacher,
+    plain_teacher,
+    shipped,
+    toy_images,
+    toy_recipe,
+    toy_view,
+    variants,
+)
 
 from raydfkd.config.schema import TermSpec
 from raydfkd.errors import RecipeError
-from raydfkd.losses.objective import TERMS, Term, View, build_objective
+from raydfkd.losses.objective import BESIDE_TEACHER, TERMS, Term, View, build_objective
 from raydfkd.networks.observed import Need, Observation, ObservedNetwork
 
 CASES = [(name, options) for name in shipped(TERMS) for options in variants(TERMS, name)]
@@ -107,7 +117,7 @@ def test_gradient_agrees_with_finite_differences(case):
 
 def objective_of(name, **offers):
     spec = TermSpec.model_validate({"term": name})
-    return build_objective([spec], **{"has_targets": True, "has_latents": True, "has_student": True, **offers})
+    return build_objective([spec], **{"has_targets": True, "offers": frozenset(Need), **offers})
 
 
 @pytest.mark.parametrize("name", [name for name in shipped(TERMS) if build(name, {}).needs_targets])
@@ -121,15 +131,33 @@ def test_term_that_needs_no_targets_is_built_without_them(name):
     assert list(objective_of(name, has_targets=False).terms) == [name]
 
 
-@pytest.mark.parametrize(("need", "offer"), [(Need.LATENTS, "has_latents"), (Need.STUDENT, "has_student")])
-def test_term_is_refused_where_the_pipeline_does_not_offer_what_it_reads(monkeypatch, need, offer):
+@pytest.mark.parametrize("need", BESIDE_TEACHER)
+def test_term_is_refused_where_the_pipeline_does_not_offer_what_it_reads(monkeypatch, need):
     class Reader(Term):
         needs = frozenset({need})
 
     monkeypatch.setitem(TERMS._factories, "reader", Reader)
     assert objective_of("reader").needs == {need}
-    with pytest.raises(RecipeError, match=rf"objective\[0\]: reader needs .*{need.value[:6]}"):
-        objective_of("reader", **{offer: False})
+    with pytest.raises(
+        RecipeError, match=rf"objective\[0\]: reader needs {BESIDE_TEACHER[need]}, which nothing offers"
+    ):
+        objective_of("reader", offers=frozenset(Need) - {need})
+
+
+def test_term_that_needs_what_the_synthesizer_does_not_offer_is_told_which_ones_do(monkeypatch, tmp_path):
+    class Reader(Term):
+        needs = frozenset({Need.LATENTS})
+
+        def forward(self, view):
+            return view.latents.square().mean()
+
+    monkeypatch.setitem(TERMS._factories, "reader", Reader)
+    assert batches_of(toy_recipe(tmp_path / "made", ["synthesis.objective=[one_hot, reader]"], synthesizer="generator"))
+    with pytest.raises(RecipeError) as error:
+        batches_of(toy_recipe(tmp_path / "refused", ["synthesis.objective=[one_hot, reader]"]))
+    assert str(error.value) == (
+        "synthesis.objective[1]: reader needs latents, which pixels does not offer; synthesizers that do: generator"
+    )
 
 
 @cases(where=lambda term: bool(term.taps & MOMENTS))

@@ -14,7 +14,7 @@ from raydfkd.data.student_versions import UNPUBLISHED, StudentPublisher, Student
 from raydfkd.errors import RecipeError
 from raydfkd.images.pixels import PixelRange
 from raydfkd.losses.objective import build_objective
-from raydfkd.networks.observed import ObservedNetwork
+from raydfkd.networks.observed import Need, ObservedNetwork
 from raydfkd.store.store import Store
 from raydfkd.synthesis.judge import Judge
 from raydfkd.synthesis.student_feed import StoredStudentFeed
@@ -255,7 +255,7 @@ def test_images_are_judged_by_the_version_that_is_recorded_beside_them(store):
     feed, specs = feed_of(store), [TermSpec.model_validate("logit_gap")]
     judge = Judge(
         teacher=ObservedNetwork(batchnorm_teacher(), frozen=True),
-        objective=build_objective(specs, has_targets=False, has_latents=False, has_student=True),
+        objective=build_objective(specs, has_targets=False, offers={Need.STUDENT}),
         pixels=PixelRange(SPACE),
         student=feed,
     )

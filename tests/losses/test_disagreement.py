@@ -145,10 +145,9 @@ def test_images_are_moved_through_both_frozen_networks_and_no_weight_is(name):
 
 @pytest.mark.parametrize("name", DISAGREEMENT)
 def test_term_is_refused_in_one_line_where_no_student_is_trained(name):
-    offers = {"has_targets": True, "has_latents": True}
     specs = [TermSpec.model_validate(name)]
-    assert build_objective(specs, **offers, has_student=True).needs == {Need.STUDENT}
+    assert build_objective(specs, has_targets=True, offers={Need.STUDENT}).needs == {Need.STUDENT}
     with pytest.raises(
         RecipeError, match=rf"synthesis.objective\[0\]: {name} needs the student, but .*; drop the term"
     ):
-        build_objective(specs, **offers, has_student=False)
+        build_objective(specs, has_targets=True, absent={Need.STUDENT: "but nobody trains one; drop the term"})

@@ -14,7 +14,7 @@ from raydfkd.synthesis.judge import Judge
 
 def objective_of(*specs):
     terms = [TermSpec.model_validate(spec) for spec in specs]
-    return build_objective(terms, has_targets=True, has_latents=True, has_student=True)
+    return build_objective(terms, has_targets=True, offers=frozenset(Need))
 
 
 def test_parts_are_unweighted_and_the_total_is_weighted():
@@ -59,8 +59,14 @@ def test_one_term_can_stand_twice_under_two_names(tmp_path):
     recipe = toy_recipe(
         tmp_path, ["synthesis.objective=[bn_moments, {term: bn_moments, name: by_class, scope: class}]"]
     )
-    objective = build_objective(recipe.synthesis.objective, has_targets=True, has_latents=False, has_student=False)
+    objective = build_objective(recipe.synthesis.objective, has_targets=True)
     assert list(objective(toy_view(groups=2)).parts) == ["bn_moments", "by_class"]
+
+
+@pytest.mark.parametrize("name", ["a.b", "keys", "items", "forward", "training", "mypkg.losses:Mine"])
+def test_term_can_have_any_name(name):
+    objective = objective_of({"term": "one_hot", "name": name})
+    assert list(objective(toy_view()).parts) == [name]
 
 
 def test_unknown_option_is_refused_with_its_place_in_the_recipe():

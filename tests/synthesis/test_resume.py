@@ -12,6 +12,7 @@ from raydfkd.data.shards import rows_digest
 from raydfkd.data.sink import ParquetSink
 from raydfkd.job import open_job
 from raydfkd.synthesis.checkpoint import Interrupted, UnitCheckpoint
+from raydfkd.synthesis.generator_training import GeneratorTraining
 from raydfkd.synthesis.judge import ObjectiveNotFiniteError
 from raydfkd.synthesis.worker import SynthesisWorker
 
@@ -152,14 +153,14 @@ def test_attempt_that_is_alive_after_all_and_the_one_that_went_on_from_its_state
 def test_state_of_an_attempt_that_failed_is_not_gone_on_from(tmp_path, monkeypatch):
     job = job_of(tmp_path, "generator", "runtime.checkpoint_every=1")
     worker = worker_of(job)
-    original = worker._synthesizer._update
+    original = GeneratorTraining.update
 
-    def fails(pack, *args):
-        if pack.step == 2:
+    def fails(training):
+        if training.step == 2:
             raise ObjectiveNotFiniteError("objective is nan")
-        return original(pack, *args)
+        return original(training)
 
-    monkeypatch.setattr(worker._synthesizer, "_update", fails)
+    monkeypatch.setattr(GeneratorTraining, "update", fails)
     with pytest.raises(ObjectiveNotFiniteError):
         worker.run(job.units[0])
     assert objects(job, "resume") == objects(job, "parts") == []

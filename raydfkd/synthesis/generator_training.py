@@ -1,0 +1,216 @@
+"""Generators in training: one step after another, and images drawn from them at any time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from raydfkd.config.schema import PluginSpec
+from raydfkd.data.batches import SyntheticBatch
+from raydfkd.losses.objective import ObjectiveValue
+from raydfkd.networks.generators import GENERATORS, StackedGenerators, StackForm
+from raydfkd.seeds import rng_from
+from raydfkd.synthesis.judge import AskStudent
+from raydfkd.synthesis.synthesizer import Setting
+from raydfkd.units import Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeneratorDesign:
+    """How generators are built and trained, whatever they make."""
+
+    generator: PluginSpec
+    """Architecture and its options."""
+    conditional: bool
+    """One generator for all classes, told the class beside the latents."""
+    batch_per_class: int
+    """Images of each class in a step; of all together where there are no targets."""
+    lr: float
+    """Adam's learning rate."""
+    betas: tuple[float, float]
+    """Adam's."""
+    latent_lr: float | None = None
+    """Adam's learning rate of the latents, where those are trained."""
+    form: StackForm = "auto"
+    """How the stack is executed."""
+
+    def build(self, setting: Setting, changes: Mapping[str, Any]) -> Any:
+        """One fresh generator, with ``changes`` to its options."""
+        return GENERATORS.build(
+            self.generator.kind, self.generator.options | dict(changes), setting.space, where="synthesis.generator"
+        )
+
+
+class GeneratorTraining:
+    """The generators of one request, trained step by step; what they make can be drawn between any two steps.
+
+    Offline synthesis runs it to its end and draws a unit's images. An online (adversarial) source makes some steps of
+    it for each of the student's, against the student as it is, and draws the images of that step.
+
+    Everything follows from the request's seeds, the number of steps and what the student answers. Without targets
+    there is one generator that is told nothing, with them one for each class, or a conditional one for all.
+
+    Args:
+        setting: judge, image space, targets, augmentations and device.
+        design: architecture and optimiser.
+        request: classes and seeds; how many images it asks for does not matter here.
+        steps: after which schedules have run their course; training may go on.
+        parallel: wraps the stack for data parallelism, where several processes train one.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        design: GeneratorDesign,
+        request: Request,
+        *,
+        steps: int,
+        parallel: Callable[[nn.Module], nn.Module] = lambda stack: stack,
+    ) -> None:
+        is_conditional = setting.targets.is_conditional
+        self._setting = setting
+        self._design = design
+        self._classes = request.classes
+        self._steps = steps
+        self.batch_per_class = design.batch_per_class
+        """Images of each class in a step; of all together where there are no targets."""
+        self.groups = len(request.classes) if is_conditional else 1
+        """Equal, contiguous parts of a batch: one a class, where images have a class."""
+        self.step = 0
+        """Steps that were made."""
+        seeds = request.class_seeds if is_conditional and not design.conditional else request.class_seeds[:1]
+        self._codes: Tensor | None = None  # [classes, classes]: what a conditional generator is told of each class
+        self._latent = cast("int", design.build(setting, {}).latent)
+        if design.conditional:
+            # As long as a latent vector is on average, so that neither drowns the other.
+            self._codes = torch.eye(len(request.classes)) * math.sqrt(self._latent)
+        self._rngs = [rng_from(seed) for seed in seeds]
+        self._augmenting = rng_from(request.seed)
+        self._targets = self._targets_of(self.batch_per_class)
+        self._stack = self._fresh_stack(seeds)
+        self._forward = parallel(self._stack)
+        self._objective = torch.zeros(())
+        self._student: AskStudent | None = None
+        self._turn = 0  # the class that is next to have an image less than others
+        self._trained: Tensor | None = None  # latents [P, N, Z] of the images to come, where those are trained
+        self._restart()
+
+    def update(self, student: AskStudent | None = None) -> ObjectiveValue:
+        """Make one step; terms that ask the student ask ``student``, the judge's own unless given."""
+        judge = self._setting.judge
+        self._student = student
+        latents = self._latents()
+        seen = self._setting.augment(judge.pixels.normalize(self._images(self._forward, latents)), self._augmenting)
+        _, value = judge(seen, self._targets, latents.flatten(0, 1), groups=self.groups, student=student)
+        self._optimizer.zero_grad()
+        # Terms are means over images; the sum over classes keeps a class's gradient free of its neighbours.
+        (value.total * self.groups).backward()
+        self._optimizer.step()
+        self._objective = value.total.detach()
+        self.step += 1
+        return value
+
+    @torch.no_grad()
+    def sample(self, n: int) -> SyntheticBatch:
+        """Draw ``n`` images, class by class; where they cannot be shared out evenly, classes take turns at one less.
+
+        A generator's BatchNorm makes an image depend on its batch, so whole batches are made, as large as those that
+        the generators are trained with, and what is too much is left out.
+        """
+        each = -(-n // self.groups)
+        batches = []
+        for _ in range(0, each, self.batch_per_class):
+            images = self._images(self._stack, self._latents())
+            batches.append(images.unflatten(0, (self.groups, -1)))
+        kept = torch.cat(batches, 1)[:, :each] if len(batches) > 1 else batches[0][:, :each]
+        images, targets = kept.flatten(0, 1), self._targets_of(each)
+        surplus = each * self.groups - n
+        if surplus:
+            rows = torch.ones(self.groups, each, dtype=torch.bool, device=images.device)
+            rows[[(self._turn + number) % self.groups for number in range(surplus)], -1] = False
+            self._turn = (self._turn + surplus) % self.groups
+            images, targets = images[rows.flatten()], None if targets is None else targets[rows.flatten()]
+        judge = self._setting.judge
+        return judge.keep(judge.pixels.normalize(images), targets, self._objective.item(), student=self._student)
+
+    @torch.no_grad()
+    def renew(self, keep: float) -> None:
+        """Shrink and perturb: keep that share of the weights, with a new optimiser and, where trained, new latents."""
+        fresh = self._fresh_stack([int(torch.randint(1 << 62, (), generator=rng)) for rng in self._rngs])
+        for weights, others in zip(self._stack.parameters(), fresh.parameters(), strict=True):
+            weights.lerp_(others, 1 - keep)
+        self._restart()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training goes on from, as tensors and plain data."""
+        return {
+            "stack": self._stack.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "rngs": [rng.get_state() for rng in self._rngs],
+            "augmenting": self._augmenting.get_state(),
+            "trained": None if self._trained is None else self._trained.detach(),
+            "step": self.step,
+            "turn": self._turn,
+            "objective": self._objective,
+            "batch_per_class": self.batch_per_class,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``, that of a training of the same request and design."""
+        self._stack.load_state_dict(state["stack"])
+        if self._trained is not None:
+            with torch.no_grad():
+                self._trained.copy_(state["trained"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        for rng, position in zip(self._rngs, state["rngs"], strict=True):
+            rng.set_state(position)
+        self._augmenting.set_state(state["augmenting"])
+        self._objective = state["objective"]
+        self.step, self._turn = state["step"], state["turn"]
+
+    def _restart(self) -> None:
+        """A new optimiser, and new latents where they are trained."""
+        groups: list[dict[str, Any]] = [{"params": list(self._stack.parameters())}]
+        if self._design.latent_lr is not None:
+            self._trained = self._noise().requires_grad_()
+            groups.append({"params": [self._trained], "lr": self._design.latent_lr})
+        self._optimizer = torch.optim.Adam(groups, lr=self._design.lr, betas=self._design.betas, fused=True)
+
+    def _fresh_stack(self, seeds: Sequence[int]) -> StackedGenerators:
+        beside = {} if self._codes is None else {"latent": self._latent + len(self._codes)}
+        generators = []
+        for seed in seeds:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                generators.append(self._design.build(self._setting, beside))
+        return StackedGenerators(generators, form=self._design.form).to(self._setting.device)
+
+    def _targets_of(self, images_per_class: int) -> Tensor | None:
+        targets = self._setting.targets(self._classes, images_per_class)
+        return None if targets is None else targets.to(self._setting.device)
+
+    def _latents(self) -> Tensor:
+        """Latents [P, N, Z] of a step's images, codes beside them; trained ones where there are."""
+        noise = self._trained if self._trained is not None else self._noise()
+        if self._codes is None:
+            return noise
+        codes = self._codes.repeat_interleave(self.batch_per_class, 0).unsqueeze(0)
+        return torch.cat([noise, codes.to(self._setting.device)], 2)
+
+    def _noise(self) -> Tensor:
+        """Standard normal numbers [P, N, Z], each generator's from its own."""
+        count = self.batch_per_class if self._codes is None else self.batch_per_class * len(self._codes)
+        return torch.stack([torch.randn(count, self._latent, generator=rng) for rng in self._rngs]).to(
+            self._setting.device
+        )
+
+    def _images(self, stack: nn.Module, latents: Tensor) -> Tensor:
+        """Images [P * N, C, H, W] in [0, 1], made in the arithmetic of the teacher."""
+        with self._setting.judge.teacher.precision(self._setting.device.type):
+            images: Tensor = stack(latents)
+        return images.float()
