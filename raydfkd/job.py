@@ -109,7 +109,7 @@ class Job:
 
     def publisher(self) -> Callable[[int, Mapping[str, Tensor]], None] | None:
         """Takes versions of the student to the set, where synthesis asks it; with several phases the last of each."""
-        if not asks_student(self.recipe):
+        if not asks_student(self.recipe) or not self.units:
             return None
         publisher = StudentPublisher(self.transfer_set.store, keep=max(3, len(self.phases)))
         if len(self.phases) == 1:

@@ -102,33 +102,32 @@ def _with_shared_teacher(recipe: Recipe, folder: Path) -> Recipe:
 def _teach(recipe: Recipe, folder: Path) -> None:
     from rich.console import Console
 
-    from raydfkd.runner.run import monitored
-    from raydfkd.runner.teach import ensure_teacher
+    from raydfkd.networks.weights import weights_exist
+    from raydfkd.runner.run import listening
+    from raydfkd.runner.teach import teach
 
     if recipe.teacher.train is None:
         return
     recipe = _with_shared_teacher(recipe, folder).model_copy(update={"run_dir": str(folder / "teachers")})
-    with monitored(recipe, Console(stderr=True)) as monitor:
-        ensure_teacher(recipe, monitor)
+    if not weights_exist(recipe.teacher.weights, where="teacher.weights"):
+        with listening(recipe, Console(stderr=True)) as events:
+            teach(recipe, events)
 
 
 def measure(cell: Cell, folder: Path) -> Result:
     """Run one cell in this process; what it synthesizes is thrown away."""
-    from rich.console import Console
-
     from raydfkd.devices import device_name, pick_device
     from raydfkd.runner.budget import run_within
     from raydfkd.runner.check import check
-    from raydfkd.runner.judge import evaluate
-    from raydfkd.runner.run import monitored
+    from raydfkd.runner.run import evaluate, listening
 
     with tempfile.TemporaryDirectory() as scratch:
         recipe = load_recipe(cell.recipe, [*cell.overrides, f"seed={cell.seed}"], run_dir=scratch)
         recipe = _with_shared_teacher(recipe, folder)
-        data = check(recipe)
-        with monitored(recipe, Console(quiet=True)) as monitor:
-            outcome = run_within(recipe, cell.budget_s, monitor=monitor)
-        judged = evaluate(outcome.recipe, str(outcome.student), data, split=cell.split)
+        check(recipe)
+        with listening(recipe, None) as events:
+            outcome = run_within(recipe, cell.budget_s, events=events)
+        judged = evaluate(outcome.recipe, outcome.student, split=cell.split)
     sets = "".join(f" --set {override}" for override in cell.overrides)
     return Result(
         recipe=cell.recipe,

@@ -13,10 +13,10 @@ import torch
 
 from raydfkd.bench.feeders import FEEDERS, ROW_GROUP, Feeder, raw_table
 from raydfkd.bench.table import Row, alternate
-from raydfkd.config.schema import SourceSpec
 from raydfkd.data.batches import SyntheticBatch
 from raydfkd.data.commits import Commit
-from raydfkd.data.sources import TransferSetSource
+from raydfkd.data.set_source import GrowingSource
+from raydfkd.data.sources import Feed
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.devices import cpu_threads, device_name, keep_freed_memory
 from raydfkd.units import Request, WorkUnit
@@ -118,9 +118,8 @@ def _bench_feeding(
     batch_size, pin_memory = BATCH[size], torch.cuda.is_available()
 
     def feed() -> int:
-        source = TransferSetSource(
-            transfer_set,
-            SourceSpec(),
+        feed = Feed(
+            transfer_set=transfer_set,
             units=["fed"],
             planned_images=count,
             steps=count // batch_size,
@@ -128,7 +127,7 @@ def _bench_feeding(
             seed=0,
             pin_memory=pin_memory,
         )
-        rows, batches = 0, iter(source)
+        rows, batches = 0, iter(GrowingSource(feed))
         while rows < count:
             rows += len(next(batches).images)
         return rows

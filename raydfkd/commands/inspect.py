@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,7 +11,6 @@ import yaml
 from raydfkd.commands.options import AsJson, Overrides, RunDir, Source, allow_code, load, read
 from raydfkd.commands.output import DONE, console_for, print_summary
 from raydfkd.config.static_check import static_check
-from raydfkd.errors import RecipeError
 
 
 def check(
@@ -30,9 +28,9 @@ def check(
     static_check(plan)
     if not no_code:
         allow_code()
-        from raydfkd.runner import check as in_check
+        from raydfkd.runner.check import check as build_everything
 
-        in_check.check(plan)
+        build_everything(plan)
     if as_json:
         typer.echo(json.dumps(plan.shown()))
         return DONE
@@ -55,19 +53,15 @@ def show(
 
 
 def report(recipe: Source, overrides: Overrides = None, run_dir: RunDir = None, as_json: AsJson = False) -> int:
-    """Write report.html anew from a finished run, and print its table."""
+    """Write report.html again from a finished run and print its table; before that, gallery.html of the images so far."""
     plan = load(recipe, overrides, run_dir)
-    path = Path(plan.run_dir) / "report.json"
-    if not path.is_file():
-        raise RecipeError(f"run_dir is {plan.run_dir!r}: there is no report.json; `raydfkd run` writes it")
-    from raydfkd.job import open_job
-    from raydfkd.runner import check as in_check
-    from raydfkd.runner import run as pipeline
+    from raydfkd.runner.run import report_again
 
-    found = json.loads(path.read_text())
-    page = pipeline.write(open_job(plan), found, in_check.check(plan))
+    found, page = report_again(plan)
     if as_json:
         typer.echo(json.dumps(found))
-    else:
+    elif "agreement" in found:
         print_summary(console_for(is_json=False), found, report=page)
+    else:
+        typer.echo(f"gallery   {page}")
     return DONE

@@ -58,7 +58,7 @@ class EpochPlanner:
         return step_in_epoch > 0 and step_in_epoch % every == 0
 
     def end_early(self, number: int, step: int, snapshot: Snapshot) -> Snapshot | None:
-        """What epoch ``number + 1`` goes over if epoch ``number`` over ``snapshot`` ends after ``step`` steps, else None.
+        """What the next epoch goes over if epoch ``number`` over ``snapshot`` ends after ``step`` steps, else None.
 
         It ends for a newer snapshot that is good enough; and where it was here before, if it ended here then.
         """

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from raydfkd.config.schema import Count, Positive
 from raydfkd.data.sources import SOURCES, Feed, StudentBatch
 from raydfkd.errors import RecipeError
+from raydfkd.seeds import derive_seed
 from raydfkd.units import Request, WorkUnit
 
 
@@ -44,6 +45,7 @@ class LiveSource:
         ranks, total = self._feed.ranks, self._feed.batch_size
         count = total * (ranks.rank + 1) // ranks.size - total * ranks.rank // ranks.size
         while True:
+            self._generator.reseed(derive_seed(self._feed.seed, "live", self._step, ranks.rank))
             if self._step % self._student_steps == 0:
                 for _ in range(self._generator_steps):
                     self._generator.update()

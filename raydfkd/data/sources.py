@@ -37,10 +37,6 @@ def in_this_process(snapshot: Snapshot | None) -> Snapshot | None:
     return snapshot
 
 
-def keep_gradients(parameters: Collection[Tensor]) -> None:
-    """The mean over one rank."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
     """The processes that train one student together, as each of them sees them."""
@@ -51,12 +47,13 @@ class Ranks:
     """Number of processes."""
     agree: Callable[[Snapshot | None], Snapshot | None] = in_this_process
     """Makes all ranks use rank 0's snapshot; called by the thread that trains."""
-    average: Callable[[Collection[Tensor]], None] = keep_gradients
-    """Replaces the gradients of parameters by their means over all ranks."""
 
 
 class LiveGenerator(Protocol):
     """A generator that is trained against the student whose batches it makes."""
+
+    def reseed(self, seed: int) -> None:
+        """Draw from ``seed`` on."""
 
     def update(self) -> object:
         """Make a step of the generator."""

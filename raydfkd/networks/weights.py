@@ -11,10 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from raydfkd.config.recipe import Recipe
 from raydfkd.errors import RecipeError
-from raydfkd.networks.build import build_network
-from raydfkd.seeds import derive_seed
 
 
 def weights_exist(uri: str, *, where: str) -> bool:
@@ -90,10 +87,3 @@ def save_bytes(network: nn.Module, metadata: Mapping[str, str] | None = None) ->
     """The network's state dict as a safetensors file."""
     state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
     return safetensors.torch.save(state, dict(metadata or {}))
-
-
-def load_teacher(recipe: Recipe) -> tuple[nn.Module, str]:
-    """The recipe's teacher with its weights, and their SHA-256."""
-    seed = derive_seed(recipe.seed, "teacher")
-    teacher = build_network(recipe.teacher, recipe.teacher, where="teacher", seed=seed)
-    return teacher, load_weights(teacher, recipe.teacher.weights, where="teacher.weights")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from raydfkd.config.recipe import Recipe
 from raydfkd.devices import pick_device
+from raydfkd.distillation.trainer import TrainingHooks
 from raydfkd.distillation.training import StudentTraining
 from raydfkd.errors import RecipeError
 from raydfkd.job import Job, job_of, open_job
+from raydfkd.networks.teacher import Teacher, open_teacher
+from raydfkd.runner.events import Events
 from raydfkd.runner.local import LocalExecutor
-from raydfkd.runner.progress import Monitor
 from raydfkd.runner.run import save_student
 
 Clock = Callable[[], float]
@@ -53,7 +55,7 @@ def device_clock(device: torch.device) -> Clock:
     return clock
 
 
-def run_within(recipe: Recipe, seconds: float, *, monitor: Monitor) -> Outcome:
+def run_within(recipe: Recipe, seconds: float, *, events: Events) -> Outcome:
     """Synthesize in this process for the recipe's ``synthesis_share`` of ``seconds``, distil for the rest.
 
     The set grows by whole rounds (a unit for each class); at least one is made, however short the budget.
@@ -65,17 +67,18 @@ def run_within(recipe: Recipe, seconds: float, *, monitor: Monitor) -> Outcome:
         raise RecipeError(f"rounds is {recipe.rounds}, but a budget is for one synthesis and one training; use 1")
     clock = device_clock(pick_device(recipe.runtime.device))
     started = clock()
-    job = _synthesize(open_job(recipe), rounds=1, monitor=monitor)
+    teacher = open_teacher(recipe)
+    job = _synthesize(open_job(recipe, teacher), teacher, rounds=1, events=events)
     a_round = clock() - started
     rounds = max(1, int(seconds * recipe.budget.synthesis_share / a_round))
     if rounds > 1:
-        job = _synthesize(job, rounds=rounds, monitor=monitor)
+        job = _synthesize(job, teacher, rounds=rounds, events=events)
     synthesized = clock() - started
-    a_step = _student_step(job, clock)
+    a_step = _student_step(job, teacher, clock)
     left = seconds - (clock() - started)
     steps = max(1, int(left * MARGIN / a_step))
     job = _with_distill(job, steps=steps)
-    student = save_student(job, LocalExecutor().distill(job, monitor))
+    student = save_student(job, LocalExecutor().distill(job, job.phases[-1], teacher, events))
     return Outcome(
         recipe=job.recipe,
         student=student,
@@ -86,11 +89,11 @@ def run_within(recipe: Recipe, seconds: float, *, monitor: Monitor) -> Outcome:
     )
 
 
-def _synthesize(job: Job, *, rounds: int, monitor: Monitor) -> Job:
+def _synthesize(job: Job, teacher: Teacher, *, rounds: int, events: Events) -> Job:
     spec = job.recipe.transfer_set
     spec = spec.model_copy(update={"images_per_class": rounds * spec.unit.images_per_class})
-    job = job_of(job.recipe.model_copy(update={"transfer_set": spec}), job.digest)  # of which the number is no part
-    outcome = LocalExecutor().synthesize(job, monitor)
+    job = job_of(job.recipe.model_copy(update={"transfer_set": spec}), job.made_of)  # of which the number is no part
+    outcome = LocalExecutor().synthesize(job, job.phases[-1], teacher, events)
     if outcome.given_up:
         failure = outcome.given_up[0]
         raise RecipeError(f"synthesis: unit {failure.unit} was set aside ({failure.error})")
@@ -99,16 +102,14 @@ def _synthesize(job: Job, *, rounds: int, monitor: Monitor) -> Job:
 
 def _with_distill(job: Job, **changes: int) -> Job:
     distill = job.recipe.distill.model_copy(update=changes)
-    return replace(job, recipe=job.recipe.model_copy(update={"distill": distill}))
+    return job_of(job.recipe.model_copy(update={"distill": distill}), job.made_of)
 
 
-def _student_step(job: Job, clock: Clock) -> float:
+def _student_step(job: Job, teacher: Teacher, clock: Clock) -> float:
     """Device-seconds of one step, of a student that is thrown away."""
     marks: list[float] = []
-    probe = StudentTraining(
-        _with_distill(job, steps=2 * PROBE_STEPS, log_every=PROBE_STEPS),
-        on_log=lambda _: marks.append(clock()),
-        on_checkpoint=lambda _: None,
-    )
+    short = _with_distill(job, steps=2 * PROBE_STEPS, log_every=PROBE_STEPS)
+    hooks = TrainingHooks(on_log=lambda _: marks.append(clock()))
+    probe = StudentTraining(short, teacher, short.phases[-1], hooks=hooks)
     probe.run()
     return (marks[-1] - marks[-2]) / PROBE_STEPS

@@ -14,7 +14,6 @@ from raydfkd.data.commits import Commit
 from raydfkd.report.metrics import MetricsLog
 from raydfkd.units import Failure, UnitProgress
 
-
 PROGRESS_EVERY_S = 4.0
 """Seconds between entries on how far a unit is, in the metrics."""
 

@@ -45,7 +45,8 @@ def judge_student(
         images, judged_on = _synthetic(job, view)
     pixels = PixelRange(job.recipe.teacher.image_space, device)
     networks = [network.to(device) for network in (student, teacher.module)]
-    found = dict(judge(*(predict(network, images, pixels) for network in networks), labels))
+    answers = [predict(network, images, pixels) for network in networks]
+    found = dict(judge(answers[0], answers[1], labels))
     return {
         "teacher": {"top1": found.get("teacher.top1"), "parameters": count_parameters(teacher.module)},
         "student": {"top1": found.get("student.top1"), "parameters": count_parameters(student)},

@@ -24,10 +24,9 @@ from raydfkd.errors import RecipeError
 from raydfkd.images.real_data import RealData, Split
 from raydfkd.job import Job, SynthesisOutcome, open_job
 from raydfkd.networks.build import build_network, count_parameters
-from raydfkd.networks.teacher import Teacher
 from raydfkd.networks.weights import load_weights, weights_exist
 from raydfkd.report.metrics import MetricsLog, read_metrics, run_stats
-from raydfkd.report.page import write_report
+from raydfkd.report.page import write_pictures, write_report
 from raydfkd.report.provenance import command_line, versions
 from raydfkd.runner.check import check
 from raydfkd.runner.events import Events, Listener, MetricsWriter, Plan
@@ -57,6 +56,38 @@ class Result:
     """The student's weights."""
     page: Path | None = None
     """The report for people."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Synthesis:
+    """What a synthesis without a student came to."""
+
+    job: Job
+    outcome: SynthesisOutcome
+    view: SetView
+    page: Path | None
+    """Pictures; None where there are none."""
+
+    @property
+    def missing(self) -> frozenset[str]:
+        """Units of the plan that are not in the set."""
+        return frozenset(self.view.missing)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What scripts and people are told."""
+        snapshot, job = self.view.snapshot, self.job
+        stats = run_stats(
+            read_metrics(Path(job.recipe.run_dir) / METRICS), job=job.digest, training=job.student_digest[:8]
+        )
+        return {
+            "images": snapshot.images,
+            "images_per_second": round(stats.images_per_second, 3),
+            "units": f"{len(snapshot.commits)}/{len(job.units)}",
+            "content_digest": snapshot.content_digest(),
+            "transfer_set": job.recipe.transfer_set.uri,
+            "gallery": None if self.page is None else str(self.page),
+        }
 
 
 def run(recipe: Recipe, *, console: Console | None = None) -> Result:
@@ -95,12 +126,11 @@ def synthesize(recipe: Recipe, *, console: Console | None = None) -> TransferSet
     Raises:
         RecipeError: the recipe is wrong; nothing was written.
     """
-    job, _ = synthesize_job(recipe, console=console)
-    return job.transfer_set
+    return synthesize_job(recipe, console=console).job.transfer_set
 
 
-def synthesize_job(recipe: Recipe, *, console: Console | None = None) -> tuple[Job, SynthesisOutcome]:
-    """As ``synthesize``; the job and how it ended.
+def synthesize_job(recipe: Recipe, *, console: Console | None = None) -> Synthesis:
+    """As ``synthesize``, with how it ended and a page of pictures.
 
     Raises:
         RecipeError: its images are made against the student, who is trained beside them, so only ``run`` makes them.
@@ -110,9 +140,12 @@ def synthesize_job(recipe: Recipe, *, console: Console | None = None) -> tuple[J
         teacher = prepared.teacher or teach(recipe, events, prepared.network)
         job = open_job(recipe, teacher)
         if len(job.phases) > 1 or not job.units:
-            raise RecipeError("synthesis is made against the student, who is trained beside it; use run")
+            raise RecipeError("the images are made against the student, who is trained beside them; use run")
         announce(job, events)
-        return job, executor_of(recipe).synthesize(job, job.phases[-1], teacher, events)
+        outcome = executor_of(recipe).synthesize(job, job.phases[-1], teacher, events)
+    view = SetView(job)
+    page = write_gallery(job, view, prepared.data)
+    return Synthesis(job=job, outcome=outcome, view=view, page=page)
 
 
 def distill(recipe: Recipe, images: TransferSet | None = None, *, console: Console | None = None) -> nn.Module:
@@ -158,6 +191,30 @@ def evaluate(recipe: Recipe, student: str | os.PathLike[str] | None = None, *, s
     load_weights(network, weights, where="--student")
     job = open_job(recipe, prepared.teacher)
     return judge_student(job, prepared.teacher, network, SetView(job), prepared.data, split=split)
+
+
+def report_again(recipe: Recipe) -> tuple[dict[str, Any], Path]:
+    """Write the page of a finished run again, or, where no student was trained yet, pictures of its set.
+
+    Returns what report.json says, or little more than the number of images, and the page's path.
+
+    Raises:
+        RecipeError: there is neither a report nor an image.
+    """
+    prepared = check(recipe)
+    if prepared.teacher is None:
+        raise RecipeError(f"teacher.weights is {recipe.teacher.weights!r}: no such file; `raydfkd run` makes it")
+    job = open_job(recipe, prepared.teacher)
+    view, saved = SetView(job), Path(recipe.run_dir) / "report.json"
+    if saved.is_file():
+        found: dict[str, Any] = json.loads(saved.read_text())
+        return found, write(job, found, view, prepared.data)
+    page = write_gallery(job, view, prepared.data)
+    if page is None:
+        raise RecipeError(
+            f"run_dir is {recipe.run_dir!r}: there is neither a report nor an image; `raydfkd run` makes them"
+        )
+    return {"images": view.snapshot.images, "gallery": str(page)}, page
 
 
 @contextlib.contextmanager
@@ -264,6 +321,22 @@ def write(job: Job, found: Mapping[str, Any], view: SetView, data: RealData | No
     pictures = gallery(view, job.recipe.classes, class_names(job.recipe, data))
     write_report(folder, found, metrics=metrics, gallery=pictures)
     return folder / "report.html"
+
+
+def write_gallery(job: Job, view: SetView, data: RealData | None) -> Path | None:
+    """Write gallery.html, pictures of the set without a student; returns its path, None where there is no image."""
+    pictures = gallery(view, job.recipe.classes, class_names(job.recipe, data))
+    if pictures is None:
+        return None
+    folder = Path(job.recipe.run_dir)
+    look = look_at_images(job, view, has_targets=has_targets(job.recipe))
+    return write_pictures(
+        folder,
+        pictures,
+        metrics=read_metrics(folder / METRICS),
+        recipe=job.recipe.shown(),
+        warnings=[] if look is None else look.warnings,
+    )
 
 
 def class_names(recipe: Recipe, data: RealData | None) -> tuple[str, ...]:

@@ -81,7 +81,7 @@ def train_on_real_data(
     """
     spec = recipe.teacher.train
     assert spec is not None, "checked before work begins"
-    network.to(device).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
+    network.to(device).train().to(memory_format=torch.channels_last)
     observed = ObservedNetwork(network, frozen=False, batchnorm="batch", precision=getattr(torch, spec.precision))
     observed.to(device)
     augment = build_augmentations(spec.augment, where="teacher.train.augment")

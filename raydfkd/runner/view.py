@@ -28,7 +28,7 @@ class SetView:
     @property
     def missing(self) -> set[str]:
         """Units of the plan that are not there, or were found damaged meanwhile."""
-        return (self._job.unit_ids - set(self.snapshot.units)) | self._damaged
+        return set(self._job.unit_ids).difference(self.snapshot.units) | self._damaged
 
     def rows(self, within: Collection[str] | None = None) -> Iterator[StoredRows]:
         """The first part of each unit, then their second ones, and so on; of the units ``within`` if they are given."""

@@ -138,7 +138,8 @@ class GeneratorSynthesizer:
 
     def num_steps(self, request: Request) -> int:
         """Training steps until the last images."""
-        return max(self._draws(request.count // self._groups(request.classes), self._batch_per_class))
+        groups = len(request.classes) if self._setting.targets.is_conditional else 1
+        return max(self._draws(request.count // groups, self._design.batch_per_class))
 
     def _train(
         self, request: Request, log: Log, hook: StepHook, saved: Mapping[str, Any] | None

@@ -14,7 +14,7 @@ from raydfkd.config.schema import PluginSpec
 from raydfkd.data.batches import SyntheticBatch
 from raydfkd.losses.objective import ObjectiveValue
 from raydfkd.networks.generators import GENERATORS, StackedGenerators, StackForm
-from raydfkd.seeds import rng_from
+from raydfkd.seeds import derive_seed, rng_from
 from raydfkd.synthesis.judge import AskStudent
 from raydfkd.synthesis.synthesizer import Setting
 from raydfkd.units import Request
@@ -99,6 +99,12 @@ class GeneratorTraining:
         self._turn = 0  # the class that is next to have an image less than others
         self._trained: Tensor | None = None  # latents [P, N, Z] of the images to come, where those are trained
         self._restart()
+
+    def reseed(self, seed: int) -> None:
+        """Draw latents and augmentations from ``seed`` on, so that a step follows from its number."""
+        for number, rng in enumerate(self._rngs):
+            rng.manual_seed(derive_seed(seed, "latents", number))
+        self._augmenting.manual_seed(derive_seed(seed, "augment"))
 
     def update(self, student: AskStudent | None = None) -> ObjectiveValue:
         """Make one step; terms that ask the student ask ``student``, the judge's own unless given."""

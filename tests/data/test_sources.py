@@ -10,8 +10,8 @@ import torch
 from raydfkd.data import set_source as sources
 from raydfkd.data.batches import SyntheticBatch
 from raydfkd.data.epochs import EpochLog
-from raydfkd.data.shards import StoredRows
 from raydfkd.data.set_source import GrowingSource
+from raydfkd.data.shards import StoredRows
 from raydfkd.data.sources import SOURCES, Feed, Ranks
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.store.errors import DamagedError

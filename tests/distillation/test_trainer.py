@@ -11,7 +11,7 @@ from toy import (
     PlainNet,
     batchnorm_teacher,
     plain_teacher,
-    quiet_monitor,
+    quiet_events,
     toy_recipe,
 )
 
@@ -44,7 +44,7 @@ class DropoutNet(PlainNet):
 
 def job_with_images(folder, *overrides):
     job = open_job(toy_recipe(folder, overrides))
-    LocalExecutor().synthesize(job, quiet_monitor(folder))
+    LocalExecutor().synthesize(job, quiet_events(folder))
     return job
 
 

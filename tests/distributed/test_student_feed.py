@@ -13,7 +13,7 @@ import torch
 from clusters import processes
 from rich.console import Console
 from small import small_recipe
-from toy import quiet_monitor
+from toy import quiet_events
 
 from raydfkd.data.student_versions import StudentVersions
 from raydfkd.job import open_job
@@ -89,7 +89,7 @@ def executor():
 def alone(folder):
     """The set and the student that one process makes."""
     job = open_job(small_recipe(folder, *IN_ROUNDS, "runtime.executor=local"))
-    _, student = LocalExecutor().run(job, quiet_monitor(folder))
+    _, student = LocalExecutor().run(job, quiet_events(folder))
     return job, student
 
 

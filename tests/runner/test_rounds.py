@@ -7,7 +7,7 @@ import dataclasses
 import pyarrow.parquet as pq
 import pytest
 import torch
-from toy import SYNTHESIZERS_UNDER_TEST, quiet_monitor, toy_recipe
+from toy import SYNTHESIZERS_UNDER_TEST, quiet_events, toy_recipe
 
 from raydfkd.config.load import load_recipe
 from raydfkd.data.student_versions import StudentVersions
@@ -29,7 +29,7 @@ def job_in_rounds(folder, synthesizer="pixels", *settings):
 
 
 def run(job, folder):
-    return LocalExecutor().run(job, quiet_monitor(folder))
+    return LocalExecutor().run(job, quiet_events(folder))
 
 
 def student_entries(folder):
@@ -126,7 +126,7 @@ def test_student_that_is_only_logged_otherwise_does_not_change_the_digest(tmp_pa
 
 def test_budget_refuses_rounds(tmp_path):
     with pytest.raises(RecipeError, match="rounds is 2"):
-        run_within(toy_recipe(tmp_path, ROUNDS), 5.0, monitor=quiet_monitor(tmp_path))
+        run_within(toy_recipe(tmp_path, ROUNDS), 5.0, monitor=quiet_events(tmp_path))
 
 
 def test_each_round_covers_all_classes_and_the_last_one_is_the_whole_job(tmp_path):
