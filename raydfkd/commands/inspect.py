@@ -53,7 +53,7 @@ def show(
 
 
 def report(recipe: Source, overrides: Overrides = None, run_dir: RunDir = None, as_json: AsJson = False) -> int:
-    """Write report.html again from a finished run and print its table; before that, gallery.html of the images so far."""
+    """Write report.html again and print its table; before there is a student, gallery.html of the images so far."""
     plan = load(recipe, overrides, run_dir)
     from raydfkd.runner.run import report_again
 

@@ -33,7 +33,8 @@ class TransferSetSource:
     """Epochs over pinned snapshots of a transfer set; each epoch sees every committed row once across all ranks.
 
     An epoch shuffles the snapshot's parts and cuts them into shuffle buffers of about ``window_rows`` rows. Within a
-    buffer each rank takes a contiguous range, reads only the parts it lies in, shuffles it and splits it into as many batches as
+    buffer each rank takes a contiguous range, reads only the parts it lies in, shuffles it and splits it into as many
+    batches as
     every other rank, so that all make the same number of steps. The order follows from seed, epoch and snapshot.
 
     Batches are made ahead of their use on a thread, and the next window is read on another one; what ``state_dict``
