@@ -137,6 +137,11 @@ class ImageSpace(Spec):
         return self.size if isinstance(self.size, int) else self.size[1]
 
     @property
+    def size_text(self) -> str:
+        """The size as a recipe has it: 32, or [32, 16]."""
+        return str(self.size if isinstance(self.size, int) else list(self.size))
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height, width."""
         return (self.channels, self.height, self.width)
