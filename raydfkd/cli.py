@@ -53,7 +53,8 @@ def main() -> None:
     try:
         result = app(standalone_mode=False)
     except RecipeError as error:
-        complain(" ".join(str(error).splitlines()))
+        for line in error.lines:
+            complain(line)
         sys.exit(WRONG_INPUT)
     except OSError as error:
         from raydfkd.store.errors import StoreError

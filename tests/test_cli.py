@@ -284,6 +284,37 @@ def test_run_with_some_classes_only_shows_those_in_its_report(raydfkd):
     assert shown == ["7", "2"]
 
 
+@pytest.mark.parametrize("synthesizer", ["generator", "pixels"])
+@pytest.mark.parametrize("size", ["[8, 16]", "[16, 8]"])
+def test_run_with_images_that_are_not_square_is_a_run_like_any_other(raydfkd, size, synthesizer):
+    pixels = [
+        "synthesis={synthesizer: pixels, batch_size: 20, stages: [{pool: 2, steps: 1}, {steps: 1}], "
+        "objective: [cross_entropy, bn_moments, total_variation], augment: [{kind: affine, degrees: 9}]}"
+    ]
+    answer = raydfkd.run(f"teacher.image_space.size={size}", *(pixels if synthesizer == "pixels" else []))
+    assert answer.code == 0, answer.err
+    height, width = json.loads(size)
+    place = raydfkd.folder / "out/transfer_set"
+    made = TransferSet(str(place), digest=json.loads((place / "set.json").read_text())["digest"])
+    assert made.read(made.snapshot().commits[0].parts[0]).images.shape[1:] == (1, height, width)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["synthesis.generator.doublings=4"],
+            "doublings is 4, but image size [16, 8] is not divisible by 16; use at most 3",
+        ),
+        (NO_BATCHNORM[:2], "teacher.network lenet5 cannot take 1x16x8 images"),
+    ],
+)
+def test_part_that_cannot_take_images_of_that_shape_is_named(raydfkd, overrides, message):
+    answer = raydfkd("check", "toy.yaml", *sets("teacher.image_space.size=[16, 8]", *overrides))
+    assert answer.code == 2
+    assert message in answer.err
+
+
 def test_run_dir_option_moves_everything(raydfkd):
     assert raydfkd.runner(command="teach").code == 2, "teach has no --on"
     assert raydfkd("teach", "toy.yaml", "--run-dir", "elsewhere").code == 0
@@ -510,7 +541,7 @@ WRONG = {
     ),
     "generator that does not fit": (
         ["synthesis.generator.doublings=4"],
-        "synthesis.generator: doublings is 4, but image size 8 is not divisible by 16",
+        "synthesis.generator: doublings is 4, but image size 8 is not divisible by 16; use at most 3",
     ),
     "misspelled augmentation": (
         ["distill.augment=[jiter]"],

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, get_args
+from typing import Any, Generic, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic_core import ErrorDetails
 
 from raydfkd.config.schema import Family, PluginSpec
-from raydfkd.errors import RecipeError, did_you_mean, one_line
+from raydfkd.errors import RecipeError, close_to, did_you_mean, one_line
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -72,23 +75,29 @@ class Registry(Generic[T]):
             raise RecipeError(f"{where}: unknown {self.family} {name!r}; {did_you_mean(name, self.names())}")
         return self._factories[name]
 
-    def check(self, name: str, options: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    def check(
+        self, name: str, options: Mapping[str, Any], *, where: str, elsewhere: Iterable[str] = ()
+    ) -> dict[str, Any]:
         """Validate ``options`` against the constructor's annotations without constructing anything.
+
+        An unknown option may be one of the dotted keys ``elsewhere``.
 
         Raises:
             RecipeError: unknown name or option, or an option of the wrong type or out of its range.
         """
         model = _options_model(self.get(name, where=where))
         try:
-            value = model.model_validate_json(json.dumps(options), strict=True)
+            value = model.model_validate_json(json.dumps(_completed(options, model)), strict=True)
         except ValidationError as error:
-            raise RecipeError(explain(error, where, model)) from None
+            raise RecipeError(*explain(error, where, model, elsewhere=elsewhere)) from None
         return {field: getattr(value, field) for field in model.model_fields}
 
-    def nested(self, name: str, options: Mapping[str, Any], *, where: str) -> Iterator[Chosen]:
+    def nested(
+        self, name: str, options: Mapping[str, Any], *, where: str, elsewhere: Iterable[str] = ()
+    ) -> Iterator[Chosen]:
         """The plug-ins that ``options``, which are checked first, choose inside this one."""
         model = _options_model(self.get(name, where=where))
-        checked = self.check(name, options, where=where)
+        checked = self.check(name, options, where=where, elsewhere=elsewhere)
         yield from chosen_in(model, checked, where)
 
     def build(self, name: str, options: Mapping[str, Any], *supplied: Any, where: str) -> T:
@@ -109,6 +118,10 @@ class Registry(Generic[T]):
                 f"{where}: {name} makes a {type(built).__name__} without {self._member}, so it is no {self.family}"
             )
         return built
+
+    def options(self, name: str) -> list[str]:
+        """Names of the options of plug-in ``name``."""
+        return [parameter.name for parameter in _keyword_only(self.get(name, where=self.family))]
 
     def describe(self, name: str) -> tuple[str, list[OptionDoc]]:
         """The docstring of plug-in ``name`` without its arguments, and its options."""
@@ -202,6 +215,16 @@ def _options_model(factory: Callable[..., Any]) -> type[BaseModel]:
     return create_model("Options", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
 
 
+def _completed(options: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """``options`` in which a plug-in whose name is not given is the default one: ``generator: {width: 32}``."""
+    completed = dict(options)
+    for key, value in options.items():
+        field = model.model_fields.get(key)
+        if field is not None and isinstance(field.default, PluginSpec) and isinstance(value, dict):
+            completed[key] = {**field.default.model_dump(), **value} if "kind" not in value else value
+    return completed
+
+
 def _evaluated(annotation: Any, namespace: dict[str, Any]) -> Any:
     if annotation is inspect.Parameter.empty:
         return Any
@@ -212,39 +235,118 @@ def _as_json(value: Any) -> str:
     return json.dumps(value, default=lambda spec: spec.model_dump(mode="json"))
 
 
-def explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
-    """Put one finding of a pydantic ``error`` into a line with key, value and remedy.
+def explain(error: ValidationError, where: str, model: type[BaseModel], *, elsewhere: Iterable[str] = ()) -> list[str]:
+    """Put each finding of a pydantic ``error`` into a line with key, value and remedy.
 
-    An unknown key goes first, because it is often a missing one misspelled.
+    A missing key that is there misspelled is one mistake, and so are the forms of one value of which none fits.
+
+    Args:
+        error: what validating ``model`` raised.
+        where: key of the model's place in the recipe.
+        model: what was validated.
+        elsewhere: dotted keys of other places, of which an unknown one may be.
     """
-    findings = error.errors(include_url=False)
-    finding = next((finding for finding in findings if finding["type"] == "extra_forbidden"), findings[0])
-    path = [str(part) for part in finding["loc"] if not str(part).startswith(("function-", "tagged-", "literal["))]
-    key = ".".join([*([where] if where else []), *path])
-    if finding["type"] == "extra_forbidden":
-        return f"{key}: unknown key; {did_you_mean(path[-1], _known_keys(model, path[:-1]))}"
-    if finding["type"] == "missing":
-        return f"{key} is required and missing"
-    message = finding["msg"].removeprefix("Value error, ")
-    if finding["type"] == "value_error" and isinstance(finding["input"], dict):
-        return f"{key}: {message}" if key else message
-    message = message[0].lower() + message[1:]
-    value = json.dumps(finding["input"], default=str)
-    return f"{key} is {value if len(value) < 80 else value[:77] + '...'}: {message}"
+    findings: dict[str, list[ErrorDetails]] = {}
+    for finding in error.errors(include_url=False):
+        key = ".".join([*([where] if where else []), *_path(finding["loc"], model)])
+        findings.setdefault(key, []).append(finding)
+    unknown = {
+        key: _unknown(key, where, model, elsewhere)
+        for key, found in findings.items()
+        if found[0]["type"] == "extra_forbidden"
+    }
+    lines = [f"{key}: unknown key; {remedy}" for key, remedy in unknown.items()]
+    for key, found in findings.items():
+        section, _, name = key.rpartition(".")
+        is_misspelled = found[0]["type"] == "missing" and any(
+            other.rpartition(".")[0] == section and remedy == f"did you mean {name}?"
+            for other, remedy in unknown.items()
+        )
+        is_less_specific = any(other.startswith(f"{key}.") for other in findings)
+        if key not in unknown and not is_misspelled and not is_less_specific:
+            lines += _said(key, found)
+    return lines
+
+
+def _said(key: str, found: Sequence[ErrorDetails]) -> list[str]:
+    """Lines on the value at ``key``: one for the forms of which none fits, one for each thing that does not agree."""
+    first = found[0]
+    if first["type"] == "missing":
+        return [f"{key} is required and missing"]
+    messages = [finding["msg"].removeprefix("Value error, ") for finding in found]
+    if first["type"] == "value_error" and isinstance(first["input"], dict):
+        return [f"{key}: {message}" if key else message for message in messages[0].split("\n")]
+    value = json.dumps(first["input"], default=str)
+    lowered = [message[0].lower() + message[1:] for message in messages]
+    alternatives = " or ".join([lowered[0], *(message.removeprefix("input should be ") for message in lowered[1:])])
+    return [f"{key} is {value if len(value) < 80 else value[:77] + '...'}: {alternatives}"]
+
+
+def _path(loc: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
+    """Keys of a recipe in pydantic's ``loc``, which also names the forms that a value may have."""
+    path: list[str] = []
+    inside: type[BaseModel] | None = model
+    is_free = False
+    for index, part in enumerate(loc):
+        field = inside.model_fields.get(str(part)) if inside is not None else None
+        if field is not None:
+            inside = model_in(field.annotation)
+            is_free = any(get_origin(leaf) is dict for leaf in _flatten(field.annotation))
+        elif not isinstance(part, int) and not is_free and not (inside is not None and index == len(loc) - 1):
+            continue
+        path.append(str(part))
+    return path
+
+
+def _unknown(key: str, where: str, model: type[BaseModel], elsewhere: Iterable[str]) -> str:
+    """What may be meant by a key that ``model``, which stands at ``where``, does not know."""
+    inside, _, name = key.rpartition(".")
+    place = inside.removeprefix(where).removeprefix(".")
+    here = _known_keys(model, place.split(".") if place else [])
+    if not difflib.get_close_matches(name, here, n=1, cutoff=0.85):
+        prefix = f"{where}." if where else ""
+        others = {*elsewhere, *keys_of(model, prefix)} - {key}
+        names = {other.rpartition(".")[2] for other in others}
+        cutoff = 1.0 if close_to(name, here) is not None else 0.8
+        meant = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+        found = sorted(
+            (_distance(inside, other), other) for other in others if meant and other.endswith(f".{meant[0]}")
+        )
+        if found:
+            nearest = [other for distance, other in found if distance == found[0][0]]
+            return f"did you mean {' or '.join(nearest[:3])}?"
+    return did_you_mean(name, here)
+
+
+def _distance(inside: str, key: str) -> int:
+    """Sections to leave and to enter on the way from the section ``inside`` to that of ``key``."""
+    here, there = (inside.split(".") if inside else []), key.split(".")[:-1]
+    shared = len(os.path.commonprefix([here, there]))
+    return len(here) + len(there) - 2 * shared
+
+
+def keys_of(model: type[BaseModel], where: str = "") -> Iterator[str]:
+    """Dotted keys of the options of ``model`` and of the sections in it; ``0`` stands for an entry of a list."""
+    for name, field in model.model_fields.items():
+        yield f"{where}{name}"
+        inner = model_in(field.annotation)
+        if inner is not None:
+            is_list = any(get_origin(leaf) is tuple for leaf in _flatten(field.annotation))
+            yield from keys_of(inner, f"{where}{name}.0." if is_list else f"{where}{name}.")
 
 
 def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:
     """Names that the (nested) model at ``path`` accepts."""
     for part in path:
         field = model.model_fields.get(part)
-        inner = [
-            candidate
-            for candidate in _flatten(field.annotation if field else None)
-            if inspect.isclass(candidate) and issubclass(candidate, BaseModel)
-        ]
-        if inner:
-            model = inner[0]
+        model = model_in(field.annotation if field else None) or model
     return list(model.model_fields)
+
+
+def model_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that an annotation allows, alone, in a list or as one of several forms."""
+    leaves = (leaf for leaf in _flatten(annotation) if inspect.isclass(leaf) and issubclass(leaf, BaseModel))
+    return next(leaves, None)
 
 
 def _flatten(annotation: Any) -> list[Any]:

@@ -71,8 +71,8 @@ def _try(network: nn.Module, name: str, teacher: TeacherSpec, where: str) -> Non
         sizes = [size for size in (28, 32, 64, 96, 112, 128, 224, 256, 299) if _takes(network, space, size)]
         remedy = f"sizes that work: {', '.join(map(str, sizes))}" if sizes else "check channels and network"
         raise RecipeError(
-            f"teacher.image_space.size is {space.size}, but {where}.network {name} cannot take {space.channels}x"
-            f"{space.size}x{space.size} images ({reason}); {remedy}"
+            f"teacher.image_space.size is {space.size_text}, but {where}.network {name} cannot take {space.channels}x"
+            f"{space.height}x{space.width} images ({reason}); {remedy}"
         ) from None
     if not isinstance(logits, Tensor) or logits.shape != (2, teacher.classes):
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -87,7 +87,7 @@ def _blank_logits(network: nn.Module, space: ImageSpace, size: int | None = None
     network.eval()
     try:
         with torch.no_grad():
-            return network(torch.zeros(2, space.channels, size or space.size, size or space.size))
+            return network(torch.zeros(2, space.channels, size or space.height, size or space.width))
     finally:
         network.train(training)
 

@@ -41,12 +41,15 @@ class ConvGenerator(nn.Sequential):
         doublings: Count = 2,
         taper: Literal["halving", "harmonic"] = "halving",
     ) -> None:
-        if space.size % (1 << doublings):
+        edges = (space.height, space.width)
+        if any(edge % (1 << doublings) for edge in edges):
+            most = next(fewer for fewer in reversed(range(doublings)) if not any(edge % (1 << fewer) for edge in edges))
             raise ValueError(
-                f"doublings is {doublings}, but image size {space.size} is not divisible by {1 << doublings}"
+                f"doublings is {doublings}, but image size {space.size_text} is not divisible by {1 << doublings}; "
+                f"use at most {most}"
             )
-        start = space.size >> doublings
-        layers: list[nn.Module] = [nn.Linear(latent, width * start**2), nn.Unflatten(1, (width, start, start))]
+        rows, columns = (edge >> doublings for edge in edges)
+        layers: list[nn.Module] = [nn.Linear(latent, width * rows * columns), nn.Unflatten(1, (width, rows, columns))]
         layers += _norm_relu(width)
         inputs = width
         for doubling in range(doublings):

@@ -12,7 +12,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import yaml
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -222,8 +221,7 @@ def listening(recipe: Recipe, console: Console | None, *others: Listener) -> Ite
     """Tell the metrics file, the console and ``others`` what happens; the recipe is in run_dir from the start."""
     folder = Path(recipe.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(recipe.shown(), sort_keys=False, allow_unicode=True)
-    Store(str(folder)).put("recipe.yaml", text.encode())
+    Store(str(folder)).put("recipe.yaml", recipe.to_yaml().encode())
     metrics = MetricsWriter(MetricsLog(folder / METRICS, fresh=False))
     with Display(console or Console(quiet=True)) as display:
         yield Events(metrics, display, *others)
@@ -340,5 +338,5 @@ def write_gallery(job: Job, view: SetView, data: RealData | None) -> Path | None
 
 
 def class_names(recipe: Recipe, data: RealData | None) -> tuple[str, ...]:
-    """What the classes are called: by the real data, or their numbers."""
-    return data.class_names if data is not None else tuple(str(label) for label in range(recipe.teacher.classes))
+    """What the classes are called: by the recipe, else by the real data, else their numbers."""
+    return recipe.class_names if data is None or recipe.teacher.class_names is not None else data.class_names
