@@ -340,7 +340,7 @@ def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
         field = model.model_fields.get(part)
         model = model_in(field.annotation if field else None) or model
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def model_in(annotation: Any) -> type[BaseModel] | None:

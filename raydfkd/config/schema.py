@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -58,6 +58,29 @@ Source = Annotated[PluginSpec, Family("sources")]
 RealDataSet = Annotated[PluginSpec, Family("real_data")]
 
 
+class Ramp(Spec):
+    """A number that changes linearly over a share of the steps, and stays what it has become."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    start: float = Field(alias="from")
+    """Its value at the first step."""
+    to: float
+    """Its value from the end of that share on."""
+    until: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the steps over which it changes."""
+
+    def at(self, progress: float) -> float:
+        """Its value once the share ``progress`` of the steps is made."""
+        return self.start + (self.to - self.start) * min(1.0, progress / self.until)
+
+
+Weight = Annotated[
+    Annotated[float, Tag("tagged-number")] | Annotated[Ramp, Tag("tagged-ramp")],
+    Discriminator(lambda value: "tagged-ramp" if isinstance(value, dict | Ramp) else "tagged-number"),
+]
+
+
 class TermSpec(Spec):
     """One weighted term of the objective."""
 
@@ -65,8 +88,8 @@ class TermSpec(Spec):
 
     term: str
     """Registered name of the loss."""
-    weight: float = 1.0
-    """Factor in the objective."""
+    weight: Weight = 1.0
+    """Factor in the objective; {from: 0, to: 10, until: 0.5} lets it grow over the first half of the steps."""
     name: str
     """Name in logs, unique within the objective; the term's own name unless given."""
 
@@ -235,6 +258,8 @@ class SynthesisSpec(Spec):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two terms are called {name}; give one of them another `name:`")
+            if name in ("", "step", "total"):
+                raise ValueError(f"a term is called {name!r}, which logs have another use for; give it another `name:`")
         return self
 
     @property

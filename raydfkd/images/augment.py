@@ -5,6 +5,7 @@ Random numbers come from the CPU generator that is passed in, so a seed means th
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Protocol
@@ -18,7 +19,11 @@ from raydfkd.config.schema import BelowOne, Count, Fraction, NotNegative, Plugin
 
 
 class Augmentation(Protocol):
-    """Maps images [N, C, H, W] to images of the same shape, differentiably."""
+    """Maps images [N, C, H, W] to images of the same shape, differentiably.
+
+    One that takes a keyword ``progress`` is told what share of the steps is made, from 0 to 1, in the optimisation of
+    images or the training of a network: a curriculum.
+    """
 
     def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:
         """Augment a batch."""
@@ -132,13 +137,17 @@ class Chain:
     """Augmentations one after another."""
 
     def __init__(self, augmentations: Sequence[Augmentation]) -> None:
-        self._augmentations = tuple(augmentations)
+        self._augmentations = [(augmentation, _takes_progress(augmentation)) for augmentation in augmentations]
 
-    def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:
-        """Apply all of them in order."""
-        for augmentation in self._augmentations:
-            images = augmentation(images, rng)
+    def __call__(self, images: Tensor, rng: torch.Generator, *, progress: float = 1.0) -> Tensor:
+        """Apply all of them in order, ``progress`` being the share of the steps that are made."""
+        for augmentation, takes_progress in self._augmentations:
+            images = augmentation(images, rng, **{"progress": progress} if takes_progress else {})
         return images
+
+
+def _takes_progress(augmentation: Augmentation) -> bool:
+    return "progress" in inspect.signature(augmentation).parameters
 
 
 def build_augmentations(specs: Sequence[PluginSpec], *, where: str) -> Chain:

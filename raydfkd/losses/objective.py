@@ -10,7 +10,7 @@ from typing import ClassVar, cast
 from torch import Tensor, nn
 
 from raydfkd.config.registry import Registry
-from raydfkd.config.schema import TermSpec
+from raydfkd.config.schema import Ramp, TermSpec
 from raydfkd.errors import RecipeError
 from raydfkd.networks.observed import Need, Observation
 
@@ -34,6 +34,8 @@ class View:
     """What the student says of the images, where a term needs it and there is one."""
     latents: Tensor | None = None
     """[N, Z], where the images were generated."""
+    progress: float = 1.0
+    """Share of the optimisation's steps that are made, from 0 to 1."""
 
 
 class Term(nn.Module):
@@ -76,9 +78,9 @@ class ObjectiveValue:
 
 
 class Objective(nn.Module):
-    """Weighted sum of named terms."""
+    """Weighted sum of named terms; a weight may change over the steps."""
 
-    def __init__(self, terms: Sequence[tuple[str, float, Term]]) -> None:
+    def __init__(self, terms: Sequence[tuple[str, float | Ramp, Term]]) -> None:
         super().__init__()
         self._weights = {name: weight for name, weight, _ in terms}
         self._terms = nn.ModuleList([term for _, _, term in terms])  # no ModuleDict, which refuses names such as a.b
@@ -100,7 +102,11 @@ class Objective(nn.Module):
             for name, term in self.terms.items()
             if view.student is not None or Need.STUDENT not in term.taps
         }
-        total = sum((self._weights[name] * part for name, part in parts.items()), start=view.images.new_zeros(()))
+        weights = {
+            name: weight.at(view.progress) if isinstance(weight, Ramp) else weight
+            for name, weight in self._weights.items()
+        }
+        total = sum((weights[name] * part for name, part in parts.items()), start=view.images.new_zeros(()))
         return ObjectiveValue(total=total, parts={name: part.detach() for name, part in parts.items()})
 
     def commit(self, view: View) -> None:

@@ -111,8 +111,12 @@ class GeneratorTraining:
         judge = self._setting.judge
         self._student = student
         latents = self._latents()
-        seen = self._setting.augment(judge.pixels.normalize(self._images(self._forward, latents)), self._augmenting)
-        _, value = judge(seen, self._targets, latents.flatten(0, 1), groups=self.groups, student=student)
+        images = judge.pixels.normalize(self._images(self._forward, latents))
+        progress = min(1.0, self.step / self._steps)
+        seen = self._setting.augment(images, self._augmenting, progress=progress)
+        _, value = judge(
+            seen, self._targets, latents.flatten(0, 1), groups=self.groups, progress=progress, student=student
+        )
         self._optimizer.zero_grad()
         # Terms are means over images; the sum over classes keeps a class's gradient free of its neighbours.
         (value.total * self.groups).backward()

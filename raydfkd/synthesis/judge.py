@@ -52,11 +52,13 @@ class Judge:
         latents: Tensor | None = None,
         *,
         groups: int = 1,
+        progress: float = 1.0,
         student: AskStudent | None = None,
     ) -> tuple[View, ObjectiveValue]:
         """Evaluate the objective on normalised ``images`` that hold ``groups`` classes one after another.
 
-        Terms that ask the student ask ``student``, the judge's own unless given.
+        ``progress`` is the share of the steps that are made. Terms that ask the student ask ``student``, the judge's
+        own unless given.
         """
         ask = student or self.student
         by_class = Need.CLASS_MOMENTS in self.objective.needs
@@ -71,6 +73,7 @@ class Judge:
             observe=observe,
             student=None if ask is None else ask(images),
             latents=latents,
+            progress=progress,
         )
         return view, self.objective(view)
 

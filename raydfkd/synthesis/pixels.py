@@ -153,6 +153,7 @@ class PixelSynthesizer:
         self._batch_size = batch_size
         self._too_many = math.inf
         self._stages = stages
+        self._steps = sum(stage.steps for stage in stages)
         self._lr, self._betas, self._warmup = lr, betas, warmup
         self._clip = clip
 
@@ -235,7 +236,9 @@ class PixelSynthesizer:
             for group in optimizer.param_groups:
                 group["lr"] = self._lr * warmup_cosine(step, steps=stage.steps, warmup=self._warmup)
             seen = F.avg_pool2d(images, stage.pool) if stage.pool > 1 else images
-            _, value = judge(self._setting.augment(seen, course.augmenting), targets, groups=groups)
+            made = course.step / self._steps
+            seen = self._setting.augment(seen, course.augmenting, progress=made)
+            _, value = judge(seen, targets, groups=groups, progress=made)
             optimizer.zero_grad()
             # Terms are means over images; the sum over classes keeps a class's gradient free of its neighbours.
             (value.total * groups).backward()

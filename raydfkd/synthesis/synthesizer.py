@@ -12,7 +12,7 @@ import torch
 from raydfkd.config.registry import Registry
 from raydfkd.config.schema import ImageSpace
 from raydfkd.data.batches import SyntheticBatch
-from raydfkd.images.augment import Augmentation
+from raydfkd.images.augment import Chain
 from raydfkd.losses.objective import ObjectiveValue
 from raydfkd.networks.observed import Need
 from raydfkd.synthesis.checkpoint import StepHook
@@ -33,7 +33,7 @@ class Setting:
     judge: Judge
     space: ImageSpace
     targets: TargetSampler
-    augment: Augmentation
+    augment: Chain
     device: torch.device
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from toy import SPACE, PlainNet, batchnorm_teacher, toy_images, toy_recipe, toy_view
@@ -61,6 +63,37 @@ def test_one_term_can_stand_twice_under_two_names(tmp_path):
     )
     objective = build_objective(recipe.synthesis.objective, has_targets=True)
     assert list(objective(toy_view(groups=2)).parts) == ["bn_moments", "by_class"]
+
+
+def test_weight_can_change_over_a_share_of_the_steps_and_then_stays():
+    ramp = {"from": 2.0, "to": 10.0, "until": 0.5}
+    objective = objective_of({"term": "cross_entropy", "weight": ramp}, {"term": "one_hot", "weight": 3.0})
+    for progress, weight in [(0.0, 2.0), (0.25, 6.0), (0.5, 10.0), (0.75, 10.0), (1.0, 10.0)]:
+        value = objective(replace(toy_view(), progress=progress))
+        expected = weight * value.parts["cross_entropy"] + 3 * value.parts["one_hot"]
+        torch.testing.assert_close(value.total.detach(), expected)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        ("{form: 0, to: 1}", "weight.form: unknown key; did you mean from?"),
+        ("{from: 0}", "weight.to is required and missing"),
+        ("{from: 0, to: much}", 'weight.to is "much": input should be a valid number'),
+        ("{from: 0, to: 1, until: 2}", "weight.until is 2: input should be less than or equal to 1"),
+        ("much", 'weight is "much": input should be a valid number'),
+    ],
+)
+def test_weight_that_is_no_number_and_no_schedule_is_refused_with_its_key(tmp_path, weight, message):
+    with pytest.raises(RecipeError) as error:
+        toy_recipe(tmp_path, [f"synthesis.objective.cross_entropy.weight={weight}"])
+    assert str(error.value) == f"synthesis.objective.0.{message}"
+
+
+@pytest.mark.parametrize("name", ["step", "total", '""'])
+def test_name_that_logs_have_another_use_for_is_refused(tmp_path, name):
+    with pytest.raises(RecipeError, match="which logs have another use for; give it another `name:`"):
+        toy_recipe(tmp_path, [f"synthesis.objective=[{{term: one_hot, name: {name}}}]"])
 
 
 @pytest.mark.parametrize("name", ["a.b", "keys", "items", "forward", "training", "mypkg.losses:Mine"])
