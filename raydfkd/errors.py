@@ -10,6 +10,10 @@ class RecipeError(ValueError):
     """A mistake of the user's, found before work begins; the message names key, value and remedy in one line."""
 
 
+class StudentDivergedError(RuntimeError):
+    """The student's loss or weights became NaN or infinite; the message names step, learning rate and remedy."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Say which of ``known`` the user probably meant, or list them all."""
     options = sorted(known)

@@ -14,7 +14,7 @@ from raydfkd.data.commits import Snapshot
 from raydfkd.data.epochs import EpochLog
 from raydfkd.data.sources import TransferSetSource, in_this_process
 from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
-from raydfkd.distill.trainer import StudentTrainer
+from raydfkd.distill.trainer import Pace, StudentTrainer, by_steps
 from raydfkd.images.pixels import PixelRange
 from raydfkd.job import Job
 from raydfkd.networks.observed import ObservedNetwork
@@ -98,15 +98,16 @@ class StudentTraining:
             pin_memory=device.type == "cuda",
         )
 
-    def run(self, *, until: int | None = None) -> Mapping[str, Tensor]:
+    def run(self, *, until: int | None = None, pace: Pace = by_steps) -> Mapping[str, Tensor]:
         """Train to the last step, or to step ``until`` before it; returns the student's state dict.
 
+        With another ``pace`` both are places in the schedule, and there are as many steps as it makes of them.
         Learning rates are those of the whole training: a later call, here or from the checkpoint that was made at
         ``until``, goes on as if this one had not stopped.
         """
         steps = self._spec.steps if until is None else min(until, self._spec.steps)
         with cpu_threads(self._spec.threads):
-            self.trainer.fit(self._source, steps=steps)
+            self.trainer.fit(self._source, steps=steps, pace=pace)
         return self._student.state_dict()
 
     def state_dict(self) -> dict[str, Any]:

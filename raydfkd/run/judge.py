@@ -9,6 +9,7 @@ from torch import Tensor
 
 from raydfkd.config.recipe import Recipe
 from raydfkd.devices import pick_device
+from raydfkd.distill.evaluate import judge, predict
 from raydfkd.errors import RecipeError
 from raydfkd.images.pixels import PixelRange
 from raydfkd.images.real_data import RealData, Split
@@ -20,8 +21,6 @@ from raydfkd.store.errors import DamagedError
 
 def evaluate(recipe: Recipe, weights: str, data: RealData | None, *, split: Split = "test") -> dict[str, Any]:
     """Judge a saved student: top-1 of teacher and student on real images, agreement there or on the transfer set."""
-    from raydfkd.distill.evaluate import judge, predict  # torchmetrics, as above
-
     if not weights_exist(weights, where="--student"):
         raise RecipeError(f"--student is {weights!r}: no such file; `raydfkd run` or `distill` writes it")
     device = pick_device(recipe.runtime.device)

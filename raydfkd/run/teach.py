@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from raydfkd.config.recipe import Recipe
 from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
+from raydfkd.distill.evaluate import judge, predict
 from raydfkd.errors import RecipeError
 from raydfkd.images.augment import build_augmentations
 from raydfkd.images.pixels import PixelRange
@@ -76,8 +77,6 @@ def ensure_teacher(recipe: Recipe, monitor: Monitor, *, again: bool = False) -> 
     """Train the teacher if its weights are not there yet and the recipe says how."""
     if weights_exist(recipe.teacher.weights, where="teacher.weights") and not again:
         return
-    from raydfkd.distill.evaluate import judge, predict  # torchmetrics, which takes longer to import than torch
-
     check_teacher(recipe)
     spec, real = recipe.teacher.train, recipe.real_data
     assert spec is not None
