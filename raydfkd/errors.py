@@ -56,6 +56,10 @@ def close_to(word: str, known: Iterable[str]) -> str | None:
     return close[0] if close else longer[0] if len(longer) == 1 else None
 
 
+class StudentDivergedError(RuntimeError):
+    """The student's loss or weights became NaN or infinite; the message names step, learning rate and remedy."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Say which of ``known`` the user probably meant, or list them all."""
     options = sorted(known)

@@ -333,7 +333,8 @@ class OptimizerSpec(Spec):
     weight_decay: NotNegative = 0.0
     """Weight decay (AdamW's form for adam)."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Momentum of sgd; first beta of adam."""
+    """Momentum of sgd; first beta of adam. Under one_cycle it is the middle of a cycle: 0.9 goes from 0.95 down to 0.85
+    while the rate rises, and back."""
     schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
     """Learning rate over the steps: `one_cycle` rises to the peak and falls to nearly zero, `cosine` falls from the
     peak to zero, `constant` stays there."""

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from raydfkd.config.registry import Registry
 from raydfkd.networks.observed import Observation
 
 
-class Criterion(Protocol):
-    """A scalar to minimise, a mean over images."""
+class Criterion(ABC):
+    """A scalar to minimise, a mean over images; declares what it needs beside the answers of student and teacher."""
 
+    needs_labels: ClassVar[bool] = False
+    """Whether it reads the labels, which must then be those of the images as the student sees them."""
+
+    @abstractmethod
     def __call__(self, student: Observation, teacher: Observation, labels: Tensor) -> Tensor:
         """Compare two observations of N images with labels [N]."""
 
@@ -22,7 +28,7 @@ CRITERIA: Registry[Criterion] = Registry("criterion", [])
 
 
 @CRITERIA.register("soft_kl")
-class SoftKL:
+class SoftKL(Criterion):
     """Kullback-Leibler divergence of softened answers, times the squared temperature; nats, mean over images.
 
     ``forward`` is KL(teacher || student) (Hinton et al. 2015), ``backward`` KL(student || teacher).
@@ -38,8 +44,8 @@ class SoftKL:
         self._temperature = temperature
         self._direction = direction
 
+    @override
     def __call__(self, student: Observation, teacher: Observation, labels: Tensor) -> Tensor:
-        """See the class."""
         approximation = (student.logits / self._temperature).log_softmax(1)
         reference = (teacher.logits / self._temperature).log_softmax(1)
         if self._direction == "backward":
@@ -49,18 +55,20 @@ class SoftKL:
 
 
 @CRITERIA.register("logit_l1")
-class LogitL1:
+class LogitL1(Criterion):
     """Mean absolute difference of logits over images and classes (Fang et al. 2019, DFAD)."""
 
+    @override
     def __call__(self, student: Observation, teacher: Observation, labels: Tensor) -> Tensor:
-        """See the class."""
         return F.l1_loss(student.logits, teacher.logits)
 
 
 @CRITERIA.register("hard_labels")
-class HardLabels:
+class HardLabels(Criterion):
     """Cross-entropy with the stored labels; nats, mean over images. The control that ignores the teacher's answer."""
 
+    needs_labels = True
+
+    @override
     def __call__(self, student: Observation, teacher: Observation, labels: Tensor) -> Tensor:
-        """See the class."""
         return F.cross_entropy(student.logits, labels)

@@ -14,7 +14,7 @@ from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
 from raydfkd.data.epochs import EpochLog
 from raydfkd.data.sources import SOURCES, Feed, LiveGenerator, Ranks
 from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
-from raydfkd.distillation.trainer import StudentTrainer, TrainingHooks
+from raydfkd.distillation.trainer import Pace, StudentTrainer, TrainingHooks, by_steps
 from raydfkd.errors import differences
 from raydfkd.images.pixels import PixelRange
 from raydfkd.job import Job
@@ -95,14 +95,15 @@ class StudentTraining:
             generator=None if generator is None else lambda: generator(self._student, self._ranks, device),
         )
 
-    def run(self) -> Mapping[str, Tensor]:
+    def run(self, *, pace: Pace = by_steps) -> Mapping[str, Tensor]:
         """Train to the end of the phase; returns the student's state dict.
 
         Learning rates are those of the whole training: the training of the next phase, here or from the checkpoint
-        that was made at the end of this one, goes on as if this one had not stopped.
+        that was made at the end of this one, goes on as if this one had not stopped. With another ``pace`` the last
+        step is a place in the schedule, and there are as many steps as it makes of them.
         """
         with cpu_threads(self._spec.threads):
-            self.trainer.fit(self._source, steps=self._phase.until_step)
+            self.trainer.fit(self._source, steps=self._phase.until_step, pace=pace)
             self._source.finish()
         return self._student.state_dict()
 
