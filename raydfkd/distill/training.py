@@ -17,6 +17,7 @@ from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
 from raydfkd.distill.trainer import StudentTrainer
 from raydfkd.images.pixels import PixelRange
 from raydfkd.job import Job
+from raydfkd.networks.layout import lay_channels_last
 from raydfkd.networks.observed import ObservedNetwork
 from raydfkd.networks.weights import load_teacher
 from raydfkd.seeds import derive_seed
@@ -63,7 +64,7 @@ class StudentTraining:
         self._spec = recipe.distill
         self._round_ends = {recipe.steps_until(number) for number in range(recipe.rounds - 1)}
         self._on_checkpoint = on_checkpoint
-        self._student = job.fresh_student().to(device).to(memory_format=torch.channels_last)
+        self._student = lay_channels_last(job.fresh_student().to(device))
         teacher, _ = load_teacher(recipe)
 
         def publish(step: int) -> None:

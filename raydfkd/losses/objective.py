@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from raydfkd.config.registry import Registry
 from raydfkd.config.schema import TermSpec
 from raydfkd.errors import RecipeError
-from raydfkd.networks.observed import Need, Observation
+from raydfkd.networks.observed import Need, Observation, Tap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +44,8 @@ class Term(nn.Module):
     is_per_image: ClassVar[bool] = True
 
     @property
-    def taps(self) -> frozenset[Need]:
-        """What this instance reads; narrower or other than ``needs`` where options decide."""
+    def taps(self) -> frozenset[Tap]:
+        """What this instance reads; narrower or other than ``needs`` where options decide, such as a ``Layer``."""
         return self.needs
 
     def forward(self, view: View) -> Tensor:
@@ -80,9 +80,14 @@ class Objective(nn.Module):
         self._terms = nn.ModuleDict({name: term for name, _, term in terms})
 
     @property
-    def needs(self) -> frozenset[Need]:
+    def needs(self) -> frozenset[Tap]:
         """Union over the terms; decides which taps are installed and whether a student is asked."""
         return frozenset().union(*(term.taps for term in self.terms.values()))
+
+    @property
+    def askers(self) -> dict[Tap, str]:
+        """For each need the recipe's term that has it, as messages name it."""
+        return {tap: f"synthesis.objective's {name}" for name, term in self.terms.items() for tap in term.taps}
 
     @property
     def terms(self) -> dict[str, Term]:

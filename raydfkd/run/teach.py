@@ -15,6 +15,7 @@ from raydfkd.images.augment import build_augmentations
 from raydfkd.images.pixels import PixelRange
 from raydfkd.images.real_data import RealData, open_real_data
 from raydfkd.networks.build import build_network
+from raydfkd.networks.layout import lay_channels_last
 from raydfkd.networks.observed import ObservedNetwork
 from raydfkd.networks.weights import save_bytes, weights_exist
 from raydfkd.run.progress import Monitor
@@ -33,7 +34,7 @@ def teach(
     assert spec is not None, "checked before work begins"
     seed = derive_seed(recipe.seed, "teacher")
     teacher = build_network(recipe.teacher, recipe.teacher, where="teacher", seed=seed).to(device).train()
-    teacher.to(memory_format=torch.channels_last)
+    lay_channels_last(teacher)
     observed = ObservedNetwork(teacher, frozen=False, batchnorm="batch", precision=getattr(torch, spec.precision))
     observed.to(device)
     augment = build_augmentations(spec.augment, where="teacher.train.augment")
