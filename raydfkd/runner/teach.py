@@ -16,6 +16,7 @@ from raydfkd.errors import RecipeError
 from raydfkd.images.augment import build_augmentations
 from raydfkd.images.pixels import PixelRange
 from raydfkd.images.real_data import RealData, open_real_data
+from raydfkd.networks.layout import lay_channels_last
 from raydfkd.networks.observed import ObservedNetwork
 from raydfkd.networks.teacher import Teacher, build_teacher, taught_teacher
 from raydfkd.networks.weights import save_bytes
@@ -81,7 +82,8 @@ def train_on_real_data(
     """
     spec = recipe.teacher.train
     assert spec is not None, "checked before work begins"
-    network.to(device).train().to(memory_format=torch.channels_last)
+    network.to(device).train()
+    lay_channels_last(network)
     observed = ObservedNetwork(network, frozen=False, batchnorm="batch", precision=getattr(torch, spec.precision))
     observed.to(device)
     augment = build_augmentations(spec.augment, where="teacher.train.augment")
