@@ -23,13 +23,13 @@ class View:
     """One candidate batch as every term sees it: N images, K classes."""
 
     images: Tensor
-    """[N, C, H, W], teacher-normalised, differentiable."""
+    """[N, C, H, W], nominal units (``images.pixels``), differentiable."""
     targets: Tensor | None
     """[N] labels or [N, K] soft targets; None for unconditional methods."""
     teacher: Observation
     """What the teacher says of the images."""
     observe: Callable[[Tensor], Observation]
-    """The teacher again, for terms that make a second view of their own."""
+    """The teacher again, for terms that make a second view of their own, in nominal units too."""
     student: Observation | None = None
     """What the student says of the images, where a term needs it and there is one."""
     latents: Tensor | None = None
