@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
 
 import ray
 from torch import Tensor
 
-from raydfkd.distributed.pool import LEAVE_S, SynthesisPool, capacity
+from raydfkd.distributed.connection import connected
+from raydfkd.distributed.pool import LEAVE_S, SynthesisPool
+from raydfkd.distributed.room import check_room, must_take_turns
 from raydfkd.distributed.train_driver import new_coordinator, train_student
-from raydfkd.errors import RecipeError
 from raydfkd.job import Job, SynthesisOutcome
 from raydfkd.run.executor import in_rounds
 from raydfkd.run.progress import Monitor
@@ -36,27 +32,41 @@ class RayExecutor:
 
     def synthesize(self, job: Job, monitor: Monitor) -> SynthesisOutcome:
         """See Executor."""
-        with _connected(job, monitor), Interruption() as interruption:
-            return _synthesize(job, monitor, job.begin_synthesis(), _nothing, interruption)
+        with connected(job.recipe.runtime.address, monitor.say):
+            check_room(job, monitor.say, training=False)
+            return _Turns().synthesize(job, monitor)
 
     def distill(self, job: Job, monitor: Monitor) -> Mapping[str, Tensor]:
         """See Executor."""
-        with (
-            _connected(job, monitor),
-            Interruption() as interruption,
-            _Training(job, monitor, interruption) as training,
-        ):
-            return training.wait()
+        with connected(job.recipe.runtime.address, monitor.say):
+            check_room(job, monitor.say, synthesis=False)
+            return _Turns().distill(job, monitor)
 
     def run(self, job: Job, monitor: Monitor) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:
         """See Executor."""
-        with _connected(job, monitor):
-            if job.recipe.rounds > 1:
-                return in_rounds(job, monitor, self)
+        with connected(job.recipe.runtime.address, monitor.say):
+            check_room(job, monitor.say)
+            if job.recipe.rounds > 1 or must_take_turns(job, monitor.say):
+                return _Turns().run(job, monitor)
             queue = job.begin_synthesis()  # before the student, who would take the end of an earlier run for this one's
             with Interruption() as interruption, _Training(job, monitor, interruption) as training:
                 outcome = _synthesize(job, monitor, queue, training.look, interruption)
                 return outcome, training.wait()
+
+
+class _Turns:
+    """Synthesis or training by itself, on the cluster that this process is connected to."""
+
+    def synthesize(self, job: Job, monitor: Monitor) -> SynthesisOutcome:
+        with Interruption() as interruption:
+            return _synthesize(job, monitor, job.begin_synthesis(), _nothing, interruption)
+
+    def distill(self, job: Job, monitor: Monitor) -> Mapping[str, Tensor]:
+        with Interruption() as interruption, _Training(job, monitor, interruption) as training:
+            return training.wait()
+
+    def run(self, job: Job, monitor: Monitor) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:
+        return in_rounds(job, monitor, self)
 
 
 def _synthesize(
@@ -160,35 +170,5 @@ class _Training:
     def _show(self) -> None:
         for entry in ray.get(self.coordinator.take.remote()):
             self._monitor.student(entry)
-
-
-@contextlib.contextmanager
-def _connected(job: Job, monitor: Monitor) -> Iterator[None]:
-    """Ray prints what it hears of nodes, some of it when it ends; standard output is for what a command answers."""
-    with contextlib.redirect_stdout(sys.stderr):
-        if ray.is_initialized():
-            yield
-            return
-        _connect(job, monitor)
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-
-def _connect(job: Job, monitor: Monitor) -> None:
-    address = job.recipe.runtime.address
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
-        # Without an address Ray joins what RAY_ADDRESS names or what runs on this machine, else starts a cluster.
-        ray.init(None if address == "auto" else address, **options)
-    except (ConnectionError, ValueError) as error:
-        raise RecipeError(f"runtime.address is {address!r}: no Ray cluster answers there ({error}); use auto") from None
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own exits with status 15
-    has = capacity()
-    monitor.say(
-        "ray",
-        f"{ray.__version__}   {has['CPU']:g} CPUs   {has['GPU']:g} GPUs",
-    )
+        for line in ray.get(self.coordinator.take_lines.remote()):
+            self._monitor.say("student", line)
