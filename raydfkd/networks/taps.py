@@ -16,8 +16,10 @@ from raydfkd.networks.answers import logits_of
 
 def wrapped(network: nn.Module) -> nn.Module:
     """The network that a wrapper for data parallelism holds; itself where there is none."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    return wrapped(network.get_submodule("module")) if isinstance(network, parallel) else network
+    if not isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return network
+    inner: nn.Module = network.module
+    return wrapped(inner)
 
 
 def layer_at(network: nn.Module, path: str, *, name: str, who: str) -> nn.Module:
@@ -26,7 +28,7 @@ def layer_at(network: nn.Module, path: str, *, name: str, who: str) -> nn.Module
     Raises:
         RecipeError: there is none; it says which have a similar path.
     """
-    layers = dict(wrapped(network).named_modules())
+    layers: dict[str, nn.Module] = dict(wrapped(network).named_modules())
     if path not in layers or not path:
         close = difflib.get_close_matches(path, [known for known in layers if known], n=3, cutoff=0.3)
         remedy = f"the nearest are {', '.join(close)}" if close else f"its first are {', '.join([*layers][1:4])}"
