@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from answering import build
 
 from raydfkd.config.schema import ImageSpace, StudentSpec, TeacherSpec
 from raydfkd.errors import RecipeError
@@ -86,53 +87,6 @@ def test_one_image_that_was_squeezed_is_one_row():
 def test_answer_without_logits_is_described(answer, described):
     with pytest.raises(NoLogitsError, match=f"^{described}$"):
         logits_of(answer, 7, images=6)
-
-
-USERS_MODULE = """
-from dataclasses import dataclass
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self, classes=4, form="logits"):
-        super().__init__()
-        self.fc, self.aux, self.form = nn.Linear(64, classes), nn.Linear(64, classes), form
-
-    def forward(self, images):
-        flat = images.flatten(1)
-        z = self.fc(flat)
-        if self.form == "auxiliary":
-            return (z, self.aux(flat)) if self.training else z
-        if self.form == "two heads":
-            return (z, self.aux(flat)) if self.training else z + self.aux(flat)
-        return {
-            "logits": lambda: z,
-            "dict": lambda: {"logits": z},
-            "softmax": lambda: z.softmax(1),
-            "written softmax": lambda: z.exp() / z.exp().sum(1, keepdim=True),
-            "log_softmax": lambda: z.log_softmax(1),
-            "sigmoid": lambda: z.sigmoid(),
-            "single sigmoid": lambda: z.sigmoid().squeeze(1),
-            "rectified": lambda: (0.1 * z).sigmoid() * 1,
-        }[self.form]()
-"""
-
-
-@pytest.fixture(autouse=True)
-def users_module(tmp_path, monkeypatch):
-    (tmp_path / "answering.py").write_text(USERS_MODULE)
-    monkeypatch.syspath_prepend(tmp_path)
-
-
-def spec_of(form, classes=4, outputs=4):
-    space = ImageSpace(channels=1, size=8, mean=(0.4,), std=(0.3,))
-    options = {"form": form, "classes": outputs}
-    return TeacherSpec(network="answering:Net", options=options, classes=classes, image_space=space)
-
-
-def build(form, **sizes):
-    spec = spec_of(form, **sizes)
-    return build_network(spec, spec, where="teacher", seed=0)
 
 
 @pytest.mark.parametrize("form", ["softmax", "written softmax", "log_softmax"])
