@@ -12,6 +12,7 @@ import typer
 
 from raydfkd.commands.options import AsJson, On, Overrides, RunDir, Source, allow_code, load, read
 from raydfkd.commands.output import DONE, INCOMPLETE, complain, console_for, print_summary
+from raydfkd.config.load import expand_home
 from raydfkd.config.recipe import Recipe
 from raydfkd.errors import RecipeError, did_you_mean
 
@@ -133,7 +134,7 @@ def evaluate(
     from raydfkd.run import judge as in_judge
 
     data = in_check.check(plan)
-    weights = student or str(Path(plan.run_dir) / "student.safetensors")
+    weights = expand_home(student) if student else str(Path(plan.run_dir) / "student.safetensors")
     chosen: Literal["test", "validation"] = "test" if split == "test" else "validation"
     judged = in_judge.evaluate(plan, weights, data, split=chosen)
     if as_json:
