@@ -105,7 +105,7 @@ def bench_quality(  # noqa: PLR0913 - one option each
         for seconds in sorted(budget or [60.0])
     ]
     found = []
-    for result in measure(cells, out, at_once=at_once):
+    for result in measure(cells, out.expanduser(), at_once=at_once):
         found.append(result)
         line = (
             json.dumps(asdict(result)) if as_json else f"{result.student_top1:.1%}   {result.digest}   {result.command}"
