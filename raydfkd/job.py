@@ -1,11 +1,11 @@
-"""A recipe made concrete: teacher, plan and transfer set; and who can work on it."""
+"""A recipe made concrete: its digest, its phases and the transfer set that it fills."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Set
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -18,9 +18,9 @@ from raydfkd.data.transfer_set import TransferSet
 from raydfkd.losses.objective import needs_of
 from raydfkd.networks.build import build_network
 from raydfkd.networks.observed import Need
-from raydfkd.networks.weights import load_teacher
+from raydfkd.networks.teacher import Teacher, open_teacher
 from raydfkd.seeds import derive_seed
-from raydfkd.units import Failure, UnitQueue, WorkUnit
+from raydfkd.units import Failure, Phase, UnitQueue, WorkUnit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,19 +28,20 @@ class Job:
     """A recipe that was found sound, with what follows from it and its teacher's weights."""
 
     recipe: Recipe
-    digest: str
-    units: tuple[WorkUnit, ...]
+    made_of: Mapping[str, object]
+    """What its images depend on, as plain data."""
+    phases: tuple[Phase, ...]
     transfer_set: TransferSet
-    until: int | None = None
-    """Step at which the student's training stops before its last, for a round that others follow."""
 
-    def rounds(self) -> Iterator[Job]:
-        """The job of each round: what is to be there after it, and how far the student is to be trained on that."""
-        last = self.recipe.rounds - 1
-        for number in range(last):
-            units = tuple(unit for unit in self.units if self.recipe.round_of(unit) <= number)
-            yield replace(self, units=units, until=self.recipe.steps_until(number))
-        yield self
+    @property
+    def digest(self) -> str:
+        """Names the images: SHA-256 of all that they depend on."""
+        return self.transfer_set.digest
+
+    @property
+    def units(self) -> tuple[WorkUnit, ...]:
+        """Every unit of the plan, in order; none where the student's source is live."""
+        return self.phases[-1].units
 
     @cached_property
     def units_by_id(self) -> Mapping[str, WorkUnit]:
@@ -57,37 +58,48 @@ class Job:
         """Images of the whole plan."""
         return sum(unit.request.count for unit in self.units)
 
+    @cached_property
+    def held_out(self) -> frozenset[str]:
+        """Units that the student never trains on, so that it can be judged on them: the last repeats, whole ones.
+
+        None where real images judge, and none of a single repeat, which would take classes away.
+        """
+        recipe = self.recipe
+        if recipe.real_data is not None or recipe.repeats < 2 or not recipe.distill.holdout:
+            return frozenset()
+        count = min(recipe.repeats - 1, max(1, round(recipe.distill.holdout * recipe.repeats)))
+        return frozenset(unit.id for unit in self.units if unit.repeat >= recipe.repeats - count)
+
+    @cached_property
+    def trained_by(self) -> Mapping[str, object]:
+        """What the student's training depends on, as plain data."""
+        return {"transfer_set": self.digest, "held_out": sorted(self.held_out), **self.recipe.trained_by()}
+
     @property
     def student_digest(self) -> str:
-        """Names a training: another student, criterion or plan starts anew instead of resuming; same in each round."""
-        recipe = self.recipe
-        payload = {
-            "transfer_set": self.digest,
-            "images": len(recipe.classes) * recipe.transfer_set.images_per_class,
-            "encoding": recipe.transfer_set.encoding.model_dump(mode="json"),
-            "student": recipe.student.model_dump(mode="json"),
-            "distill": recipe.distill.model_dump(mode="json"),
-        }
-        return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+        """Names a training: another student, criterion or plan starts anew instead of resuming; same in each phase."""
+        return _sha256(self.trained_by)
 
     def snapshot(self) -> Snapshot:
-        """What is committed of the plan."""
-        return self.transfer_set.snapshot(within=self.unit_ids)
+        """What is committed of the plan; all that there is where the source is live."""
+        return self.transfer_set.snapshot(within=self.unit_ids if self.units else None)
 
-    def begin_synthesis(self) -> UnitQueue:
-        """Start the set or go on with it; returns the units that are left to make."""
+    def begin_synthesis(self, phase: Phase | None = None) -> UnitQueue:
+        """Start the set or go on with it; returns the units of ``phase``, or of all, that are left to make."""
         self.transfer_set.create()
+        units = self.units if phase is None else phase.units
         done = self.snapshot().units  # whose records were read: one that is damaged is not done
         runtime = self.recipe.runtime
-        queue = UnitQueue(self.units, done=done, max_attempts=runtime.max_attempts, max_losses=runtime.max_losses)
+        queue = UnitQueue(units, done=done, max_attempts=runtime.max_attempts, max_losses=runtime.max_losses)
         if not queue.is_drained:
             self.transfer_set.reopen()
         return queue
 
     def catch_up(self, queue: UnitQueue) -> None:
         """Tell the queue of units that others have committed, and of commits that were found damaged and taken out."""
-        queue.finished_elsewhere(self.transfer_set.committed())
-        for unit_id in self.transfer_set.damaged() & self.unit_ids:
+        committed, damaged = self.transfer_set.progress()
+        queue.finished_elsewhere(committed)
+        for unit_id in damaged & self.unit_ids:
             queue.reopened(self.units_by_id[unit_id])
 
     def end_synthesis(self, queue: UnitQueue) -> SynthesisOutcome:
@@ -96,14 +108,13 @@ class Job:
         return SynthesisOutcome(attempted=queue.attempted, given_up=queue.given_up)
 
     def publisher(self) -> Callable[[int, Mapping[str, Tensor]], None] | None:
-        """Takes versions of the student to the set, where synthesis asks it; in rounds the last one of each."""
-        if not asks_student(self.recipe):
+        """Takes versions of the student to the set, where synthesis asks it; with several phases the last of each."""
+        if not asks_student(self.recipe) or not self.units:
             return None
-        recipe = self.recipe
-        publisher = StudentPublisher(self.transfer_set.store, keep=max(3, recipe.rounds))
-        if recipe.rounds == 1:
+        publisher = StudentPublisher(self.transfer_set.store, keep=max(3, len(self.phases)))
+        if len(self.phases) == 1:
             return publisher.publish
-        ends = {recipe.steps_until(number) for number in range(recipe.rounds)}
+        ends = {phase.until_step for phase in self.phases}
         return lambda version, state: publisher.publish(version, state) if version in ends else None
 
     def fresh_student(self) -> nn.Module:
@@ -120,23 +131,24 @@ class SynthesisOutcome:
     given_up: tuple[Failure, ...]
 
 
-def open_job(recipe: Recipe) -> Job:
-    """Fix the plan and the set that it fills; the teacher's weights must be there."""
-    _, weights = load_teacher(recipe)
-    return job_of(recipe, digest_of(recipe, weights))
+def open_job(recipe: Recipe, teacher: Teacher | None = None) -> Job:
+    """Fix the plan and the set that it fills; the teacher is opened unless it is given."""
+    teacher = teacher or open_teacher(recipe)
+    return job_of(recipe, recipe.made_of(teacher.sha256, is_against_student=asks_student(recipe)))
 
 
-def job_of(recipe: Recipe, digest: str) -> Job:
-    """The job of a digest that somebody else has taken; the weights are not looked at."""
-    return Job(recipe=recipe, digest=digest, units=recipe.plan(), transfer_set=transfer_set_of(recipe, digest))
+def job_of(recipe: Recipe, made_of: Mapping[str, object]) -> Job:
+    """The job of a recipe whose ``made_of`` somebody else has taken; the weights are not looked at."""
+    return Job(recipe=recipe, made_of=made_of, phases=recipe.phases(), transfer_set=transfer_set_of(recipe, made_of))
 
 
-def transfer_set_of(recipe: Recipe, digest: str) -> TransferSet:
+def transfer_set_of(recipe: Recipe, made_of: Mapping[str, object]) -> TransferSet:
     """The set that the recipe fills; nothing is written or read."""
     spec = recipe.transfer_set
     return TransferSet(
         spec.uri,
-        digest=digest,
+        digest=_sha256(made_of),
+        made_of=made_of,
         storage_options=spec.storage_options,
         part_rows=spec.part_rows,
         encoding=Encoding(kind=spec.encoding.kind, quality=spec.encoding.quality),
@@ -148,6 +160,5 @@ def asks_student(recipe: Recipe) -> bool:
     return Need.STUDENT in needs_of(recipe.synthesis.objective)
 
 
-def digest_of(recipe: Recipe, weights_sha256: str) -> str:
-    """Digest of all that the recipe's images depend on."""
-    return recipe.digest(weights_sha256, is_against_student=asks_student(recipe))
+def _sha256(data: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

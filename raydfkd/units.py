@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import overload
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, overload
 
 from raydfkd.seeds import derive_seed
 
@@ -90,12 +90,55 @@ def plan_units(
     return tuple(units)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """A stretch of synthesis with the training on what it made; a job is one phase or several, one after the other."""
+
+    units: tuple[WorkUnit, ...]
+    """Units that are there once the phase ends, those of earlier phases included; none for live sources."""
+    until_step: int
+    """Steps that the student has made once the phase ends."""
+    student_version: int | Literal["newest"] | None = "newest"
+    """Student that the phase's own images are made against, where a term asks one; None while there is none."""
+
+
+def plan_phases(units: tuple[WorkUnit, ...], *, repeats: int, rounds: int, steps: int) -> tuple[Phase, ...]:
+    """Share ``repeats`` and ``steps`` out among ``rounds``: each makes whole repeats, so that it covers all classes.
+
+    From the second round on images are made against the student of the round before. A single round follows the
+    newest student instead, since synthesis and training may then run at once.
+    """
+    if rounds == 1:
+        return (Phase(units=units, until_step=steps),)
+    return tuple(
+        Phase(
+            units=tuple(unit for unit in units if unit.repeat * rounds // repeats <= number),
+            until_step=steps * (number + 1) // rounds,
+            student_version=steps * number // rounds if number else None,
+        )
+        for number in range(rounds)
+    )
+
+
 def _pack_name(pack: tuple[int, ...]) -> str:
     """Names the classes of a pack: as a range where they are one, else by first, last and a digest of them all."""
     name = f"c{pack[0]:04d}-{pack[-1]:04d}"
     if pack == tuple(range(pack[0], pack[-1] + 1)):
         return name
     return f"{name}-{derive_seed(*pack):016x}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitProgress:
+    """How far an attempt at a unit has come; also the sign that its worker is alive."""
+
+    unit: str
+    step: int
+    """Steps that were made of the unit."""
+    steps: int
+    """Steps that it takes."""
+    objective: Mapping[str, float] = field(default_factory=dict)
+    """Parts of the objective and the ``step`` of the optimisation they belong to, where they were just looked at."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,11 +261,6 @@ class UnitQueue:
     def num_open(self) -> int:
         """Units that wait or run."""
         return len(self._ids) - len(self._done) - len(self._given_up)
-
-    @property
-    def num_done(self) -> int:
-        """Units committed, those of earlier runs included."""
-        return len(self._done)
 
     @property
     def num_running(self) -> int:

@@ -177,7 +177,7 @@ def test_run_leaves_report_student_and_transfer_set(finished):
 
 
 def test_run_says_on_standard_error_what_it_does(raydfkd):
-    answer = raydfkd.run()
+    answer = raydfkd.runner()
     assert answer.code == 0
     assert len(answer.out.splitlines()) == 1
     for said in ("trained on real digits", "no real image is read", "40 images in 2 units", "40/40 images", "step 3/3"):
@@ -277,15 +277,68 @@ def test_teach_trains_the_teacher_anew_and_the_same_from_the_same_seed(raydfkd):
 
 
 def test_run_with_some_classes_only_shows_those_in_its_report(raydfkd):
-    answer = raydfkd.run("transfer_set.classes=[7, 2]", "transfer_set.unit.classes=2")
+    answer = raydfkd.runner("transfer_set.classes=[7, 2]", "transfer_set.unit.classes=2")
     assert (answer.code, answer.json["images"]) == (0, 8)
     page = (raydfkd.folder / "out/report.html").read_text()
     shown = re.findall(r"<h3>(\w+)</h3>", page)
     assert shown == ["7", "2"]
 
 
+@pytest.mark.parametrize("synthesizer", ["generator", "pixels"])
+@pytest.mark.parametrize("size", ["[8, 16]", "[16, 8]"])
+def test_run_with_images_that_are_not_square_is_a_run_like_any_other(raydfkd, size, synthesizer):
+    pixels = [
+        "synthesis={synthesizer: pixels, batch_size: 20, stages: [{pool: 2, steps: 1}, {steps: 1}], "
+        "objective: [cross_entropy, bn_moments, total_variation], augment: [{kind: affine, degrees: 9}]}"
+    ]
+    answer = raydfkd.run(f"teacher.image_space.size={size}", *(pixels if synthesizer == "pixels" else []))
+    assert answer.code == 0, answer.err
+    height, width = json.loads(size)
+    place = raydfkd.folder / "out/transfer_set"
+    made = TransferSet(str(place), digest=json.loads((place / "set.json").read_text())["digest"])
+    assert made.read(made.snapshot().commits[0].parts[0]).images.shape[1:] == (1, height, width)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["synthesis.generator.doublings=4"],
+            "doublings is 4, but image size [16, 8] is not divisible by 16; use at most 3",
+        ),
+        (NO_BATCHNORM[:2], "teacher.network lenet5 cannot take 1x16x8 images"),
+    ],
+)
+def test_part_that_cannot_take_images_of_that_shape_is_named(raydfkd, overrides, message):
+    answer = raydfkd("check", "toy.yaml", *sets("teacher.image_space.size=[16, 8]", *overrides))
+    assert answer.code == 2
+    assert message in answer.err
+
+
+def test_nothing_that_is_made_is_called_tilde(raydfkd, monkeypatch):
+    home = raydfkd.folder / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    for overrides in (
+        ["run_dir=~/a"],
+        ["run_dir=b", "transfer_set.uri=~/b/set", "teacher.weights=~/b/teacher.safetensors"],
+    ):
+        answer = raydfkd("run", "toy.yaml", "--on", "local", *sets(*overrides))
+        assert answer.code == 0, answer.err
+    assert raydfkd("run", "toy.yaml", "--on", "local", "--run-dir", "~/c").code == 0
+    for name in ("a", "c"):
+        assert {"report.html", "report.json", "metrics.jsonl", "student.safetensors", "transfer_set"} <= {
+            path.name for path in (home / name).iterdir()
+        }
+    assert {path.name for path in (home / "b").iterdir()} == {"set", "teacher.safetensors"}
+    judged = raydfkd("evaluate", "toy.yaml", "--run-dir", "~/a", "--student", "~/c/student.safetensors", "--json")
+    assert judged.code == 0, judged.err
+    assert raydfkd("bench", "quality", "toy.yaml", "--out", "~/q", *sets("teacher.network=nosuch")).code == 2
+    assert not [path for path in raydfkd.folder.rglob("*") if path.name.startswith("~")]
+
+
 def test_run_dir_option_moves_everything(raydfkd):
-    assert raydfkd.run(command="teach").code == 2, "teach has no --on"
+    assert raydfkd.runner(command="teach").code == 2, "teach has no --on"
     assert raydfkd("teach", "toy.yaml", "--run-dir", "elsewhere").code == 0
     assert (raydfkd.folder / "elsewhere/teacher.safetensors").is_file()
     assert not (raydfkd.folder / "out").exists()
@@ -315,15 +368,65 @@ def test_check_prints_json_which_is_a_recipe_too(raydfkd):
     assert load_recipe(raydfkd.folder / "resolved.yaml") == load_recipe(raydfkd.folder / "toy.yaml")
 
 
-NO_CODE = "# sound: 2 units, 40 images; networks and files were not looked at"
+NO_CODE = (
+    "# sound: 2 units, 40 images; networks, code of yours, weights, names of classes, real data, stores and the device "
+    "were not looked at"
+)
 
 
 def test_check_without_code_prints_the_same_and_says_what_it_did_not_look_at(raydfkd):
     answer = raydfkd("check", "toy.yaml", "--no-code")
     assert (answer.code, answer.err) == (0, "")
-    *resolved, sound = raydfkd("check", "toy.yaml").out.splitlines()
+    *resolved, networks, sound = raydfkd("check", "toy.yaml").out.splitlines()
+    assert networks.startswith("# student of ")
     assert answer.out.splitlines() == [*resolved, NO_CODE]
     assert sound == NO_CODE.partition(";")[0]
+
+
+def test_check_says_how_much_there_will_be_of_what(raydfkd):
+    lines = raydfkd("check", "toy.yaml").out.splitlines()[-3:-1]
+    student, teacher = 1 * 9 * 4 + 2 * 4 + 10 * 5, 1 * 9 * 4 + 2 * 4 + 4 * 9 * 8 + 2 * 8 + 10 * 9
+    assert lines == [
+        f"# 10 classes, 40 images of 1x8x8: {40 * (64 + 20 + 28) / 1024:.3g} KiB of pixels and logits",
+        f"# student of {student} parameters, teacher of {teacher}: the student is {student / teacher:.1%} of it",
+    ]
+
+
+def test_check_counts_the_classes_that_were_chosen(raydfkd):
+    some = sets("transfer_set.classes=[3, 5]", "transfer_set.unit.classes=2", "transfer_set.encoding=png")
+    line = raydfkd("check", "toy.yaml", *some).out.splitlines()[-3]
+    assert line.startswith("# 2 classes, 8 images of 1x8x8: ")
+    assert line.endswith(" of pixels and logits before they are png, which takes less")
+
+
+def test_check_says_that_a_student_is_larger_than_its_teacher(raydfkd):
+    answer = raydfkd("check", "toy.yaml", *sets("student.options.widths=[40, 40]"))
+    assert answer.code == 0
+    assert "times as large as what it is to replace" in answer.out.splitlines()[-2]
+
+
+def test_check_finds_independent_mistakes_at_once(raydfkd, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    mistakes = ["runtime.device=cuda", "teacher.class_names=nowhere.txt", "teacher.weights=nowhere.pt", NO_TRAINING]
+    answer = raydfkd("check", "toy.yaml", *sets(*mistakes))
+    assert answer.code == 2
+    assert [line.partition(" ")[0] for line in answer.err.splitlines()] == [
+        "teacher.class_names",
+        "runtime.device",
+        "teacher.weights",
+    ]
+
+
+def test_device_of_another_machine_is_named_with_the_way_to_check_a_recipe_for_it(raydfkd, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = raydfkd.files()
+    refusal = "runtime.device is 'cuda', but this machine has no CUDA device; use auto or cpu"
+    answer = raydfkd("check", "toy.yaml", *sets("runtime.device=cuda"))
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err == f"{refusal}, or check with --no-code what is for another machine\n"
+    assert raydfkd("run", "toy.yaml", *sets("runtime.device=cuda")).err == f"{refusal}\n"
+    assert raydfkd.files() == before
+    assert raydfkd("check", "toy.yaml", "--no-code", *sets("runtime.device=cuda")).code == 0
 
 
 def test_check_without_code_prints_the_same_json(raydfkd):
@@ -361,7 +464,8 @@ def test_show_lists_one_family(raydfkd, family):
     lines = raydfkd("show", family).out.splitlines()
     assert lines[0] == family
     beside = {form for form, _ in BESIDE.get(family, ())}
-    assert {line.split()[0] for line in lines[1:] if line[2] != " "} == {*shipped(FAMILIES[family]), *beside}
+    own = [line for line in lines[1:] if line.startswith("  ") and line[2] != " "]
+    assert {line.split()[0] for line in own} == {*shipped(FAMILIES[family]), *beside}
 
 
 def test_show_says_that_a_network_may_be_code_and_how_to_look_at_a_recipe_without_running_it(raydfkd):
@@ -510,7 +614,7 @@ WRONG = {
     ),
     "generator that does not fit": (
         ["synthesis.generator.doublings=4"],
-        "synthesis.generator: doublings is 4, but image size 8 is not divisible by 16",
+        "synthesis.generator: doublings is 4, but image size 8 is not divisible by 16; use at most 3",
     ),
     "misspelled augmentation": (
         ["distill.augment=[jiter]"],
@@ -608,10 +712,6 @@ WRONG = {
     "file in the way of the run": (
         ["run_dir=file", "transfer_set.uri=elsewhere", "teacher.weights=random"],
         "run_dir is {folder}/file: cannot be written ({folder}/file is a file); give a URI this machine can write to",
-    ),
-    "device that is not there": (
-        ["runtime.device=cuda"],
-        "runtime.device is 'cuda', but this machine has no CUDA device; use auto or cpu",
     ),
     "unknown placeholder": (
         ["transfer_set.uri=${run_dri}/set"],
@@ -714,7 +814,7 @@ def test_transfer_set_of_another_recipe_is_refused_and_left_alone(finished, chan
 
 @pytest.mark.parametrize("overrides", [[], ["real_data=null", NO_TRAINING, "teacher.weights=random"]], ids=str)
 def test_run_of_which_every_unit_fails_ends_with_a_clear_message(raydfkd, overrides):
-    answer = raydfkd.run("synthesis.lr=1e30", *overrides)
+    answer = raydfkd.runner("synthesis.lr=1e30", *overrides)
     assert (answer.code, answer.out) == (1, "")
     for unit in UNITS:
         reason = "ObjectiveNotFiniteError: objective is nan at step 4 (total, cross_entropy, bn_moments)"
@@ -728,7 +828,7 @@ def test_run_of_which_every_unit_fails_ends_with_a_clear_message(raydfkd, overri
 
 
 def test_synthesis_of_which_every_unit_fails_ends_with_a_clear_message(raydfkd):
-    answer = raydfkd.run("synthesis.lr=1e30", command="synthesize")
+    answer = raydfkd.runner("synthesis.lr=1e30", command="synthesize")
     assert answer.code == 1
     assert (answer.json["images"], answer.json["units"]) == (0, "0/2")
     assert "0 of 2 units are done; the same command tries the others again" in answer.err
@@ -736,7 +836,7 @@ def test_synthesis_of_which_every_unit_fails_ends_with_a_clear_message(raydfkd):
 
 def test_unit_that_fails_is_set_aside_and_reported_and_the_same_command_tries_it_again(finished, raydfkd):
     with raising_at(UNITS[1], RuntimeError("no luck")):
-        answer = raydfkd.run()
+        answer = raydfkd.runner()
     assert answer.code == 1
     assert answer.json["units"] == {"planned": 2, "committed": 1, "attempted": 4, "quarantined": 1}
     assert answer.json["images"] == 20
@@ -744,7 +844,7 @@ def test_unit_that_fails_is_set_aside_and_reported_and_the_same_command_tries_it
     assert f"unit {UNITS[1]} failed 3 times (RuntimeError: no luck); set aside\n1 of 2 units are done" in answer.err
     assert "no luck" in (raydfkd.folder / "out/report.html").read_text()
 
-    again = raydfkd.run()
+    again = raydfkd.runner()
     assert again.code == 0
     assert again.json["units"] == {"planned": 2, "committed": 2, "attempted": 1, "quarantined": 0}
     assert again.json["content_digest"] == finished[1]["content_digest"]
@@ -762,7 +862,7 @@ def test_damage_that_the_training_finds_is_reported_and_the_same_command_makes_u
         part.write_bytes(part.read_bytes()[:-1])
 
     monkeypatch.setattr(TransferSet, "close", close_and_rot)
-    answer = raydfkd.run()
+    answer = raydfkd.runner()
     assert answer.code == 1
     assert answer.json["units"] == {"planned": 2, "committed": 1, "attempted": 2, "quarantined": 0}
     assert answer.err.endswith(
@@ -770,21 +870,21 @@ def test_damage_that_the_training_finds_is_reported_and_the_same_command_makes_u
         "1 of 2 units are done; the same command tries the others again\n"
     )
 
-    again = raydfkd.run()
+    again = raydfkd.runner()
     assert again.code == 0
     assert again.json["content_digest"] == finished[1]["content_digest"]
 
 
 def test_interrupted_run_says_how_to_go_on_and_goes_on(finished, raydfkd):
     with raising_at(UNITS[1], KeyboardInterrupt()):
-        answer = raydfkd.run()
+        answer = raydfkd.runner()
     assert (answer.code, answer.out) == (130, "")
     assert answer.err.splitlines()[-1] == (
         "interrupted; what was committed stays, and the same command goes on from there"
     )
     assert [path.stem for path in (raydfkd.folder / "out/transfer_set/commits").iterdir()] == [UNITS[0]]
 
-    again = raydfkd.run()
+    again = raydfkd.runner()
     assert again.code == 0
     assert again.json["units"] == {"planned": 2, "committed": 2, "attempted": 1, "quarantined": 0}
     assert again.json["content_digest"] == finished[1]["content_digest"]

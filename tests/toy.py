@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import io
 import itertools
 import pkgutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from raydfkd.config.families import REGISTRIES
@@ -21,15 +19,21 @@ from raydfkd.config.registry import Registry
 from raydfkd.config.schema import ImageSpace
 from raydfkd.data.batches import SyntheticBatch
 from raydfkd.data.shards import encode_rows, write_part
+from raydfkd.distillation.trainer import TrainingHooks
+from raydfkd.distillation.training import StudentTraining
 from raydfkd.errors import RecipeError
+from raydfkd.job import Job, SynthesisOutcome
 from raydfkd.losses.objective import View
 from raydfkd.networks.observed import Need, Observation, ObservedNetwork
 from raydfkd.networks.small import ConvNet
-from raydfkd.networks.weights import load_teacher, save_bytes
+from raydfkd.networks.teacher import open_teacher
+from raydfkd.networks.weights import save_bytes
 from raydfkd.report.metrics import MetricsLog
-from raydfkd.run.progress import Monitor
+from raydfkd.runner.events import Events, MetricsWriter
+from raydfkd.runner.local import LocalExecutor
 from raydfkd.synthesis.build import build_synthesizer
-from raydfkd.units import Request, WorkUnit
+from raydfkd.synthesis.worker import SynthesisWorker
+from raydfkd.units import Phase, Request, WorkUnit
 
 CLASSES = 4
 SPACE = ImageSpace(channels=1, size=8, mean=(0.4,), std=(0.3,))
@@ -178,7 +182,7 @@ def toy_recipe(folder: Path, overrides: Sequence[str] = (), *, synthesizer: str 
 
 def batches_of(recipe: Recipe, unit: WorkUnit | None = None, log: Any = lambda _: None) -> list[SyntheticBatch]:
     """What the recipe's synthesizer makes of ``unit``, the first one unless given."""
-    teacher, _ = load_teacher(recipe)
+    teacher = open_teacher(recipe).module
     synthesizer = build_synthesizer(recipe, teacher, torch.device("cpu"))
     return list(synthesizer.produce((unit or recipe.plan()[0]).request, log))
 
@@ -199,9 +203,35 @@ def assert_same_rows(one: SyntheticBatch, other: SyntheticBatch) -> None:
         torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0)
 
 
-def quiet_monitor(folder: Path) -> Monitor:
-    """A monitor that shows nothing and writes ``metrics.jsonl``."""
-    return Monitor(Console(file=io.StringIO()), MetricsLog(folder / "metrics.jsonl", fresh=False))
+def quiet_events(folder: Path) -> Events:
+    """Events that nobody sees and ``metrics.jsonl`` keeps."""
+    return Events(MetricsWriter(MetricsLog(folder / "metrics.jsonl", fresh=False)))
+
+
+def synthesize_here(job: Job, events: Events, phase: Phase | None = None) -> SynthesisOutcome:
+    """Make a job's images in this process."""
+    return LocalExecutor().synthesize(job, phase or job.phases[-1], open_teacher(job.recipe), events)
+
+
+def distill_here(job: Job, events: Events, phase: Phase | None = None) -> Mapping[str, Tensor]:
+    """Train a job's student in this process."""
+    return LocalExecutor().distill(job, phase or job.phases[-1], open_teacher(job.recipe), events)
+
+
+def run_here(job: Job, events: Events) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:
+    """Both, phase by phase."""
+    return LocalExecutor().run(job, open_teacher(job.recipe), events)
+
+
+def worker_of(job: Job, **arguments: Any) -> SynthesisWorker:
+    """A worker of a job in this process."""
+    return SynthesisWorker(job, open_teacher(job.recipe), device=torch.device("cpu"), **arguments)
+
+
+def training_of(job: Job, phase: Phase | None = None, **hooks: Any) -> StudentTraining:
+    """A job's student training in this process, with these hooks."""
+    given = TrainingHooks(**{"on_log": lambda _: None, **hooks})
+    return StudentTraining(job, open_teacher(job.recipe), phase or job.phases[-1], hooks=given)
 
 
 def shipped(registry: Registry[Any]) -> list[str]:

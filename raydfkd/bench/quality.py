@@ -6,17 +6,29 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shlex
 import statistics
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import fsspec
+
+from raydfkd.bench.engine import engine
 from raydfkd.config.load import load_recipe
 from raydfkd.config.recipe import Recipe
+from raydfkd.config.registry import import_callable
+from raydfkd.config.static_check import plugins_of
+from raydfkd.devices import device_name, pick_device
 from raydfkd.images.real_data import Split
+from raydfkd.networks.weights import weights_exist
 from raydfkd.store.store import Store
+
+_NOWHERE = "not-there"
+"""Run folder of a recipe while nothing is run: what is within is no part of a digest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,18 +44,31 @@ class Cell:
     """Real images that judge: validation while choosing, test once at the end."""
     overrides: tuple[str, ...] = ()
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A cell with its recipe as it was when the cell was looked at, and a digest of all that its figures depend on."""
+
+    cell: Cell
+    recipe: Recipe
+    """With the cell's seed, and a teacher that other cells share where the recipe trains one."""
+    digest: str
+    """Eight hexadecimal digits; the same for all seeds, budgets and splits of a recipe."""
+
     @property
-    def name(self) -> str:
-        """Names the result's file; other overrides, another file."""
-        changes = hashlib.sha256("\n".join(self.overrides).encode()).hexdigest()[:6] if self.overrides else "plain"
-        return f"{Path(self.recipe).stem}-{changes}-{self.budget_s:g}s-seed{self.seed}-{self.split}"
+    def file(self) -> str:
+        """Name of the result's file; other figures, another file."""
+        cell = self.cell
+        return f"{Path(cell.recipe).stem}-{self.digest}-{cell.budget_s:g}s-seed{cell.seed}-{cell.split}.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What came of a cell. Accuracies are shares of real images, seconds are device-seconds."""
+    """What came of a cell. Accuracies are shares of real images, seconds are device-seconds unless they say wall."""
 
     recipe: str
+    digest: str
+    """Of the resolved recipe, the code, the teacher and the device; see ``Plan``."""
     budget_s: float
     seed: int
     split: Split
@@ -53,9 +78,12 @@ class Result:
     """Share of real images that student and teacher put in the same class."""
     seconds: float
     synthesis_seconds: float
+    wall_seconds: float
+    """Real time; more than ``seconds`` where other processes had the CPU."""
     images: int
     student_steps: int
     device: str
+    versions: dict[str, str]
     command: str
     """Repeats this cell alone."""
 
@@ -69,69 +97,128 @@ def bench_quality(cells: Sequence[Cell], folder: Path, *, at_once: int = 1) -> I
         at_once: processes; more than one only where each has a core of its own.
     """
     store = Store(str(folder))
-    waiting = []
+    waiting, teaching = [], {}
     for cell in cells:
-        if store.exists(f"{cell.name}.json"):
-            yield Result(**json.loads(store.get(f"{cell.name}.json")))
+        unseeded = load_recipe(cell.recipe, list(cell.overrides), run_dir=_NOWHERE)
+        recipe = unseeded.model_copy(update={"seed": cell.seed})
+        if unseeded.teacher.train is not None:
+            weights = folder / "teachers" / _teacher_file(unseeded)
+            unseeded, recipe = (_with_weights(either, weights) for either in (unseeded, recipe))
+        plan = Plan(cell=cell, recipe=recipe, digest=digest_of(recipe))
+        if store.exists(plan.file):
+            yield Result(**json.loads(store.get(plan.file)))
         else:
-            waiting.append(cell)
+            waiting.append(plan)
+            teaching[unseeded.teacher.weights] = unseeded
     if not waiting:
         return
-    for recipe, overrides in dict.fromkeys((cell.recipe, cell.overrides) for cell in waiting):
-        _teach(load_recipe(recipe, list(overrides)), folder)
+    for unseeded in teaching.values():
+        _teach(unseeded, folder)
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes to come; in this one torch has its threads already
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(at_once, mp_context=context, max_tasks_per_child=1) as pool:
-        running = {pool.submit(measure, cell, folder): cell for cell in waiting}
+        running = {pool.submit(measure, plan): plan for plan in waiting}
         for done in as_completed(running):
             result = done.result()
-            store.put(f"{running[done].name}.json", json.dumps(asdict(result), indent=1).encode())
+            store.put(running[done].file, json.dumps(asdict(result), indent=1).encode())
             yield result
 
 
-def _with_shared_teacher(recipe: Recipe, folder: Path) -> Recipe:
-    """A recipe that trains its teacher shares it with all seeds and budgets, and with recipes that teach the same."""
-    if recipe.teacher.train is None:
-        return recipe
-    made_of = recipe.teacher.model_dump_json(exclude={"weights"}) + str(recipe.real_data)
-    name = f"{recipe.teacher.network}-{hashlib.sha256(made_of.encode()).hexdigest()[:8]}.safetensors"
-    teacher = recipe.teacher.model_copy(update={"weights": str(folder / "teachers" / name)})
-    return recipe.model_copy(update={"teacher": teacher})
+def digest_of(recipe: Recipe) -> str:
+    """Names what a cell's figures depend on beside its seed, budget and split.
+
+    That is the recipe with its overrides, the engine and torch, the device, the teacher, and the user's own modules
+    that the recipe names (not what those import). Where things are stored and who works on them is no part of it.
+    """
+    weights = recipe.teacher.weights
+    payload = {
+        "recipe": recipe.model_dump(
+            mode="json",
+            exclude={
+                "name": True,
+                "seed": True,
+                "run_dir": True,
+                "runtime": True,
+                "teacher": {"weights"},
+                "transfer_set": {"uri", "storage_options"},
+            },
+        ),
+        "engine": engine(),
+        "device": device_name(pick_device(recipe.runtime.device)),
+        "teacher": Path(weights).name if recipe.teacher.train is not None else _content(weights),
+        "own code": {name: _content(path) for name, path in _own_modules(recipe)},
+    }
+    return _short_digest(payload)
+
+
+def _teacher_file(recipe: Recipe) -> str:
+    """Names a shared teacher by all that its training depends on; all seeds and budgets of a recipe have the same."""
+    payload = {
+        "seed": recipe.seed,
+        "teacher": recipe.teacher.model_dump(mode="json", exclude={"weights"}),
+        "real_data": None if recipe.real_data is None else recipe.real_data.model_dump(mode="json"),
+        "engine": engine(),
+    }
+    return f"{recipe.teacher.network.rpartition(':')[2]}-{_short_digest(payload)}.safetensors"
+
+
+def _short_digest(payload: object) -> str:
+    return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _content(uri: str) -> str:
+    """SHA-256 of a file, or of nothing where there is none: whoever needs it will say so."""
+    if not weights_exist(uri, where="teacher.weights") or uri == "random":
+        return uri
+    with fsspec.open(uri, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def _own_modules(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Name and file of each module that is named in the recipe as module:Class."""
+    for chosen in plugins_of(recipe):
+        name, colon, _ = chosen.name.partition(":")
+        if colon:
+            import_callable(chosen.name, where=chosen.where)
+            file = sys.modules[name].__file__
+            if file is not None:
+                yield name, file
+
+
+def _with_weights(recipe: Recipe, weights: Path) -> Recipe:
+    return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"weights": str(weights)})})
 
 
 def _teach(recipe: Recipe, folder: Path) -> None:
     from rich.console import Console
 
-    from raydfkd.run.run import monitored
-    from raydfkd.run.teach import ensure_teacher
+    from raydfkd.runner.run import listening
+    from raydfkd.runner.teach import teach
 
-    if recipe.teacher.train is None:
+    if recipe.teacher.train is None or weights_exist(recipe.teacher.weights, where="teacher.weights"):
         return
-    recipe = _with_shared_teacher(recipe, folder).model_copy(update={"run_dir": str(folder / "teachers")})
-    with monitored(recipe, Console(stderr=True)) as monitor:
-        ensure_teacher(recipe, monitor)
+    recipe = recipe.model_copy(update={"run_dir": str(folder / "teachers")})
+    with listening(recipe, Console(stderr=True)) as events:
+        teach(recipe, events)
 
 
-def measure(cell: Cell, folder: Path) -> Result:
+def measure(plan: Plan) -> Result:
     """Run one cell in this process; what it synthesizes is thrown away."""
-    from rich.console import Console
+    from raydfkd.runner.budget import run_within
+    from raydfkd.runner.check import check
+    from raydfkd.runner.run import evaluate
 
-    from raydfkd.devices import device_name, pick_device
-    from raydfkd.run.budget import run_within
-    from raydfkd.run.check import check
-    from raydfkd.run.judge import evaluate
-    from raydfkd.run.run import monitored
-
+    cell = plan.cell
     with tempfile.TemporaryDirectory() as scratch:
-        recipe = load_recipe(cell.recipe, [*cell.overrides, f"seed={cell.seed}"], run_dir=scratch)
-        recipe = _with_shared_teacher(recipe, folder)
-        data = check(recipe)
-        with monitored(recipe, Console(quiet=True)) as monitor:
-            outcome = run_within(recipe, cell.budget_s, monitor=monitor)
-        judged = evaluate(outcome.recipe, str(outcome.student), data, split=cell.split)
-    sets = "".join(f" --set {override}" for override in cell.overrides)
+        transfer_set = plan.recipe.transfer_set.model_copy(update={"uri": f"{scratch}/transfer_set"})
+        recipe = plan.recipe.model_copy(update={"run_dir": scratch, "transfer_set": transfer_set})
+        check(recipe)
+        outcome = run_within(recipe, cell.budget_s)
+        judged = evaluate(outcome.recipe, outcome.student, split=cell.split)
+    sets = "".join(f" --set {shlex.quote(override)}" for override in cell.overrides)
     return Result(
         recipe=cell.recipe,
+        digest=plan.digest,
         budget_s=cell.budget_s,
         seed=cell.seed,
         split=cell.split,
@@ -140,30 +227,46 @@ def measure(cell: Cell, folder: Path) -> Result:
         agreement=judged["agreement"],
         seconds=round(outcome.seconds, 1),
         synthesis_seconds=round(outcome.synthesis_seconds, 1),
+        wall_seconds=round(outcome.wall_seconds, 1),
         images=outcome.images,
         student_steps=outcome.student_steps,
         device=device_name(pick_device(recipe.runtime.device)),
+        versions=engine(),
         command=f"raydfkd bench quality {cell.recipe} --budget {cell.budget_s:g} --seed {cell.seed} "
         f"--split {cell.split}{sets}",
     )
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """A row a recipe, a column a budget: mean student top-1 in per cent, and over several seeds the range."""
+    """Two rows a recipe, a column a budget: student top-1 in per cent, then what the budget bought.
+
+    Means over the seeds, and the range in brackets where they differ.
+    """
     budgets = sorted({result.budget_s for result in results})
     lines = [
-        "| recipe | teacher | " + " | ".join(f"{budget:g} s" for budget in budgets) + " |",
+        "| recipe (digest) | teacher | " + " | ".join(f"{budget:g} s" for budget in budgets) + " |",
         "|---|---|" + "---|" * len(budgets),
     ]
-    for recipe in dict.fromkeys(result.recipe for result in results):
-        rows = [result for result in results if result.recipe == recipe]
-        cells = [_cell([100 * row.student_top1 for row in rows if row.budget_s == budget]) for budget in budgets]
-        lines.append(f"| {Path(recipe).stem} | {100 * rows[0].teacher_top1:.1f} | " + " | ".join(cells) + " |")
+    for recipe, digest in dict.fromkeys((result.recipe, result.digest) for result in results):
+        rows = [result for result in results if (result.recipe, result.digest) == (recipe, digest)]
+        columns = [[row for row in rows if row.budget_s == budget] for budget in budgets]
+        top1 = [_spread([100 * row.student_top1 for row in column], ".1f") for column in columns]
+        lines.append(f"| {Path(recipe).stem} ({digest}) | {100 * rows[0].teacher_top1:.1f} | {' | '.join(top1)} |")
+        lines.append(f"| images, steps, wall s | | {' | '.join(map(_bought, columns))} |")
     return "\n".join(lines)
 
 
-def _cell(top1: Sequence[float]) -> str:
-    if not top1:
+def _bought(column: Sequence[Result]) -> str:
+    spreads = [
+        _spread([row.images for row in column], ",.0f"),
+        _spread([row.student_steps for row in column], ",.0f"),
+        _spread([row.wall_seconds for row in column], ",.0f"),
+    ]
+    return "; ".join(spreads) if column else "-"
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    if not values:
         return "-"
-    mean = f"{statistics.mean(top1):.1f}"
-    return mean if len(top1) == 1 else f"{mean} ({min(top1):.1f}-{max(top1):.1f})"
+    mean, low, high = (format(value, form) for value in (statistics.mean(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low}-{high})"

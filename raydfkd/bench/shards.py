@@ -13,10 +13,10 @@ import torch
 
 from raydfkd.bench.feeders import FEEDERS, ROW_GROUP, Feeder, raw_table
 from raydfkd.bench.table import Row, alternate
-from raydfkd.config.schema import SourceSpec
 from raydfkd.data.batches import SyntheticBatch
 from raydfkd.data.commits import Commit
-from raydfkd.data.sources import TransferSetSource
+from raydfkd.data.set_source import GrowingSource
+from raydfkd.data.sources import Feed
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.devices import cpu_threads, device_name, keep_freed_memory
 from raydfkd.units import Request, WorkUnit
@@ -66,7 +66,7 @@ def write_unit(transfer_set: TransferSet, unit: str, batches: list[SyntheticBatc
     sink = transfer_set.open(WorkUnit(id=unit, request=request))
     for batch in batches:
         sink.write(batch)
-    return sink.commit(seconds=0.0, curve=[])
+    return sink.commit(seconds=0.0)
 
 
 def _bench_parts(
@@ -88,8 +88,8 @@ def _bench_parts(
             os.fsync(file.fileno())
         return count
 
-    speed, _, ratio = alternate(write, write_raw, rounds=rounds)
-    yield Row(case=f"write {size} px", device=device, rows_per_s=round(speed), ratio_raw=round(ratio, 3))
+    speed, ratio = alternate(write, write_raw, rounds=rounds)
+    yield Row(case=f"write {size} px", device=device, rows_per_s=round(speed), ratio_raw=ratio)
 
     def read() -> int:
         return sum(int(transfer_set.read(part).images.clone().shape[0]) for part in commit.parts)
@@ -101,12 +101,12 @@ def _bench_parts(
             rows += torch.from_numpy(pixels.reshape(-1, *batch.images.shape[1:]).copy()).shape[0]
         return rows
 
-    speed, _, ratio = alternate(read, read_raw, rounds=rounds)
+    speed, ratio = alternate(read, read_raw, rounds=rounds)
     yield Row(
         case=f"read {size} px",
         device=device,
         rows_per_s=round(speed),
-        ratio_raw=round(ratio, 3),
+        ratio_raw=ratio,
         note="checksum included; raw pyarrow makes none",
     )
 
@@ -118,9 +118,8 @@ def _bench_feeding(
     batch_size, pin_memory = BATCH[size], torch.cuda.is_available()
 
     def feed() -> int:
-        source = TransferSetSource(
-            transfer_set,
-            SourceSpec(),
+        feed = Feed(
+            transfer_set=transfer_set,
             units=["fed"],
             planned_images=count,
             steps=count // batch_size,
@@ -128,7 +127,7 @@ def _bench_feeding(
             seed=0,
             pin_memory=pin_memory,
         )
-        rows, batches = 0, iter(source)
+        rows, batches = 0, iter(GrowingSource(feed))
         while rows < count:
             rows += len(next(batches).images)
         return rows
@@ -142,5 +141,5 @@ def _bench_feeding(
         except ImportError as error:
             yield Row(case=case, device=device, note=f"skipped: {error.name} is missing; pip install 'raydfkd[bench]'")
             continue
-        speed, _, ratio = alternate(feed, other, rounds=rounds)
-        yield Row(case=case, device=device, rows_per_s=round(speed), ratio_raw=round(ratio, 3))
+        speed, ratio = alternate(feed, other, rounds=rounds)
+        yield Row(case=case, device=device, rows_per_s=round(speed), ratio_raw=ratio)

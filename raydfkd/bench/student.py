@@ -6,7 +6,7 @@ import itertools
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -14,11 +14,12 @@ from torch import nn
 from raydfkd.bench.ceilings import synchronize
 from raydfkd.bench.shards import CLASSES, random_batch, write_unit
 from raydfkd.bench.table import Row, alternate
-from raydfkd.config.schema import DistillSpec, ImageSpace, SourceSpec, StudentSpec, TeacherSpec
-from raydfkd.data.sources import BatchSource, StudentBatch, TransferSetSource
+from raydfkd.config.schema import DistillSpec, ImageSpace, StudentSpec, TeacherSpec
+from raydfkd.data.set_source import GrowingSource
+from raydfkd.data.sources import BatchSource, Feed, StudentBatch
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.devices import cpu_threads, device_name, keep_freed_memory, pick_device
-from raydfkd.distill.trainer import StudentTrainer
+from raydfkd.distillation.trainer import StepHooks, StudentTrainer
 from raydfkd.images.pixels import PixelRange
 from raydfkd.networks.build import build_network
 from raydfkd.networks.observed import ObservedNetwork
@@ -51,6 +52,8 @@ CUDA_CASES = (
 class MemorySource:
     """The same batches over and over; what feeding costs least."""
 
+    is_live: ClassVar[bool] = False
+
     def __init__(self, batches: list[StudentBatch]) -> None:
         self._batches = batches
 
@@ -63,7 +66,13 @@ class MemorySource:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Begin anew."""
+        """Begin again."""
+
+    def start_over(self) -> None:
+        """Begin again."""
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
 
 
 def bench_student(*, rounds: int = 5, device: str = "auto") -> Iterator[Row]:
@@ -86,9 +95,8 @@ def _bench_case(case: StudentCase, device: torch.device, rounds: int) -> Row:
         transfer_set.create()
         write_unit(transfer_set, "u0", [random_batch(case.rows, case.size)])
         steps = case.rows // case.batch_size
-        stored = TransferSetSource(
-            transfer_set,
-            SourceSpec(),
+        feed = Feed(
+            transfer_set=transfer_set,
             units=["u0"],
             planned_images=case.rows,
             steps=steps,
@@ -96,6 +104,7 @@ def _bench_case(case: StudentCase, device: torch.device, rounds: int) -> Row:
             seed=0,
             pin_memory=device.type == "cuda",
         )
+        stored = GrowingSource(feed)
         memory = MemorySource(list(itertools.islice(stored, steps)))
         trainers = [_trainer(case, device) for _ in range(2)]
 
@@ -104,14 +113,12 @@ def _bench_case(case: StudentCase, device: torch.device, rounds: int) -> Row:
             synchronize(device)
             return case.rows
 
-        speed, _, ratio = alternate(
-            lambda: train(trainers[0], stored), lambda: train(trainers[1], memory), rounds=rounds
-        )
+        speed, ratio = alternate(lambda: train(trainers[0], stored), lambda: train(trainers[1], memory), rounds=rounds)
     return Row(
         case=f"student {case.network} {case.size} px batch {case.batch_size}",
         device=device_name(device),
         rows_per_s=round(speed),
-        ratio_raw=round(ratio, 3),
+        ratio_raw=ratio,
         note="raw is the same batches from memory",
     )
 
@@ -137,6 +144,5 @@ def _trainer(case: StudentCase, device: torch.device) -> StudentTrainer:
         pixels=PixelRange(space, device),
         device=device,
         seed=0,
-        on_log=lambda _: None,
-        on_checkpoint=lambda _: None,
+        hooks=StepHooks(on_log=lambda _: None),
     )

@@ -27,5 +27,11 @@ def print_summary(console: Console, report: Mapping[str, Any], /, **places: obje
     from raydfkd.report.page import summary_table
 
     console.print(summary_table(report))
+    if report["student"]["top1"] is None:
+        console.print(
+            "what the student does on real images nobody has measured: give real_data to judge it", soft_wrap=True
+        )
+    for warning in report["warnings"]:
+        console.print(f"warning   {warning}", highlight=False, soft_wrap=True, markup=False)
     for name, place in places.items():
         console.print(f"{name:9} {place}", highlight=False, soft_wrap=True)

@@ -1,65 +1,105 @@
-"""Recipes as YAML: packaged ones and files, what they extend, overrides and ${variables}."""
+"""Recipes as YAML: packaged ones and files, what they extend, overrides, ${variables} and ``~``."""
 
 from __future__ import annotations
 
-import importlib.resources
 import json
+import os
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from raydfkd.config.recipe import Recipe
-from raydfkd.config.registry import explain
+from raydfkd.config.describe import model_in
+from raydfkd.config.recipe import SECRET, Recipe
+from raydfkd.config.registry import explain, keys_of
 from raydfkd.config.schema import TeacherSpec, TransferSetSpec
 from raydfkd.errors import RecipeError, did_you_mean
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+"""Recipes that come with raydfkd; in ``jobs`` those that also say where they run."""
 
 
 def packaged_recipes() -> list[str]:
     """Names of the recipes that come with raydfkd."""
-    folder = importlib.resources.files("raydfkd") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_recipe(source: str | Path, overrides: tuple[str, ...] | list[str] = (), run_dir: str | None = None) -> Recipe:
+def packaged_jobs() -> list[str]:
+    """Names of the jobs that come with raydfkd: recipes that also say on what they run, the files of ``jobs/``."""
+    return sorted(path.stem for path in (RECIPES / "jobs").glob("*.yaml"))
+
+
+def packaged_path(name: str) -> Path | None:
+    """The file of a packaged recipe or job; None where there is none of that name."""
+    paths = (RECIPES / f"{name}.yaml", RECIPES / "jobs" / f"{name}.yaml")
+    return next((path for path in paths if re.fullmatch(r"[\w.-]+", name) and path.is_file()), None)
+
+
+def load_recipe(
+    source: str | Path, overrides: Sequence[str] | Mapping[str, Any] = (), run_dir: str | Path | None = None
+) -> Recipe:
     """Read a recipe from a file or by the name of a packaged one.
 
     A recipe may start from another: ``recipe: NAME`` takes everything from that one and replaces what is given.
-    ``overrides`` are ``a.b.c=value`` with YAML values; an entry of a list is addressed by its name or position.
+    ``overrides`` are ``a.b.c=value`` with YAML values, or a mapping of ``a.b.c`` to plain data; an entry of a list is
+    addressed by its name or position. Paths that begin with ``~`` are expanded here, once.
 
     Raises:
-        RecipeError: with the key, its value and what would be right.
+        RecipeError: with the key, its value and what would be right, a line for each mistake.
     """
-    data = _read(str(source), seen=())
-    for override in overrides:
-        _override(data, override)
+    data = _read(_locate(str(source)), str(source), seen=())
+    for path, value, said in _changes(overrides):
+        _override(data, path, value, said)
     if run_dir is not None:
-        data["run_dir"] = run_dir
+        data["run_dir"] = str(run_dir)
     _expand(data)
     try:
-        return Recipe.model_validate_json(json.dumps(data))
+        recipe = Recipe.model_validate_json(json.dumps(data))
     except TypeError as error:
         raise RecipeError(f"{source} has a value that is not plain data: {error}") from None
     except ValidationError as error:
-        raise RecipeError(explain(error, "", Recipe)) from None
+        raise RecipeError(*explain(error, "", Recipe, elsewhere=[*keys_of(Recipe), *_written(data)])) from None
+    for key, value in recipe.transfer_set.storage_options.items():
+        if value == SECRET:
+            raise RecipeError(
+                f"transfer_set.storage_options.{key} is {SECRET!r}, because a saved recipe has no secrets; "
+                f"give it again, as with --set transfer_set.storage_options.{key}=..."
+            )
+    return recipe
 
 
-def _read(source: str, seen: tuple[str, ...]) -> dict[str, Any]:
+def expand_home(path: str) -> str:
+    """The path with ``~/`` and ``~user/`` replaced by the folder that they stand for; other text as it is."""
+    scheme = re.match(r"(?:file|local)://(?=~)", path)
+    rest = path.removeprefix(scheme[0] if scheme else "")
+    if rest != "~" and not re.match(r"~[\w.-]*/", rest):
+        return path
+    return (scheme[0] if scheme else "") + os.path.expanduser(rest)
+
+
+def _locate(source: str) -> Path:
+    path = Path(expand_home(source))
+    if path.is_file():
+        return path
+    packaged = packaged_path(source)
+    if packaged is not None:
+        return packaged
+    names = [*packaged_recipes(), *packaged_jobs()]
+    if path.suffix in (".yaml", ".yml") or "/" in source:
+        if path.stem in names:
+            raise RecipeError(f"{source}: no such file; `{path.stem}` alone is the one that comes with raydfkd")
+        raise RecipeError(f"{source}: no such file; give a recipe file or one of: {', '.join(names)}")
+    raise RecipeError(f"{source}: no such recipe; {did_you_mean(source, names)}")
+
+
+def _read(path: Path, source: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if source in seen:
         raise RecipeError(f"recipe: {' -> '.join((*seen, source))} goes in a circle; name another base")
-    path = Path(source)
-    if path.is_file():
-        text = _text(path)
-    elif source in packaged_recipes():
-        text = (importlib.resources.files("raydfkd") / "recipes" / f"{source}.yaml").read_text()
-    elif path.suffix in (".yaml", ".yml") or "/" in source:
-        raise RecipeError(f"{source}: no such file; give a recipe file or one of: {', '.join(packaged_recipes())}")
-    else:
-        raise RecipeError(f"{source}: no such recipe; {did_you_mean(source, packaged_recipes())}")
     try:
-        data = yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
+        data = yaml.load(_text(path), _Loader)  # noqa: S506 - _Loader is a SafeLoader
     except yaml.YAMLError as error:
         raise RecipeError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
@@ -67,8 +107,11 @@ def _read(source: str, seen: tuple[str, ...]) -> dict[str, Any]:
     base = data.pop("recipe", None)
     if base is None:
         return data
-    beside = path.parent / str(base)
-    return _merge(_read(str(beside if beside.is_file() else base), (*seen, source)), data)
+    beside = path.parent / expand_home(str(base))
+    packaged = packaged_path(str(base)) if RECIPES in path.parents else None
+    if beside.is_file():
+        return _merge(_read(beside, str(beside), (*seen, source)), data)
+    return _merge(_read(packaged or _locate(str(base)), str(base), (*seen, source)), data)
 
 
 def _text(path: Path) -> str:
@@ -91,42 +134,102 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     if base.get("network") != changes.get("network", base.get("network")):
         merged.pop("options", None)
     for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        before = merged.get(key)
+        if isinstance(value, dict) and isinstance(before, str) and not value.keys() & {"kind", "term"}:
+            before = {"kind": before}
+        merged[key] = _merge(before, value) if isinstance(value, dict) and isinstance(before, dict) else value
     return merged
 
 
-def _override(data: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise RecipeError(f"--set {override}: write it as key=value, such as seed=1")
-    try:
-        value = yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except yaml.YAMLError:
-        raise RecipeError(f"--set {override}: {text!r} is not a YAML value; quote it") from None
+def _changes(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """Key, value and how both were given, for messages."""
+    if isinstance(overrides, Mapping):
+        for path, value in overrides.items():
+            yield path, _plain(value), f"override {path}"
+        return
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise RecipeError(f"--set {override}: write it as key=value, such as seed=1")
+        try:
+            value = yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
+        except yaml.YAMLError:
+            raise RecipeError(f"--set {override}: {text!r} is not a YAML value; quote it") from None
+        yield path, value, f"--set {override}"
+
+
+def _plain(value: Any) -> Any:
+    """Data as YAML would give it, of a fresh mapping and list each, so that no caller's is changed."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _override(data: dict[str, Any], path: str, value: Any, said: str) -> None:
+    """Put ``value`` at ``path``; sections on the way that are not written begin with their defaults."""
     place: Any = data
+    model: type[BaseModel] | None = Recipe
     parts = path.split(".")
     for depth, part in enumerate(parts):
-        key: Any = part
+        where = ".".join(parts[:depth])
         if isinstance(place, list):
-            names = [_entry_name(entry, index) for index, entry in enumerate(place)]
-            if part.isdigit() and int(part) < len(place):
-                key = int(part)
-            elif part in names:
-                key = names.index(part)
-            else:
-                where = ".".join(parts[:depth])
-                raise RecipeError(f"--set {override}: {where} has no entry {part!r}; {did_you_mean(part, names)}")
-            if isinstance(place[key], str) and depth < len(parts) - 1:
-                place[key] = {"term" if "objective" in parts[:depth] else "kind": place[key]}
-        elif not isinstance(place, dict):
-            raise RecipeError(f"--set {override}: {'.'.join(parts[:depth])} is {place!r}, which has no keys inside")
+            key: Any = _position(place, part, where, said)
+        elif isinstance(place, dict):
+            key = part
+        else:
+            raise RecipeError(f"{said}: {where} is {place!r}, which has no keys inside")
         if depth == len(parts) - 1:
             place[key] = value
-        elif isinstance(place, dict):
-            place = place.setdefault(key, {})
-        else:
-            place = place[key]
+            return
+        may_be_bare = isinstance(place, list)
+        if isinstance(place, dict):
+            may_be_bare = model is not None and _may_be_bare_name(model, part)
+            place.setdefault(key, {} if model is None else _default_at(model, part))
+            model = None if model is None else _model_at(model, part)
+        if place[key] is None:
+            place[key] = {}
+        elif isinstance(place[key], str) and may_be_bare:
+            place[key] = {"term" if "objective" in parts[:depth] else "kind": place[key]}
+        place = place[key]
+
+
+def _position(entries: list[Any], part: str, where: str, said: str) -> int:
+    names = [_entry_name(entry, index) for index, entry in enumerate(entries)]
+    if part.isdigit() and int(part) < len(entries):
+        return int(part)
+    if part not in names:
+        raise RecipeError(f"{said}: {where} has no entry {part!r}; {did_you_mean(part, names)}")
+    return names.index(part)
+
+
+def _model_at(model: type[BaseModel], key: str) -> type[BaseModel] | None:
+    return model_in(model.model_fields[key].annotation) if key in model.model_fields else None
+
+
+def _may_be_bare_name(model: type[BaseModel], key: str) -> bool:
+    """Whether a plug-in may stand at ``key`` as a bare name: also where ``key`` is an option of another plug-in."""
+    if key not in model.model_fields:
+        return model.model_config.get("extra") == "allow"
+    inner = _model_at(model, key)
+    return inner is not None and "kind" in inner.model_fields
+
+
+def _default_at(model: type[BaseModel], key: str) -> Any:
+    """What stands at ``key`` unless it is written."""
+    field = model.model_fields.get(key)
+    return {} if field is None or field.is_required() else _plain(field.default)
+
+
+def _written(data: Mapping[str, Any], where: str = "") -> Iterator[str]:
+    """Dotted keys of everything that is written."""
+    for key, value in data.items():
+        yield f"{where}{key}"
+        if isinstance(value, dict):
+            yield from _written(value, f"{where}{key}.")
 
 
 def _entry_name(entry: Any, index: int) -> str:
@@ -136,10 +239,8 @@ def _entry_name(entry: Any, index: int) -> str:
 
 
 def _expand(data: dict[str, Any]) -> None:
-    """Put the run's name and folder where ``${name}`` and ``${run_dir}`` stand."""
+    """Put the run's name and folder where ``${name}`` and ``${run_dir}`` stand, and folders where ``~`` does."""
     values = {"name": str(data.get("name", ""))}
-    run_dir = data.get("run_dir", Recipe.model_fields["run_dir"].default)
-    values["run_dir"] = str(run_dir).replace("${name}", values["name"]).rstrip("/")
 
     def expand(value: Any, where: str) -> Any:
         if isinstance(value, dict):
@@ -152,9 +253,20 @@ def _expand(data: dict[str, Any]) -> None:
             if name not in values:
                 raise RecipeError(f"{where} is {value!r}: unknown placeholder; {did_you_mean(name, values)}")
             value = value.replace(f"${{{name}}}", values[name])
-        return value
+        return expanded(value, where)
 
-    data["run_dir"] = values["run_dir"]
+    def expanded(value: str, where: str) -> str:
+        path = expand_home(value)
+        if path.startswith("~") and where in ("run_dir", "teacher.weights", "transfer_set.uri"):
+            raise RecipeError(
+                f"{where} is {value!r}: there is no such home folder; write ~/ for yours, or ./~ for a name"
+            )
+        return path
+
+    run_dir = data.setdefault("run_dir", Recipe.model_fields["run_dir"].default)
+    if isinstance(run_dir, str):
+        data["run_dir"] = expanded(run_dir.replace("${name}", values["name"]), "run_dir").rstrip("/")
+    values["run_dir"] = str(data["run_dir"])
     for section, key in (("teacher", "weights"), ("transfer_set", "uri")):
         model = TeacherSpec if section == "teacher" else TransferSetSpec
         if isinstance(data.get(section), dict):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from pydantic import model_validator
 
 from raydfkd.config.schema import (
@@ -23,7 +24,10 @@ from raydfkd.config.schema import (
     Text,
     TransferSetSpec,
 )
-from raydfkd.units import WorkUnit, plan_units
+from raydfkd.errors import RecipeError
+from raydfkd.units import Phase, WorkUnit, plan_phases, plan_units
+
+SECRET = "***"  # noqa: S105 - what is shown instead
 
 
 class Recipe(Spec):
@@ -47,7 +51,7 @@ class Recipe(Spec):
     """Rounds of synthesis and training one after the other: from the second on, images are made against the student
     that the rounds before have trained."""
     transfer_set: TransferSetSpec
-    """Where they go and how many."""
+    """Where the images go, and how many of them."""
     distill: DistillSpec
     """How the student is trained."""
     runtime: RuntimeSpec = RuntimeSpec()
@@ -57,45 +61,55 @@ class Recipe(Spec):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
+        mistakes = [*self._mistakes_in_names(), *self._mistakes_in_images(), *self._mistakes_in_numbers()]
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
+        return self
+
+    def _mistakes_in_names(self) -> Iterator[str]:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
-            raise ValueError(f"name is {self.name!r}; use letters, digits, dash, dot and underscore")
+            yield f"name is {self.name!r}; use letters, digits, dash, dot and underscore"
         if "://" in self.run_dir:
-            raise ValueError(f"run_dir is {self.run_dir!r}; it must be a folder, only transfer_set.uri may be a URL")
+            yield f"run_dir is {self.run_dir!r}; it must be a folder, only transfer_set.uri may be a URL"
         if self.teacher.train is not None and self.real_data is None:
-            raise ValueError("teacher.train needs real_data; say which, or drop train and give weights")
-        if self.distill.batch_size < self.runtime.student_workers.max:
-            raise ValueError(
-                f"distill.batch_size is {self.distill.batch_size}, but runtime.student_workers.max is "
-                f"{self.runtime.student_workers.max}; give each worker an image a step"
-            )
+            yield "teacher.train needs real_data; say which, or drop train and give weights"
+
+    def _mistakes_in_images(self) -> Iterator[str]:
         encoding = self.transfer_set.encoding.kind
         if encoding != "raw" and self.teacher.image_space.channels not in (1, 3):
-            raise ValueError(
+            yield (
                 f"transfer_set.encoding is {encoding}, but images have {self.teacher.image_space.channels} channels; "
                 "use raw, which takes any number"
             )
         if encoding == "jpeg" and self.distill.teacher_logits == "stored":
-            raise ValueError(
+            yield (
                 'distill.teacher_logits is "stored", but transfer_set.encoding jpeg changes the pixels that those '
                 'logits belong to; use "live", or raw or png'
             )
-        for label in self.classes:
-            if not 0 <= label < self.teacher.classes or self.classes.count(label) > 1:
-                raise ValueError(
-                    f"transfer_set.classes has {label}, which is twice there or not a class of the teacher; "
-                    f"use each of 0 to {self.teacher.classes - 1} at most once"
-                )
+
+    def _mistakes_in_numbers(self) -> Iterator[str]:
+        if self.distill.batch_size < self.runtime.student_workers.max:
+            yield (
+                f"distill.batch_size is {self.distill.batch_size}, but runtime.student_workers.max is "
+                f"{self.runtime.student_workers.max}; give each worker an image a step"
+            )
+        counts = Counter(self.classes)
+        odd = next((label for label in counts if not 0 <= label < self.teacher.classes or counts[label] > 1), None)
+        if odd is not None:
+            yield (
+                f"transfer_set.classes has {odd}, which is twice there or not a class of the teacher; "
+                f"use each of 0 to {self.teacher.classes - 1} at most once"
+            )
         if self.repeats % self.rounds or self.distill.steps < self.rounds:
-            raise ValueError(
+            yield (
                 f"rounds is {self.rounds}, but there are {self.repeats} units of images of each class and "
                 f"{self.distill.steps} steps of the student to share out; use a divisor of {self.repeats}"
             )
         if self.transfer_set.unit.classes > len(self.classes):
-            raise ValueError(
+            yield (
                 f"transfer_set.unit.classes is {self.transfer_set.unit.classes}, but there are only "
                 f"{len(self.classes)} classes; use at most that"
             )
-        return self
 
     @property
     def classes(self) -> tuple[int, ...]:
@@ -104,17 +118,33 @@ class Recipe(Spec):
         return tuple(range(self.teacher.classes)) if chosen == "all" else chosen
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """What the teacher's classes are called: as the recipe or the file that it names says, else their numbers.
+
+        Raises:
+            RecipeError: the file cannot be read, or has another number of names.
+        """
+        names, classes = self.teacher.class_names, self.teacher.classes
+        if names is None:
+            return tuple(str(label) for label in range(classes))
+        if isinstance(names, tuple):
+            return names
+        try:
+            lines = tuple(line.strip() for line in Path(names).read_text(encoding="utf-8").splitlines() if line.strip())
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise RecipeError(f"teacher.class_names is {names!r}, which cannot be read: {reason}") from None
+        if len(lines) != classes:
+            raise RecipeError(
+                f"teacher.class_names is {names!r}, which has {len(lines)} names, but teacher.classes is {classes}; "
+                "give a name a line"
+            )
+        return lines
+
+    @property
     def repeats(self) -> int:
         """Units that each class is in."""
         return self.transfer_set.images_per_class // self.transfer_set.unit.images_per_class
-
-    def round_of(self, unit: WorkUnit) -> int:
-        """The round that makes ``unit``, from 0; each round makes whole repeats, so that it covers all classes."""
-        return unit.repeat * self.rounds // self.repeats
-
-    def steps_until(self, number: int) -> int:
-        """Student steps until the end of round ``number``; also the version of the student that it trains."""
-        return self.distill.steps * (number + 1) // self.rounds
 
     def plan(self) -> tuple[WorkUnit, ...]:
         """The units of work of this recipe, in order."""
@@ -126,8 +156,12 @@ class Recipe(Spec):
             images_per_class_per_unit=self.transfer_set.unit.images_per_class,
         )
 
-    def digest(self, weights_sha256: str, *, is_against_student: bool = False) -> str:
-        """SHA-256 of what affects a unit's pixels: seed, teacher and its weights, synthesis, size of a unit.
+    def phases(self) -> tuple[Phase, ...]:
+        """Synthesis and training in the order in which they happen."""
+        return plan_phases(self.plan(), repeats=self.repeats, rounds=self.rounds, steps=self.distill.steps)
+
+    def made_of(self, weights_sha256: str, *, is_against_student: bool = False) -> dict[str, Any]:
+        """What affects a unit's pixels, as plain data: seed, teacher and its weights, synthesis, size of a unit.
 
         Not the number of images: a longer plan begins with the units of a shorter one, so a set can be extended. One
         whose images are made against the student cannot, because its training depends on all of them; there the
@@ -148,11 +182,30 @@ class Recipe(Spec):
                 "images_per_class": self.transfer_set.images_per_class,
                 "rounds": self.rounds,
             }
-        return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+        return payload
+
+    def trained_by(self) -> dict[str, Any]:
+        """What a student's training depends on beside its images, as plain data.
+
+        Not how often it is logged, saved or published, nor how many rows are shuffled together or threads compute:
+        changing those goes on with the training that is there.
+        """
+        how_only = {"log_every", "checkpoint_every", "publish_every", "threads"}
+        distill = self.distill.model_dump(mode="json", exclude=how_only)
+        distill["source"].pop("window_rows", None)
+        return {
+            "classes": list(self.classes),
+            "images_per_class": self.transfer_set.images_per_class,
+            "encoding": self.transfer_set.encoding.model_dump(mode="json"),
+            "student": self.student.model_dump(mode="json"),
+            "distill": distill,
+        }
 
     def located(self) -> Recipe:
         """The same recipe with absolute local paths, for processes that stand in another folder."""
-        teacher = self.teacher.model_copy(update={"weights": _located(self.teacher.weights)})
+        names = self.teacher.class_names
+        moved = {"class_names": _located(names)} if isinstance(names, str) else {}
+        teacher = self.teacher.model_copy(update={"weights": _located(self.teacher.weights), **moved})
         transfer_set = self.transfer_set.model_copy(update={"uri": _located(self.transfer_set.uri)})
         changes = {"teacher": teacher, "transfer_set": transfer_set, "run_dir": _located(self.run_dir)}
         return self.model_copy(update=changes)
@@ -160,8 +213,12 @@ class Recipe(Spec):
     def shown(self) -> dict[str, Any]:
         """The recipe as plain data without secrets, for reports and logs."""
         data = self.model_dump(mode="json")
-        data["transfer_set"]["storage_options"] = dict.fromkeys(self.transfer_set.storage_options, "***")
+        data["transfer_set"]["storage_options"] = dict.fromkeys(self.transfer_set.storage_options, SECRET)
         return data
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as a file that `load_recipe` reads; without secrets."""
+        return yaml.safe_dump(self.shown(), sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
 
 
 def _located(path: str) -> str:

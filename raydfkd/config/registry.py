@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, get_args
+from typing import Any, Generic, TypeVar, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic_core import ErrorDetails
 
+from raydfkd.config.describe import OptionDoc, annotation_of, describe_option, flatten, model_in
 from raydfkd.config.schema import Family, PluginSpec
-from raydfkd.errors import RecipeError, did_you_mean, one_line
+from raydfkd.errors import RecipeError, close_to, did_you_mean, one_line
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptionDoc:
-    """One option of a plug-in, as ``raydfkd show`` prints it."""
-
-    name: str
-    type: str
-    default: str
-    meaning: str
 
 
 class Registry(Generic[T]):
@@ -72,23 +66,29 @@ class Registry(Generic[T]):
             raise RecipeError(f"{where}: unknown {self.family} {name!r}; {did_you_mean(name, self.names())}")
         return self._factories[name]
 
-    def check(self, name: str, options: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    def check(
+        self, name: str, options: Mapping[str, Any], *, where: str, elsewhere: Iterable[str] = ()
+    ) -> dict[str, Any]:
         """Validate ``options`` against the constructor's annotations without constructing anything.
+
+        An unknown option may be one of the dotted keys ``elsewhere``.
 
         Raises:
             RecipeError: unknown name or option, or an option of the wrong type or out of its range.
         """
-        model = _options_model(self.get(name, where=where))
+        model = options_model(self.get(name, where=where))
         try:
-            value = model.model_validate_json(json.dumps(options), strict=True)
+            value = model.model_validate_json(json.dumps(_completed(options, model)), strict=True)
         except ValidationError as error:
-            raise RecipeError(explain(error, where, model)) from None
+            raise RecipeError(*explain(error, where, model, elsewhere=elsewhere)) from None
         return {field: getattr(value, field) for field in model.model_fields}
 
-    def nested(self, name: str, options: Mapping[str, Any], *, where: str) -> Iterator[Chosen]:
+    def nested(
+        self, name: str, options: Mapping[str, Any], *, where: str, elsewhere: Iterable[str] = ()
+    ) -> Iterator[Chosen]:
         """The plug-ins that ``options``, which are checked first, choose inside this one."""
-        model = _options_model(self.get(name, where=where))
-        checked = self.check(name, options, where=where)
+        model = options_model(self.get(name, where=where))
+        checked = self.check(name, options, where=where, elsewhere=elsewhere)
         yield from chosen_in(model, checked, where)
 
     def build(self, name: str, options: Mapping[str, Any], *supplied: Any, where: str) -> T:
@@ -110,19 +110,20 @@ class Registry(Generic[T]):
             )
         return built
 
+    def options(self, name: str) -> list[str]:
+        """Names of the options of plug-in ``name``."""
+        return [parameter.name for parameter in _keyword_only(self.get(name, where=self.family))]
+
     def describe(self, name: str) -> tuple[str, list[OptionDoc]]:
         """The docstring of plug-in ``name`` without its arguments, and its options."""
         factory = self.get(name, where=self.family)
         doc = inspect.getdoc(factory) or ""
         meanings = meanings_of(doc)
         options = [
-            OptionDoc(
-                name=parameter.name,
-                type=str(parameter.annotation),
-                default="required" if parameter.default is parameter.empty else _as_json(parameter.default),
-                meaning=meanings.get(parameter.name, ""),
+            describe_option(
+                option, annotation_of(field), ... if field.is_required() else field.default, meanings.get(option, "")
             )
-            for parameter in _keyword_only(factory)
+            for option, field in options_model(factory).model_fields.items()
         ]
         return doc.partition("Args:")[0].strip(), options
 
@@ -152,7 +153,7 @@ def _chosen(value: Any, annotation: Any, where: str) -> Iterator[Chosen]:
         for index, item in enumerate(value):
             yield from _chosen(item, annotation, f"{where}[{index}]")
     elif isinstance(value, PluginSpec):
-        family = next((leaf.name for leaf in _flatten(annotation) if isinstance(leaf, Family)), None)
+        family = next((leaf.name for leaf in flatten(annotation) if isinstance(leaf, Family)), None)
         assert family is not None, f"{where} has an annotation that names its family"
         yield Chosen(family=family, name=value.kind, options=value.options, where=where)
     elif isinstance(value, BaseModel):
@@ -188,7 +189,7 @@ def _keyword_only(factory: Callable[..., Any]) -> list[inspect.Parameter]:
     return [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
 
 
-def _options_model(factory: Callable[..., Any]) -> type[BaseModel]:
+def options_model(factory: Callable[..., Any]) -> type[BaseModel]:
     """What options in a recipe are validated with."""
     initializer = factory.__init__ if inspect.isclass(factory) else factory
     namespace = getattr(initializer, "__globals__", {})
@@ -202,52 +203,125 @@ def _options_model(factory: Callable[..., Any]) -> type[BaseModel]:
     return create_model("Options", __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
 
 
+def _completed(options: Mapping[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    """``options`` in which a plug-in whose name is not given is the default one: ``generator: {width: 32}``."""
+    completed = dict(options)
+    for key, value in options.items():
+        field = model.model_fields.get(key)
+        if field is not None and isinstance(field.default, PluginSpec) and isinstance(value, dict):
+            completed[key] = {**field.default.model_dump(), **value} if "kind" not in value else value
+    return completed
+
+
 def _evaluated(annotation: Any, namespace: dict[str, Any]) -> Any:
     if annotation is inspect.Parameter.empty:
         return Any
     return eval(annotation, namespace) if isinstance(annotation, str) else annotation
 
 
-def _as_json(value: Any) -> str:
-    return json.dumps(value, default=lambda spec: spec.model_dump(mode="json"))
+def explain(error: ValidationError, where: str, model: type[BaseModel], *, elsewhere: Iterable[str] = ()) -> list[str]:
+    """Put each finding of a pydantic ``error`` into a line with key, value and remedy.
 
+    A missing key that is there misspelled is one mistake, and so are the forms of one value of which none fits.
 
-def explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
-    """Put one finding of a pydantic ``error`` into a line with key, value and remedy.
-
-    An unknown key goes first, because it is often a missing one misspelled.
+    Args:
+        error: what validating ``model`` raised.
+        where: key of the model's place in the recipe.
+        model: what was validated.
+        elsewhere: dotted keys of other places, of which an unknown one may be.
     """
-    findings = error.errors(include_url=False)
-    finding = next((finding for finding in findings if finding["type"] == "extra_forbidden"), findings[0])
-    path = [str(part) for part in finding["loc"] if not str(part).startswith(("function-", "tagged-", "literal["))]
-    key = ".".join([*([where] if where else []), *path])
-    if finding["type"] == "extra_forbidden":
-        return f"{key}: unknown key; {did_you_mean(path[-1], _known_keys(model, path[:-1]))}"
-    if finding["type"] == "missing":
-        return f"{key} is required and missing"
-    message = finding["msg"].removeprefix("Value error, ")
-    if finding["type"] == "value_error" and isinstance(finding["input"], dict):
-        return f"{key}: {message}" if key else message
-    message = message[0].lower() + message[1:]
-    value = json.dumps(finding["input"], default=str)
-    return f"{key} is {value if len(value) < 80 else value[:77] + '...'}: {message}"
+    findings: dict[str, list[ErrorDetails]] = {}
+    for finding in error.errors(include_url=False):
+        key = ".".join([*([where] if where else []), *_path(finding["loc"], model)])
+        findings.setdefault(key, []).append(finding)
+    unknown = {
+        key: _unknown(key, where, model, elsewhere)
+        for key, found in findings.items()
+        if found[0]["type"] == "extra_forbidden"
+    }
+    lines = [f"{key}: unknown key; {remedy}" for key, remedy in unknown.items()]
+    for key, found in findings.items():
+        section, _, name = key.rpartition(".")
+        is_misspelled = found[0]["type"] == "missing" and any(
+            other.rpartition(".")[0] == section and remedy == f"did you mean {name}?"
+            for other, remedy in unknown.items()
+        )
+        is_less_specific = any(other.startswith(f"{key}.") for other in findings)
+        if key not in unknown and not is_misspelled and not is_less_specific:
+            lines += _said(key, found)
+    return lines
+
+
+def _said(key: str, found: Sequence[ErrorDetails]) -> list[str]:
+    """Lines on the value at ``key``: one for the forms of which none fits, one for each thing that does not agree."""
+    first = found[0]
+    if first["type"] == "missing":
+        return [f"{key} is required and missing"]
+    messages = [finding["msg"].removeprefix("Value error, ") for finding in found]
+    if first["type"] == "value_error" and isinstance(first["input"], dict):
+        return [f"{key}: {message}" if key else message for message in messages[0].split("\n")]
+    value = json.dumps(first["input"], default=str)
+    lowered = [message[0].lower() + message[1:] for message in messages]
+    alternatives = " or ".join([lowered[0], *(message.removeprefix("input should be ") for message in lowered[1:])])
+    return [f"{key} is {value if len(value) < 80 else value[:77] + '...'}: {alternatives}"]
+
+
+def _path(loc: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
+    """Keys of a recipe in pydantic's ``loc``, which also names the forms that a value may have."""
+    path: list[str] = []
+    inside: type[BaseModel] | None = model
+    is_free = False
+    for index, part in enumerate(loc):
+        field = inside.model_fields.get(str(part)) if inside is not None else None
+        if field is not None:
+            inside = model_in(field.annotation)
+            is_free = any(get_origin(leaf) is dict for leaf in flatten(field.annotation))
+        elif not isinstance(part, int) and not is_free and not (inside is not None and index == len(loc) - 1):
+            continue
+        path.append(str(part))
+    return path
+
+
+def _unknown(key: str, where: str, model: type[BaseModel], elsewhere: Iterable[str]) -> str:
+    """What may be meant by a key that ``model``, which stands at ``where``, does not know."""
+    inside, _, name = key.rpartition(".")
+    place = inside.removeprefix(where).removeprefix(".")
+    here = _known_keys(model, place.split(".") if place else [])
+    if not difflib.get_close_matches(name, here, n=1, cutoff=0.85):
+        prefix = f"{where}." if where else ""
+        others = {*elsewhere, *keys_of(model, prefix)} - {key}
+        names = {other.rpartition(".")[2] for other in others}
+        cutoff = 1.0 if close_to(name, here) is not None else 0.8
+        meant = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+        found = sorted(
+            (_distance(inside, other), other) for other in others if meant and other.endswith(f".{meant[0]}")
+        )
+        if found:
+            nearest = [other for distance, other in found if distance == found[0][0]]
+            return f"did you mean {' or '.join(nearest[:3])}?"
+    return did_you_mean(name, here)
+
+
+def _distance(inside: str, key: str) -> int:
+    """Sections to leave and to enter on the way from the section ``inside`` to that of ``key``."""
+    here, there = (inside.split(".") if inside else []), key.split(".")[:-1]
+    shared = len(os.path.commonprefix([here, there]))
+    return len(here) + len(there) - 2 * shared
+
+
+def keys_of(model: type[BaseModel], where: str = "") -> Iterator[str]:
+    """Dotted keys of the options of ``model`` and of the sections in it; ``0`` stands for an entry of a list."""
+    for name, field in model.model_fields.items():
+        yield f"{where}{name}"
+        inner = model_in(field.annotation)
+        if inner is not None:
+            is_list = any(get_origin(leaf) is tuple for leaf in flatten(field.annotation))
+            yield from keys_of(inner, f"{where}{name}.0." if is_list else f"{where}{name}.")
 
 
 def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:
     """Names that the (nested) model at ``path`` accepts."""
     for part in path:
         field = model.model_fields.get(part)
-        inner = [
-            candidate
-            for candidate in _flatten(field.annotation if field else None)
-            if inspect.isclass(candidate) and issubclass(candidate, BaseModel)
-        ]
-        if inner:
-            model = inner[0]
+        model = model_in(field.annotation if field else None) or model
     return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _flatten(annotation: Any) -> list[Any]:
-    """An annotation with everything inside it, metadata of ``Annotated`` included."""
-    inner = annotation if isinstance(annotation, tuple) else get_args(annotation)
-    return [annotation, *(leaf for argument in inner for leaf in _flatten(argument))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -54,6 +54,7 @@ Targets = Annotated[PluginSpec, Family("targets")]
 Augmentation = Annotated[PluginSpec, Family("augmentations")]
 Criterion = Annotated[PluginSpec, Family("criteria")]
 Generator = Annotated[PluginSpec, Family("generators")]
+Source = Annotated[PluginSpec, Family("sources")]
 RealDataSet = Annotated[PluginSpec, Family("real_data")]
 
 
@@ -105,17 +106,32 @@ class TermSpec(Spec):
         return self.model_extra or {}
 
 
+def _size(value: Any) -> Any:
+    edges = [value] if isinstance(value, int) else value
+    if (
+        not isinstance(edges, list | tuple)
+        or not all(isinstance(edge, int) and not isinstance(edge, bool) and edge >= 1 for edge in edges)
+        or (edges is value and len(edges) != 2)
+    ):
+        raise ValueError("give a number of pixels, or [height, width]")
+    return edges[0] if len(set(edges)) == 1 else tuple(edges)
+
+
+Size = Annotated[int | tuple[int, int], BeforeValidator(_size)]
+"""Pixels of a square's edge, or height and width; two equal numbers are one."""
+
+
 class ImageSpace(Spec):
     """What the teacher's input looks like: images are in [0, 1], then normalised per channel."""
 
     channels: Positive = 3
     """Channels of an image."""
-    size: Positive
-    """Height and width in pixels."""
+    size: Size
+    """Height and width in pixels: a number, or [height, width] where images are not square."""
     mean: tuple[float, ...]
-    """Mean per channel that normalisation subtracts."""
+    """Mean of each channel, from 0 to 1, that normalisation subtracts."""
     std: tuple[PositiveFloat, ...]
-    """Standard deviation per channel that normalisation divides by."""
+    """Standard deviation of each channel, at most 1, that normalisation divides by."""
 
     @model_validator(mode="after")
     def _one_value_a_channel(self) -> ImageSpace:
@@ -126,10 +142,33 @@ class ImageSpace(Spec):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _constants_of_images_in_0_to_1(self) -> ImageSpace:
+        for key, values, scaled in (("mean", self.mean, max(map(abs, self.mean))), ("std", self.std, max(self.std))):
+            if max(values) > 1 or min(values) < 0:
+                remedy = "divide by 255" if 1 < scaled <= 255 and min(values) >= 0 else "use those of images in [0, 1]"
+                raise ValueError(f"{key} is {list(values)}, but images are in [0, 1] before normalisation; {remedy}")
+        return self
+
+    @property
+    def height(self) -> int:
+        """Pixels from top to bottom."""
+        return self.size if isinstance(self.size, int) else self.size[0]
+
+    @property
+    def width(self) -> int:
+        """Pixels from left to right."""
+        return self.size if isinstance(self.size, int) else self.size[1]
+
+    @property
+    def size_text(self) -> str:
+        """The size as a recipe has it: 32, or [32, 16]."""
+        return str(self.size if isinstance(self.size, int) else list(self.size))
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height, width."""
-        return (self.channels, self.size, self.size)
+        return (self.channels, self.height, self.width)
 
 
 class TeachSpec(Spec):
@@ -146,7 +185,8 @@ class TeachSpec(Spec):
     augment: tuple[Augmentation, ...] = ()
     """Augmentations of the real images."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the teacher's convolutions in training; weights and optimiser stay float32."""
+    """Arithmetic of the teacher's convolutions in training, `float32` or `bfloat16`, which is faster where the hardware
+    has it; weights and optimiser stay float32."""
     threads: Positive = 1
     """CPU threads; part of the recipe because a different split of a sum is a different last bit."""
 
@@ -159,13 +199,24 @@ class TeacherSpec(Spec):
     options: dict[str, Any] = {}
     """Keyword arguments of the network's constructor."""
     classes: Annotated[int, Field(ge=2)]
-    """Number of classes, the width of its output."""
+    """Number of classes, the width of the teacher's output."""
+    class_names: Text | Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    """What the classes are called in galleries and reports, in their order: a list, or a text file with a name a
+    line. Numbers, or the names of `real_data`, unless given."""
     image_space: ImageSpace
-    """Its input."""
+    """What the images that it takes look like."""
     weights: Text = "${run_dir}/teacher.safetensors"
     """Path or URL of a .safetensors or .pt state dict, or "random" (for benchmarks and tests)."""
     train: TeachSpec | None = None
     """How `raydfkd teach` trains it; `run` does so first where the weights are not there yet."""
+
+    @model_validator(mode="after")
+    def _a_name_for_each_class(self) -> TeacherSpec:
+        if isinstance(self.class_names, tuple) and len(self.class_names) != self.classes:
+            raise ValueError(
+                f"class_names has {len(self.class_names)} names, but classes is {self.classes}; give as many"
+            )
+        return self
 
 
 class StudentSpec(Spec):
@@ -178,7 +229,7 @@ class StudentSpec(Spec):
 
 
 class SynthesisSpec(Spec):
-    """How images are made; keys beyond these are options of the synthesizer."""
+    """How images are made; keys beyond these are options of the synthesizer (`raydfkd show synthesizers`)."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -191,10 +242,11 @@ class SynthesisSpec(Spec):
     augment: tuple[Augmentation, ...] = ()
     """What the teacher sees instead of the bare image, at every step."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the teacher's convolutions; pixels, moments and optimiser stay float32."""
+    """Arithmetic of the teacher's convolutions, `float32` or `bfloat16`, which is faster where the hardware has it;
+    pixels, moments and optimiser stay float32."""
     compile: bool | Literal["auto"] = "auto"
-    """Compile the teacher with its taps; `auto` does on CUDA, while on CPU it takes minutes and gains little. Part of
-    the recipe because another kernel is another last bit."""
+    """Compile the teacher with its taps; `auto` does on CUDA only, for on a CPU it takes minutes and gains little. Part
+    of the recipe because another kernel is another last bit."""
     threads: Positive = 1
     """CPU threads of a worker; part of the recipe because a different split of a sum is a different last bit."""
     student_refresh: Positive = 200
@@ -232,7 +284,7 @@ class EncodingSpec(Spec):
     """`raw` is fastest to write and read; `png` has the same pixels in a little less space, `jpeg` others, close to
     them, in much less. The stored logits are of the pixels before `jpeg`."""
     quality: Annotated[int, Field(ge=1, le=100)] = 95
-    """Of `jpeg`."""
+    """Quality of `jpeg`; the others ignore it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -246,10 +298,10 @@ class TransferSetSpec(Spec):
     uri: Text = "${run_dir}/transfer_set"
     """Any fsspec URL or a local path."""
     classes: Literal["all"] | tuple[int, ...] = "all"
-    """Which classes, by number."""
-    images_per_class: Positive
-    """Images of each class; synthesis ends when every class has them."""
-    unit: UnitSpec
+    """Which classes, by number; `all` of them unless chosen."""
+    images_per_class: Count = 0
+    """Images of each class; synthesis ends when every class has them. 0 for live sources, which make their own."""
+    unit: UnitSpec = UnitSpec(classes=1, images_per_class=1)
     """Size of a unit of work."""
     part_rows: Positive = 4096
     """Rows of one Parquet file at most."""
@@ -271,36 +323,21 @@ class TransferSetSpec(Spec):
         return self
 
 
-class SourceSpec(Spec):
-    """Where the student's batches come from."""
-
-    kind: Literal["growing", "snapshot"] = "growing"
-    """`growing` trains on what is committed so far; `snapshot` waits for the whole set."""
-    wait_for: Positive = 1
-    """Images that must be committed before the first step (growing)."""
-    complete_by: Fraction = 0.5
-    """Share of the student's steps that may pass before the set is complete; before that the student keeps pace
-    with the synthesis, so that its last steps see every image."""
-    refresh_steps: Positive | None = None
-    """Steps after which a newer snapshot is taken although the pass over the old one has not ended (growing); unless
-    given, only between epochs."""
-    window_rows: Positive = 65536
-    """Rows that are shuffled together; memory per training worker is this many images over the number of workers."""
-
-
 class OptimizerSpec(Spec):
     """The student's optimiser."""
 
     kind: Literal["adam", "sgd"] = "adam"
-    """Adam, or SGD with Nesterov momentum."""
+    """`adam` with the weight decay of AdamW, or `sgd` with Nesterov momentum."""
     lr: PositiveFloat
     """Peak learning rate."""
     weight_decay: NotNegative = 0.0
     """Weight decay (AdamW's form for adam)."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Momentum of sgd; first beta of adam."""
+    """Momentum of sgd; first beta of adam. Under one_cycle it is the middle of a cycle: 0.9 goes from 0.95 down to 0.85
+    while the rate rises, and back."""
     schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
-    """Learning rate over the steps."""
+    """Learning rate over the steps: `one_cycle` rises to the peak and falls to nearly zero, `cosine` falls from the
+    peak to zero, `constant` stays there."""
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> OptimizerSpec:
@@ -320,14 +357,18 @@ class DistillSpec(Spec):
     """Distance between student and teacher."""
     optimizer: OptimizerSpec
     """Optimiser and schedule."""
-    source: SourceSpec = SourceSpec()
-    """Which images, when."""
+    source: Source = PluginSpec(kind="growing")
+    """Where its images come from, and when: growing, snapshot or live."""
+    holdout: BelowOne = 0.1
+    """Share of the images that the student never trains on, so that it can be judged on them; in whole repeats of all
+    classes, at least one. Nothing is held out where `real_data` judges."""
     augment: tuple[Augmentation, ...] = ()
     """Augmentations of the synthetic images."""
     teacher_logits: Literal["live", "stored"] = "live"
     """`live` asks the teacher about each augmented image; `stored` reads its logits from the set."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of both networks' convolutions; weights, criterion and optimiser stay float32."""
+    """Arithmetic of both networks' convolutions, `float32` or `bfloat16`, which is faster where the hardware has it;
+    weights, criterion and optimiser stay float32."""
     checkpoint_every: Positive = 500
     """Steps between checkpoints."""
     log_every: Positive = 50
@@ -345,17 +386,17 @@ class DistillSpec(Spec):
 
 
 class Range(Spec):
-    """An elastic number of workers."""
+    """An elastic number of workers, from `min` to `max`."""
 
-    min: Annotated[int, Field(ge=0)]
-    """At least."""
-    max: Positive
-    """At most."""
+    min: Count = 1
+    """Workers at least: synthesis keeps that many when it runs out of units, training waits for that many."""
+    max: Positive = 1
+    """Workers at most, as far as the cluster has room for them."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Range:
         if self.min > self.max:
-            raise ValueError(f"min {self.min} is more than max {self.max}; swap them")
+            raise ValueError(f"min {self.min} is more than max {self.max}; raise max or lower min")
         return self
 
 
@@ -363,12 +404,12 @@ class RuntimeSpec(Spec):
     """Where the work runs; nothing here changes a pixel."""
 
     executor: Literal["ray", "local"] = "ray"
-    """`ray`, or everything in this process."""
+    """`ray` works in processes of a Ray cluster, `local` does everything in this process."""
     address: str = "auto"
     """Ray cluster to join; `auto` joins a running one or starts one here."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes CUDA where the worker has a GPU."""
-    workers: Range = Range(min=1, max=1)
+    """What workers compute on: `cpu`, `cuda`, or `auto`, which takes CUDA where the worker has a GPU."""
+    workers: Range = Range()
     """Synthesis actors."""
     cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
     """CPUs that a synthesis actor reserves."""
@@ -378,7 +419,7 @@ class RuntimeSpec(Spec):
     """Other resources that a synthesis actor reserves, such as {synth: 1}."""
     checkpoint_every: Positive = 1000
     """Steps of a unit between saved states that another worker can go on from."""
-    student_workers: Range = Range(min=1, max=1)
+    student_workers: Range = Range()
     """Workers of the training job."""
     cpus_per_student_worker: Annotated[float, Field(ge=0)] = 1.0
     """CPUs that a training worker reserves."""

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from raydfkd.config.families import family
 from raydfkd.config.recipe import Recipe
-from raydfkd.config.registry import Chosen, chosen_in
+from raydfkd.config.registry import Chosen, chosen_in, keys_of
+from raydfkd.errors import Mistakes
 
 
 def static_check(recipe: Recipe) -> None:
@@ -16,10 +17,14 @@ def static_check(recipe: Recipe) -> None:
     everything given as ``module:Class`` or ``torchvision:NAME``, files and devices.
 
     Raises:
-        RecipeError: with key, value and remedy.
+        RecipeError: with key, value and remedy, a line for each plug-in with a mistake.
     """
+    mistakes = Mistakes()
+    elsewhere = tuple(keys_of(Recipe))
     for chosen in plugins_of(recipe):
-        _check(chosen)
+        with mistakes.gathered():
+            _check(chosen, elsewhere)
+    mistakes.complain()
 
 
 def plugins_of(recipe: Recipe) -> Iterator[Chosen]:
@@ -37,12 +42,13 @@ def _network(name: str, options: dict[str, object], role: str) -> Chosen:
     return Chosen(family="networks", name=name, options=options, where=f"{role}.network")
 
 
-def _check(chosen: Chosen) -> None:
+def _check(chosen: Chosen, elsewhere: tuple[str, ...]) -> None:
     if ":" in chosen.name:
         return
     registry, where = family(chosen.family), chosen.where
     registry.get(chosen.name, where=where)
     if chosen.family == "networks":
         where = where.replace(".network", ".options")
-    for inner in registry.nested(chosen.name, chosen.options, where=where):
-        _check(inner)
+    beside = (*elsewhere, *(f"{where}.{option}" for option in registry.options(chosen.name)))
+    for inner in registry.nested(chosen.name, chosen.options, where=where, elsewhere=elsewhere):
+        _check(inner, beside)

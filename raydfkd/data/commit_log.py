@@ -44,12 +44,16 @@ class CommitLog:
 
     def committed(self) -> set[str]:
         """Ids of committed units, from names alone."""
-        return set(self._live()[0])
+        return self.progress()[0]
+
+    def progress(self) -> tuple[set[str], set[str]]:
+        """Both of these, by one look."""
+        live, damaged = self._live()
+        return set(live), damaged - live.keys()
 
     def damaged(self) -> set[str]:
         """Ids of units whose last commit was taken out and that have no other yet, from names alone."""
-        live, damaged = self._live()
-        return damaged - live.keys()
+        return self.progress()[1]
 
     def snapshot(self, within: Collection[str] | None = None) -> Snapshot:
         """What is committed now; a record is fetched once, and one that is damaged is marked damaged."""

@@ -59,8 +59,8 @@ class Commit:
     """Newest student that judged them; -1 for none."""
     seconds: float
     """Time the attempt took."""
-    curve: tuple[dict[str, float], ...]
-    """Parts of the objective over the steps of synthesis."""
+    curve: tuple[dict[str, float], ...] = ()
+    """Parts of the objective over the steps, in records of earlier versions; newer ones leave it to the metrics."""
     generation: Generation = 0
     """How many commits of the unit were marked damaged before this one; set when it is published."""
 
@@ -130,17 +130,6 @@ class Snapshot:
     def units(self) -> tuple[str, ...]:
         """Ids of the committed units, sorted."""
         return tuple(commit.unit for commit in self.commits)
-
-    def owner_of(self, part: Part) -> Commit:
-        """The commit that a part belongs to.
-
-        Raises:
-            KeyError: none here.
-        """
-        for commit in self.commits:
-            if part in commit.parts:
-                return commit
-        raise KeyError(part.path)
 
     def content_digest(self) -> str:
         """SHA-256 of all rows unit by unit; depends neither on the order of commits nor on who made them."""

@@ -1,13 +1,12 @@
-"""Which images each pass of a training goes over, also for one that goes on after it was killed."""
+"""Which images each epoch of a training goes over, also for one that goes on after it was killed."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
 from pydantic import TypeAdapter
 
-from raydfkd.config.schema import SourceSpec
 from raydfkd.data.commits import RECORD, Snapshot, parse_record
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.store.store import Store
@@ -18,32 +17,33 @@ class EpochPlanner:
 
     Args:
         transfer_set: where the images are.
-        spec: which snapshots are good enough.
+        wanted_images: how many images the snapshot of an epoch that begins after so many steps must have.
+        refresh_steps: steps after which an epoch may end for a newer snapshot; None for never.
         units: the plan; only its commits are seen.
         planned_images: images of the whole plan.
-        steps: steps that the student will make.
         log: where choices are noted and looked up; unless given, a training that goes on chooses anew.
     """
 
     def __init__(
         self,
         transfer_set: TransferSet,
-        spec: SourceSpec,
+        wanted_images: Callable[[int], int],
         *,
+        refresh_steps: int | None,
         units: Collection[str],
         planned_images: int,
-        steps: int,
         log: EpochLog | None = None,
     ) -> None:
         self._transfer_set = transfer_set
-        self._spec = spec
+        self._wanted_images = wanted_images
+        self._refresh_steps = refresh_steps
         self._units = units
         self._planned_images = planned_images
-        self._steps = steps
+        self._complete: Snapshot | None = None
         self._log = log
 
     def begin(self, number: int, step: int) -> Snapshot | None:
-        """What pass ``number`` goes over if it begins after ``step`` steps; None if there is not enough yet."""
+        """What epoch ``number`` goes over if it begins after ``step`` steps; None if there is not enough yet."""
         newest = self._newest(step)
         if newest is None:
             return None
@@ -51,14 +51,14 @@ class EpochPlanner:
         return earlier or self._begun(number, step, newest)
 
     def is_due(self, snapshot: Snapshot, step_in_epoch: int) -> bool:
-        """Whether to ask ``end_early`` after as many steps of a pass over ``snapshot``; the same on every rank."""
-        every = self._spec.refresh_steps
-        if every is None or self._spec.kind == "snapshot" or snapshot.images >= self._planned_images:
+        """Whether to ask ``end_early`` after as many steps of a epoch over ``snapshot``; the same on every rank."""
+        every = self._refresh_steps
+        if every is None or snapshot.images >= self._planned_images:
             return False
         return step_in_epoch > 0 and step_in_epoch % every == 0
 
     def end_early(self, number: int, step: int, snapshot: Snapshot) -> Snapshot | None:
-        """What pass ``number + 1`` goes over if pass ``number`` over ``snapshot`` ends after ``step`` steps, else None.
+        """What the next epoch goes over if epoch ``number`` over ``snapshot`` ends after ``step`` steps, else None.
 
         It ends for a newer snapshot that is good enough; and where it was here before, if it ended here then.
         """
@@ -82,8 +82,8 @@ class EpochPlanner:
         there = {commit.unit: commit.parts for commit in self._transfer_set.snapshot(within=self._units).commits}
         return all(there.get(commit.unit) == commit.parts for commit in snapshot.commits)
 
-    def _recorded(self, number: int, newest: Snapshot) -> tuple[Pass | None, Snapshot | None]:
-        """The record of a pass and its snapshot; neither unless all its units are there."""
+    def _recorded(self, number: int, newest: Snapshot) -> tuple[Epoch | None, Snapshot | None]:
+        """The record of an epoch and its snapshot; neither unless all its units are there."""
         record = self._log.read(number) if self._log is not None else None
         if record is None:
             return None, None
@@ -93,26 +93,26 @@ class EpochPlanner:
 
     def _begun(self, number: int, step: int, newest: Snapshot) -> Snapshot:
         if self._log is not None and newest.images < self._planned_images:  # else nothing is left to choose
-            self._log.write(number, Pass(first_step=step, units=newest.units, kept_until=step))
+            self._log.write(number, Epoch(first_step=step, units=newest.units, kept_until=step))
         return newest
 
     def _newest(self, step: int) -> Snapshot | None:
+        if self._complete is not None:  # looked at again only where a part of it turns out to be damaged
+            return self._complete
         closed = self._transfer_set.is_closed()  # before the listing, which then cannot miss a last commit
         snapshot = self._transfer_set.snapshot(within=self._units)
+        if snapshot.images >= self._planned_images:
+            self._complete = snapshot
         return snapshot if closed or snapshot.images >= self._wanted_images(step) else None
 
-    def _wanted_images(self, step: int) -> int:
-        if self._spec.kind == "snapshot":
-            return self._planned_images
-        share = 1.0
-        if step < self._spec.complete_by * self._steps:
-            share = step / (self._spec.complete_by * self._steps)
-        return min(self._planned_images, max(self._spec.wait_for, int(share * self._planned_images)))
+    def look_again(self) -> None:
+        """A part of what was complete is damaged: the set is incomplete again."""
+        self._complete = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pass:
-    """How a pass began and went on."""
+class Epoch:
+    """How an epoch began and went on."""
 
     __pydantic_config__ = RECORD
 
@@ -121,7 +121,7 @@ class Pass:
     units: tuple[str, ...]
     """Units that it goes over."""
     kept_until: int
-    """Step of the training at which it was last decided that the pass goes on."""
+    """Step of the training at which it was last decided that the epoch goes on."""
 
 
 class EpochLog:
@@ -139,12 +139,12 @@ class EpochLog:
         self._store = store
         self._folder = f"epochs-{training[:16]}"
 
-    def write(self, number: int, record: Pass) -> None:
-        """Say how pass ``number`` goes, in place of what was said before."""
+    def write(self, number: int, record: Epoch) -> None:
+        """Say how epoch ``number`` goes, in place of what was said before."""
         self._store.put(self._path(number), _EPOCH.dump_json(record))
 
-    def read(self, number: int) -> Pass | None:
-        """How pass ``number`` went; None if nobody said.
+    def read(self, number: int) -> Epoch | None:
+        """How epoch ``number`` went; None if nobody said.
 
         Raises:
             ValueError: what is there is not such a record.
@@ -156,10 +156,10 @@ class EpochLog:
         try:
             return parse_record(_EPOCH, data)
         except ValueError as error:
-            raise ValueError(f"{self._store.uri}/{self._path(number)} is not the record of a pass: {error}") from None
+            raise ValueError(f"{self._store.uri}/{self._path(number)} is not the record of an epoch: {error}") from None
 
     def _path(self, number: int) -> str:
         return f"{self._folder}/{number:06d}.json"
 
 
-_EPOCH = TypeAdapter(Pass)
+_EPOCH = TypeAdapter(Epoch)

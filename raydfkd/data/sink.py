@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 from uuid import uuid4
 
 import pyarrow as pa
@@ -26,28 +26,6 @@ logger = logging.getLogger(__name__)
 _PARTS = TypeAdapter(list[Part])
 WAITING = 2
 """Batches on the host that may wait to be encoded; the device waits while there are more."""
-
-
-class Sink(Protocol):
-    """Where the images of one attempt at a unit go."""
-
-    def write(self, batch: SyntheticBatch) -> None:
-        """Add images; nobody sees them yet."""
-
-    def commit(self, *, seconds: float, curve: Sequence[Mapping[str, float]]) -> Commit:
-        """Make all of them visible at once, or none where the unit is committed already; returns what counts."""
-
-    def abandon(self) -> None:
-        """Forget them."""
-
-    def release(self) -> None:
-        """Leave them to an attempt that goes on from ``state_dict``."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The images so far, as plain data and tensors; they are kept until another attempt has gone on from it."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Begin with the images of another attempt's state, as copies of this one's own."""
 
 
 class ParquetSink:
@@ -120,7 +98,7 @@ class ParquetSink:
             pieces.append((piece, self._num_buffered == 0))
         self._thread.submit(partial(self._add, pieces))
 
-    def commit(self, *, seconds: float, curve: Sequence[Mapping[str, float]]) -> Commit:
+    def commit(self, *, seconds: float) -> Commit:
         """Make the images visible, or discard them where another attempt was first; returns the record that counts.
 
         Raises:
@@ -145,7 +123,6 @@ class ParquetSink:
             objective=self._objective / images,
             student_version=self._student_version,
             seconds=seconds,
-            curve=tuple({name: float(value) for name, value in entry.items()} for entry in curve),
         )
         winner = self._publish(own)
         has_lost = winner.parts != own.parts  # equal where the client repeated a request that had succeeded

@@ -1,32 +1,18 @@
-"""Batches for the student, from a set that may still be growing."""
+"""What a student trains on: batches from a set that may be growing, or from a generator that is trained beside it."""
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable, Collection, Generator, Iterator
-from contextlib import closing
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor
 
-from raydfkd.config.schema import SourceSpec
-from raydfkd.data.background import ahead
-from raydfkd.data.commits import Part, Snapshot
-from raydfkd.data.epochs import EpochLog, EpochPlanner
-from raydfkd.data.shards import StoredRows
-from raydfkd.data.shuffle_buffer import Piece, ShuffleBuffer
+from raydfkd.config.registry import Registry
+from raydfkd.data.batches import SyntheticBatch
+from raydfkd.data.commits import Snapshot
+from raydfkd.data.epochs import EpochLog
 from raydfkd.data.transfer_set import TransferSet
-from raydfkd.seeds import derive_seed
-from raydfkd.store.errors import DamagedError
-
-logger = logging.getLogger(__name__)
-POLL_S = 0.25
-AHEAD = 4
-"""Batches that are made ahead of their use."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,24 +25,11 @@ class StudentBatch:
     """[N], int64."""
     teacher_logits: Tensor
     """[N, K], float16."""
-    share: float
+    share: float = 1.0
     """This rank's images times the number of ranks over the step's images: with it, averaging the ranks' gradients
     gives the mean over images."""
     snapshot_images: int
-    """Images of the snapshot that the batch was drawn from."""
-
-
-class BatchSource(Protocol):
-    """An endless stream of batches that can be resumed."""
-
-    def __iter__(self) -> Iterator[StudentBatch]:
-        """Batches from where the source stands."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the source stands, as plain data."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Stand there again: the same batches follow."""
+    """Images that the batch was drawn from; of a live source all that it has made."""
 
 
 def in_this_process(snapshot: Snapshot | None) -> Snapshot | None:
@@ -64,239 +37,85 @@ def in_this_process(snapshot: Snapshot | None) -> Snapshot | None:
     return snapshot
 
 
-class TransferSetSource:
-    """Passes over pinned snapshots of a transfer set; each pass sees every committed row once across all ranks.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """The processes that train one student together, as each of them sees them."""
 
-    A pass shuffles the snapshot's parts and cuts them into windows of about ``window_rows`` rows. Within a window each
-    rank takes a contiguous range, reads only the parts it lies in, shuffles it and splits it into as many batches as
-    every other rank, so that all make the same number of steps. The order follows from seed, pass and snapshot.
+    rank: int = 0
+    """Of this process."""
+    size: int = 1
+    """Number of processes."""
+    agree: Callable[[Snapshot | None], Snapshot | None] = in_this_process
+    """Makes all ranks use rank 0's snapshot; called by the thread that trains."""
 
-    Batches are made ahead of their use on a thread, and the next window is read on another one; what ``state_dict``
-    says is what was handed out. Of the images, up to two windows and a few batches are held.
 
-    Before each pass the newest snapshot is taken. A student that is ahead of the synthesis waits: it starts with
-    ``wait_for`` images, and after a share s of its steps wants the share s / ``complete_by`` of the planned images.
-    With ``refresh_steps`` a pass ends early, after that many steps or a multiple of them, if a newer snapshot is good
-    enough by then. It does not wait for one, and nothing is left over from the pass that ended.
+class LiveGenerator(Protocol):
+    """A generator that is trained against the student whose batches it makes."""
 
-    So images mix by one rule: a pass, ended early or not, is the beginning of a shuffle of all images that were
-    committed when it began, old and new ones at equal odds. A new image is as likely to be next as any other within
-    ``refresh_steps``, none is forgotten, and once the set is complete every pass sees each image once.
+    def reseed(self, seed: int) -> None:
+        """Draw from ``seed`` on."""
 
-    A source that goes on from a checkpoint repeats what was done since with the same batches: epochs that were begun
-    while the set grew are looked up in ``epochs``.
+    def update(self) -> object:
+        """Make a step of the generator."""
 
-    Images that turn out to be damaged are taken out, and a pass over the others begins; with several ranks the
-    error is raised too, since they are not at the same step, and the pass begins where training goes on.
-
-    Args:
-        transfer_set: where the images are.
-        spec: which snapshots are good enough.
-        units: the plan; only its commits are read.
-        planned_images: images of the whole plan.
-        steps: steps that the student will make.
-        batch_size: images per step over all ranks.
-        seed: of the order.
-        rank: of this process.
-        world_size: number of ranks.
-        agree: makes all ranks use rank 0's snapshot; called by the thread that iterates.
-        epochs: where rank 0 notes and looks up how epochs began; unless given, a source that goes on chooses anew.
-        pin_memory: whether batches are made in memory that a CUDA device can copy from by itself.
-    """
-
-    def __init__(  # noqa: PLR0913 - one value for each sentence above
-        self,
-        transfer_set: TransferSet,
-        spec: SourceSpec,
-        *,
-        units: Collection[str],
-        planned_images: int,
-        steps: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        agree: Callable[[Snapshot | None], Snapshot | None] = in_this_process,
-        epochs: EpochLog | None = None,
-        pin_memory: bool = False,
-    ) -> None:
-        self._transfer_set = transfer_set
-        self._planner = EpochPlanner(
-            transfer_set, spec, units=units, planned_images=planned_images, steps=steps, log=epochs
-        )
-        self._window_rows = max(spec.window_rows, batch_size)
-        self._batch_size = batch_size
-        self._seed = seed
-        self._rank, self._world_size = rank, world_size
-        self._agree = agree
-        self._pin_memory = pin_memory
-        self._held: dict[str, StoredRows] = {}
-        self._step = 0
-        self._epoch = 0
-        self._step_in_epoch = 0
-        self._snapshot: Snapshot | None = None
-        self._is_restored = False
-
-    def __iter__(self) -> Iterator[StudentBatch]:
-        """Batches without end; none at all if synthesis has ended without an image."""
-        while True:
-            snapshot = self._pinned()
-            if not snapshot.images:
-                return
-            if snapshot.images < self._world_size:
-                raise ValueError(f"{snapshot.images} images cannot be shared by {self._world_size} training workers")
-            newer = None
-            try:
-                with closing(ahead(self._remaining(snapshot, self._step_in_epoch), depth=AHEAD)) as batches:
-                    while (newer := self._newer_than(snapshot)) is None and (batch := next(batches, None)) is not None:
-                        self._step += 1
-                        self._step_in_epoch += 1
-                        yield batch
-            except DamagedError as damage:
-                self._mark_damaged(damage, snapshot)
-            self._epoch += 1
-            self._step_in_epoch = 0
-            self._snapshot = newer
-
-    def _mark_damaged(self, damage: DamagedError, snapshot: Snapshot) -> None:
-        """Take what cannot be read out of the set; this pass is over then."""
-        commit = next(commit for commit in snapshot.commits if damage.path in [part.path for part in commit.parts])
-        self._transfer_set.mark_damaged(commit, damage)
-        if self._world_size > 1:
-            raise damage  # the other ranks wait for this one's step
-        logger.info("the student goes on without unit %s", commit.unit)
+    def sample(self, count: int) -> SyntheticBatch:
+        """Draw ``count`` images."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, pass, position in it, and the pinned snapshot."""
-        return {
-            "step": self._step,
-            "pass": self._epoch,
-            "step_in_epoch": self._step_in_epoch,
-            "snapshot": None if self._snapshot is None else self._snapshot.to_json().decode(),
-        }
+        """What training goes on from."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``."""
-        self._step, self._epoch, self._step_in_epoch = state["step"], state["pass"], state["step_in_epoch"]
-        pinned = state["snapshot"]
-        self._snapshot = None if pinned is None else Snapshot.from_json(pinned.encode())
-        self._is_restored = self._snapshot is not None
-
-    def start_over(self) -> None:
-        """Begin another pass, with the snapshot of then; on every rank alike."""
-        self._epoch += 1
-        self._step_in_epoch = 0
-        self._snapshot, self._is_restored = None, False
-
-    def _pinned(self) -> Snapshot:
-        """The snapshot of this pass, the same on every rank; waits until there is one.
-
-        Ranks agree at every poll rather than at the end, because a collective that waits for hours times out.
-        """
-        if self._is_restored:
-            self._is_restored = False
-            assert self._snapshot is not None
-            is_good = self._rank == 0 and self._planner.is_intact(self._snapshot)
-            self._snapshot = self._agree(self._snapshot if is_good else None)
-            if self._snapshot is None:
-                self.start_over()
-        is_asked = self._rank == 0
-        while self._snapshot is None:
-            self._snapshot = self._agree(self._planner.begin(self._epoch, self._step) if is_asked else None)
-            if self._snapshot is None:
-                time.sleep(POLL_S)
-        return self._snapshot
-
-    def _newer_than(self, snapshot: Snapshot) -> Snapshot | None:
-        """What the next pass goes over if this one ends here, before its time; the same on every rank."""
-        if not self._planner.is_due(snapshot, self._step_in_epoch):
-            return None
-        is_asked = self._rank == 0
-        return self._agree(self._planner.end_early(self._epoch, self._step, snapshot) if is_asked else None)
-
-    def _buffers(self, snapshot: Snapshot) -> list[list[Part]]:
-        """The parts in this pass's order, cut where a window is full.
-
-        A rest too small for a batch joins the window before it: it would make a step of a few images, and none at all
-        on some ranks.
-        """
-        parts = [part for commit in snapshot.commits for part in commit.parts]
-        order = torch.randperm(len(parts), generator=self._rng("parts")).tolist()
-        windows: list[list[Part]] = [[]]
-        for index in order:
-            if sum(part.rows for part in windows[-1]) >= self._window_rows:
-                windows.append([])
-            windows[-1].append(parts[index])
-        if len(windows) > 1 and sum(part.rows for part in windows[-1]) < self._batch_size:
-            rest = windows.pop()
-            windows[-1] += rest
-        return windows
-
-    def _remaining(self, snapshot: Snapshot, skip: int) -> Generator[StudentBatch]:
-        """This pass's batches but for the first ``skip``; runs on another thread than the steps are counted on."""
-        shares, first_steps = [], []
-        for number, parts in enumerate(self._buffers(snapshot)):
-            share = self._share_of(parts, number)
-            if skip < share.steps:
-                shares.append(share)
-                first_steps.append(skip)
-            skip = max(0, skip - share.steps)
-        with closing(ahead(self._read_all(shares), depth=1)) as windows:
-            for window, share, first in zip(windows, shares, first_steps, strict=True):
-                for step in range(first, share.steps):
-                    yield self._batch(window, share, step, snapshot.images)
-
-    def _share_of(self, parts: list[Part], number: int) -> _Share:
-        total = sum(part.rows for part in parts)
-        bounds = [total * rank // self._world_size for rank in range(self._world_size + 1)]
-        begin, end = bounds[self._rank : self._rank + 2]
-        pieces, first = [], 0
-        for part in parts:
-            low, high = max(begin, first), min(end, first + part.rows)
-            if low < high:
-                pieces.append(Piece(part, low - first, high - first))
-            first += part.rows
-        return _Share(
-            pieces=pieces,
-            bounds=bounds,
-            steps=max(1, total // self._batch_size),
-            order=torch.randperm(end - begin, generator=self._rng("rows", number, self._rank)),
-        )
-
-    def _read_all(self, shares: list[_Share]) -> Generator[ShuffleBuffer]:
-        for share in shares:
-            window = ShuffleBuffer(share.pieces, self._transfer_set.read, held=self._held)
-            self._held = window.parts
-            yield window
-
-    def _batch(self, window: ShuffleBuffer, share: _Share, step: int, snapshot_images: int) -> StudentBatch:
-        sizes = [
-            (end - start) * (step + 1) // share.steps - (end - start) * step // share.steps
-            for start, end in pairwise(share.bounds)
-        ]
-        begin = len(share.order) * step // share.steps
-        size = sizes[self._rank]
-        rows = window.take(share.order[begin : begin + size], pin_memory=self._pin_memory)
-        return StudentBatch(
-            images=rows.images,
-            labels=rows.labels,
-            teacher_logits=rows.teacher_logits,
-            share=size * self._world_size / sum(sizes),
-            snapshot_images=snapshot_images,
-        )
-
-    def _rng(self, *parts: object) -> torch.Generator:
-        return torch.Generator().manual_seed(derive_seed(self._seed, self._epoch, *parts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Share:
-    """What one rank has of a window."""
+class Feed:
+    """What the engine supplies to a source."""
 
-    pieces: list[Piece]
-    bounds: list[int]
-    """Where in the window each rank's rows begin, and its end."""
+    transfer_set: TransferSet
+    """Where the images are, or those that a live source keeps."""
+    units: Collection[str]
+    """The units to train on; only their commits are read."""
+    planned_images: int
+    """Images of all of them."""
     steps: int
-    """Batches, as many as every other rank."""
-    order: Tensor
-    """Of this rank's rows."""
+    """Steps that the student will make."""
+    batch_size: int
+    """Images per step over all ranks."""
+    seed: int
+    """Of the order."""
+    ranks: Ranks = field(default_factory=Ranks)
+    """Who trains."""
+    epochs: EpochLog | None = None
+    """Where rank 0 notes and looks up how epochs began; unless given, a source that goes on chooses anew."""
+    pin_memory: bool = False
+    """Whether batches are made in memory that a CUDA device can copy from by itself."""
+    generator: Callable[[], LiveGenerator] | None = None
+    """Makes the generator of a live source, against the student that is trained; None where nobody can."""
+
+
+class BatchSource(Protocol):
+    """An endless stream of batches that can be resumed."""
+
+    is_live: ClassVar[bool]
+    """Whether the source makes its images itself, so that there is no plan of units."""
+
+    def __iter__(self) -> Iterator[StudentBatch]:
+        """Batches from where the source stands."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the source stands, as plain data and tensors."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stand there again: the same batches follow."""
+
+    def start_over(self) -> None:
+        """Look for images anew, after a phase that has made some; on every rank alike."""
+
+    def finish(self) -> None:
+        """Called after the last step."""
+
+
+SOURCES: Registry[BatchSource] = Registry(
+    "source", ["raydfkd.data.set_source", "raydfkd.data.live_source"], member="state_dict"
+)

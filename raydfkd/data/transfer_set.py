@@ -1,6 +1,7 @@
 """The transfer set at a URI: what is committed, how a unit gets in, and what a student reads.
 
 ``set.json``                                      format and recipe digest, written once
+``recipe.json``                                   what the digest is of, for messages
 ``parts/<unit>-<attempt>-<random>-<seq>.parquet`` rows; garbage unless a commit names them
 ``commits/<unit>.json``                           one record per finished unit, created once and never changed
 ``quarantine/<unit>.json``                        takes a damaged commit out of the set; the next is ``<unit>@1.json``
@@ -9,6 +10,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,7 +24,7 @@ from raydfkd.data.commits import RECORD, Commit, DamageRecord, Part, Snapshot, U
 from raydfkd.data.encodings import Encoding
 from raydfkd.data.shards import RAW, StoredRows, decode_part
 from raydfkd.data.sink import ParquetSink
-from raydfkd.errors import RecipeError
+from raydfkd.errors import RecipeError, differences
 from raydfkd.store.errors import DamagedError
 from raydfkd.store.store import Store
 from raydfkd.units import WorkUnit
@@ -55,6 +58,8 @@ class TransferSet:
     Args:
         uri: any fsspec URI.
         digest: of the recipe and the teacher, everything that pixels depend on.
+        made_of: the same as plain data; written beside the set, so that a reader with another recipe is told what
+            differs.
         storage_options: of the file system.
         part_rows: rows of a part at most; large images make parts of fewer rows and about 32 MiB of pixels.
         encoding: of the pixels that are written; what is read says its own.
@@ -65,12 +70,14 @@ class TransferSet:
         uri: str,
         *,
         digest: str,
+        made_of: Mapping[str, object] | None = None,
         storage_options: Mapping[str, object] | None = None,
         part_rows: int = 4096,
         encoding: Encoding = RAW,
     ) -> None:
         self.store = Store(uri, storage_options)
         self.digest = digest
+        self._made_of = dict(made_of or {})
         self._part_rows = part_rows
         self._encoding = encoding
         self._log = CommitLog(self.store, self.check)
@@ -84,6 +91,8 @@ class TransferSet:
         self.store.probe()
         if not self.store.put_new("set.json", _HEADER.dump_json(_Header(format=FORMAT, digest=self.digest))):
             self.check()
+        elif self._made_of:
+            self.store.put_new("recipe.json", json.dumps(self._made_of, indent=1).encode())
 
     def check(self) -> None:
         """Refuse a set of another recipe without writing anything; that there is none yet is fine.
@@ -102,9 +111,16 @@ class TransferSet:
         if header.format != FORMAT:
             raise self._refusal(f"holds a set of format {header.format} and this raydfkd reads {FORMAT}")
         if header.digest != self.digest:
-            raise self._refusal(
-                f"holds a set of another recipe (digest {header.digest[:12]} instead of {self.digest[:12]})"
-            )
+            raise self._refusal(f"holds a set of another recipe ({self._difference(header.digest)})")
+
+    def _difference(self, digest: str) -> str:
+        """What differs between the recipe of the set that is there, which has ``digest``, and this one's."""
+        with contextlib.suppress(FileNotFoundError, ValueError, AttributeError):
+            found = differences(json.loads(self.store.get("recipe.json")), self._made_of)
+            if found and self._made_of:
+                more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+                return "; ".join(found[:3]) + more
+        return f"digest {digest[:12]} there and {self.digest[:12]} here"
 
     def open(self, unit: WorkUnit, *, attempt: int = 1) -> ParquetSink:
         """Begin an attempt at ``unit``.
@@ -125,6 +141,10 @@ class TransferSet:
     def committed(self) -> set[str]:
         """Ids of committed units, from names alone."""
         return self._log.committed()
+
+    def progress(self) -> tuple[set[str], set[str]]:
+        """What ``committed`` and ``damaged`` return, by one look."""
+        return self._log.progress()
 
     def damaged(self) -> set[str]:
         """Ids of units whose commit was marked damaged and that have no other yet, from names alone: to be made again.
@@ -200,6 +220,12 @@ class TransferSet:
         """Whether synthesis has ended."""
         return self.store.exists("closed.json")
 
+    def __iter__(self) -> Iterator[StoredRows]:
+        """The rows of every part that is committed now, part by part; see ``StoredRows``."""
+        for commit in self.snapshot().commits:
+            for part in commit.parts:
+                yield self.read(part)
+
     def _read_once(self, part: Part) -> StoredRows:
         try:
             data = self.store.view(part.path)
@@ -233,7 +259,9 @@ class TransferSet:
         return DamagedError(self.store.uri, record.path, record.reason)
 
     def _refusal(self, problem: str) -> RecipeError:
-        return RecipeError(f"transfer_set.uri is {self.store.uri}: {problem}; give another uri or delete it")
+        return RecipeError(
+            f"transfer_set.uri is {self.store.uri}: {problem}; use the recipe and --set of then, or give another uri"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Mapping
 from types import FrameType
 
 import ray
@@ -11,10 +12,14 @@ import ray
 from raydfkd.config.recipe import Recipe
 from raydfkd.devices import pick_device
 from raydfkd.distributed.drain_notice import DrainNotice
-from raydfkd.job import transfer_set_of
+from raydfkd.job import job_of
+from raydfkd.networks.teacher import open_teacher
 from raydfkd.synthesis.checkpoint import Interrupted
 from raydfkd.synthesis.worker import SynthesisWorker
-from raydfkd.units import WorkUnit
+from raydfkd.units import UnitProgress, WorkUnit
+
+MAX_NEWS = 1000
+"""Words on a unit that are kept for a driver that does not ask."""
 
 
 class SynthesisActor:
@@ -24,14 +29,15 @@ class SynthesisActor:
 
     Args:
         recipe: as JSON.
-        digest: of the recipe and its teacher's weights.
+        made_of: what the job's images depend on.
     """
 
-    def __init__(self, recipe: str, digest: str) -> None:
+    def __init__(self, recipe: str, made_of: Mapping[str, object]) -> None:
         self._recipe = Recipe.model_validate_json(recipe)
-        self._digest = digest
+        self._made_of = made_of
         self._worker: SynthesisWorker | None = None
         self._is_working = False
+        self._news: list[UnitProgress] = []
         self._leaving = threading.Event()
         self._is_drained = DrainNotice()
         self._on_sigterm = signal.signal(signal.SIGTERM, self._leave_on_signal)
@@ -39,12 +45,12 @@ class SynthesisActor:
     def ready(self) -> None:
         """Build the worker: teacher, objective, synthesizer."""
         if self._worker is None:
-            transfer_set = transfer_set_of(self._recipe, self._digest)
             self._worker = SynthesisWorker(
-                self._recipe,
-                transfer_set,
+                job_of(self._recipe, self._made_of),
+                open_teacher(self._recipe),
                 device=pick_device(self._recipe.runtime.device),
                 should_stop=self._should_stop,
+                on_progress=self._note,
             )
 
     def run(self, unit: WorkUnit, attempt: int) -> bytes | None:
@@ -60,6 +66,17 @@ class SynthesisActor:
             return None
         finally:
             self._is_working = False
+
+    @ray.method(concurrency_group="control")
+    def progress(self) -> list[UnitProgress]:
+        """What is new since the last call: each look at the objective, and how far the unit is."""
+        news, self._news = self._news, []
+        return news
+
+    def _note(self, progress: UnitProgress) -> None:
+        if self._news and not self._news[-1].objective:
+            self._news = self._news[:-1]  # only the latest word on how far it is matters
+        self._news = [*self._news[-MAX_NEWS:], progress]
 
     @ray.method(concurrency_group="control")
     def leave(self) -> None:

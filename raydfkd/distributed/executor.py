@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
 
 import ray
 from torch import Tensor
+from typing_extensions import override
 
-from raydfkd.distributed.pool import LEAVE_S, SynthesisPool, capacity
+from raydfkd.distillation.training import note_training
+from raydfkd.distributed.connection import connected
+from raydfkd.distributed.pool import LEAVE_S, SynthesisPool
+from raydfkd.distributed.room import check_room, must_take_turns
 from raydfkd.distributed.train_driver import new_coordinator, train_student
-from raydfkd.errors import RecipeError
 from raydfkd.job import Job, SynthesisOutcome
-from raydfkd.run.executor import in_rounds
-from raydfkd.run.progress import Monitor
-from raydfkd.run.signals import Interruption
-from raydfkd.units import UnitQueue
+from raydfkd.networks.teacher import Teacher
+from raydfkd.runner.events import Events
+from raydfkd.runner.executor import Executor, one_after_the_other
+from raydfkd.runner.signals import Interruption
+from raydfkd.units import Phase, UnitQueue
 
 POLL_S = 0.5
 KILL_S = 5.0
@@ -31,42 +30,59 @@ NOW_S = 1.5
 """The same where the run is to end at once."""
 
 
-class RayExecutor:
+class RayExecutor(Executor):
     """Works on the cluster that the recipe names, one that runs here, or one started here for the occasion."""
 
-    def synthesize(self, job: Job, monitor: Monitor) -> SynthesisOutcome:
-        """See Executor."""
-        with _connected(job, monitor), Interruption() as interruption:
-            return _synthesize(job, monitor, job.begin_synthesis(), _nothing, interruption)
+    @override
+    def synthesize(self, job: Job, phase: Phase, teacher: Teacher, events: Events) -> SynthesisOutcome:
+        with connected(job.recipe.runtime.address, events.say):
+            check_room(job, events.say, training=False)
+            return _Turns().synthesize(job, phase, teacher, events)
 
-    def distill(self, job: Job, monitor: Monitor) -> Mapping[str, Tensor]:
-        """See Executor."""
-        with (
-            _connected(job, monitor),
-            Interruption() as interruption,
-            _Training(job, monitor, interruption) as training,
-        ):
+    @override
+    def distill(self, job: Job, phase: Phase, teacher: Teacher, events: Events) -> Mapping[str, Tensor]:
+        with connected(job.recipe.runtime.address, events.say):
+            check_room(job, events.say, synthesis=False)
+            return _Turns().distill(job, phase, teacher, events)
+
+    @override
+    def run(self, job: Job, teacher: Teacher, events: Events) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:
+        with connected(job.recipe.runtime.address, events.say):
+            check_room(job, events.say)
+            if len(job.phases) > 1 or must_take_turns(job, events.say):
+                return _Turns().run(job, teacher, events)
+            queue = job.begin_synthesis()  # before the student, who would take the end of an earlier run for this one's
+            with Interruption() as interruption, _Training(job, job.phases[0], events, interruption) as training:
+                outcome = _synthesize(job, events, queue, training.look, interruption)
+                return outcome, training.wait()
+
+
+class _Turns(Executor):
+    """Synthesis or training by itself, on the cluster that this process is connected to."""
+
+    @override
+    def synthesize(self, job: Job, phase: Phase, teacher: Teacher, events: Events) -> SynthesisOutcome:
+        with Interruption() as interruption:
+            return _synthesize(job, events, job.begin_synthesis(phase), _nothing, interruption)
+
+    @override
+    def distill(self, job: Job, phase: Phase, teacher: Teacher, events: Events) -> Mapping[str, Tensor]:
+        with Interruption() as interruption, _Training(job, phase, events, interruption) as training:
             return training.wait()
 
-    def run(self, job: Job, monitor: Monitor) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:
-        """See Executor."""
-        with _connected(job, monitor):
-            if job.recipe.rounds > 1:
-                return in_rounds(job, monitor, self)
-            queue = job.begin_synthesis()  # before the student, who would take the end of an earlier run for this one's
-            with Interruption() as interruption, _Training(job, monitor, interruption) as training:
-                outcome = _synthesize(job, monitor, queue, training.look, interruption)
-                return outcome, training.wait()
+    @override
+    def run(self, job: Job, teacher: Teacher, events: Events) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:
+        return one_after_the_other(job, teacher, events, self)
 
 
 def _synthesize(
     job: Job,
-    monitor: Monitor,
+    events: Events,
     queue: UnitQueue,
     on_tick: Callable[[], None],
     interruption: Interruption,
 ) -> SynthesisOutcome:
-    SynthesisPool(job, monitor).run(queue, on_tick, interruption)
+    SynthesisPool(job, events).run(queue, on_tick, interruption)
     return job.end_synthesis(queue)
 
 
@@ -80,21 +96,24 @@ class _Training:
     Where the run ends early, by an interruption or an error, the training does too, with a checkpoint if it can.
     """
 
-    def __init__(self, job: Job, monitor: Monitor, interruption: Interruption) -> None:
-        self._monitor = monitor
+    def __init__(self, job: Job, phase: Phase, events: Events, interruption: Interruption) -> None:
+        self._events = events
         self._interruption = interruption
         self._is_over = False
-        monitor.student_started()
+        changed = note_training(job)
+        if changed:
+            events.say("student", f"trains from the beginning, since another was asked for: {changed}")
+        events.student_started()
         self.coordinator = new_coordinator()
         self._student: Mapping[str, Tensor] = {}
         self._error: Exception | None = None
         self._is_done = threading.Event()  # unlike a thread's end, safe to await where Ctrl-C raises (bpo-45274)
-        threading.Thread(target=self._run, args=(job,), name="student", daemon=True).start()
+        threading.Thread(target=self._run, args=(job, phase), name="student", daemon=True).start()
 
-    def _run(self, job: Job) -> None:
+    def _run(self, job: Job, phase: Phase) -> None:
         try:
             self._student = train_student(
-                job, self.coordinator, until=job.until, on_wait=self._say_who_trains, is_over=self._is_wound_up
+                job, phase, self.coordinator, on_wait=self._say_who_trains, is_over=self._is_wound_up
             )
         except Exception as error:  # raised again in the main thread
             self._error = error
@@ -111,7 +130,7 @@ class _Training:
             self._wind_up()
 
     def _say_who_trains(self, who: str) -> None:
-        self._monitor.say("student", f"{who} trains it in this run_dir; waiting for it")
+        self._events.say("student", f"{who} trains it in this run_dir; waiting for it")
 
     def _is_wound_up(self) -> bool:
         return self._is_over or self._interruption.is_requested
@@ -159,36 +178,6 @@ class _Training:
 
     def _show(self) -> None:
         for entry in ray.get(self.coordinator.take.remote()):
-            self._monitor.student(entry)
-
-
-@contextlib.contextmanager
-def _connected(job: Job, monitor: Monitor) -> Iterator[None]:
-    """Ray prints what it hears of nodes, some of it when it ends; standard output is for what a command answers."""
-    with contextlib.redirect_stdout(sys.stderr):
-        if ray.is_initialized():
-            yield
-            return
-        _connect(job, monitor)
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-
-def _connect(job: Job, monitor: Monitor) -> None:
-    address = job.recipe.runtime.address
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
-        # Without an address Ray joins what RAY_ADDRESS names or what runs on this machine, else starts a cluster.
-        ray.init(None if address == "auto" else address, **options)
-    except (ConnectionError, ValueError) as error:
-        raise RecipeError(f"runtime.address is {address!r}: no Ray cluster answers there ({error}); use auto") from None
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own exits with status 15
-    has = capacity()
-    monitor.say(
-        "ray",
-        f"{ray.__version__}   {has['CPU']:g} CPUs   {has['GPU']:g} GPUs",
-    )
+            self._events.student(entry)
+        for line in ray.get(self.coordinator.take_lines.remote()):
+            self._events.say("student", line)

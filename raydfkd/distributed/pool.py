@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -17,18 +18,19 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from raydfkd.config.recipe import Recipe
 from raydfkd.data.commits import Commit
 from raydfkd.distributed.actor import SynthesisActor
 from raydfkd.errors import RecipeError
 from raydfkd.job import Job
-from raydfkd.run.progress import Monitor
-from raydfkd.run.signals import Interruption
+from raydfkd.runner.events import Events
+from raydfkd.runner.signals import Interruption
 from raydfkd.store.errors import OutageError
 from raydfkd.units import UnitQueue, WorkUnit
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.5
+PROGRESS_S = 2.0
+"""Seconds between questions to busy workers how far their units are."""
 SYNC_S = 5.0
 """Seconds between looks at what others have committed to the set or taken out of it."""
 FINISH_S = 6.0
@@ -54,12 +56,12 @@ class SynthesisPool:
 
     Args:
         job: whose units are worked on.
-        monitor: told of commits, losses and failures.
+        events: told of commits, losses and failures.
     """
 
-    def __init__(self, job: Job, monitor: Monitor) -> None:
+    def __init__(self, job: Job, events: Events) -> None:
         self._job = job
-        self._monitor = monitor
+        self._events = events
         self._workers = job.recipe.runtime.workers
         self._idle: list[Any] = []
         self._starting: dict[Any, Any] = {}
@@ -68,6 +70,8 @@ class SynthesisPool:
         self._num_stillborn = 0
         self._outage = (float("-inf"), float("-inf"))
         self._next_sync = time.monotonic() + SYNC_S
+        self._asked: dict[Any, Any] = {}
+        self._next_question = time.monotonic()
 
     def run(self, queue: UnitQueue, on_tick: Callable[[], None], interruption: Interruption) -> None:
         """Work until the queue is drained; ``on_tick`` is called twice a second or more often.
@@ -79,8 +83,7 @@ class SynthesisPool:
         """
         if queue.is_drained:
             return
-        warn_of_workers_without_room(self._job.recipe, self._monitor)
-        self._monitor.synthesis_started()
+        self._events.synthesis_started()
         try:
             while not queue.is_drained and not interruption.is_requested:
                 self._resize(queue)
@@ -89,6 +92,7 @@ class SynthesisPool:
                 for actor in [self._idle.pop() for _ in range(len(self._idle))]:
                     self._give_work(actor, queue)
                 self._sync(queue)
+                self._ask_for_progress()
                 on_tick()
             if interruption.is_requested:
                 on_tick()  # who trains beside it need not wait until it is wound up
@@ -127,7 +131,7 @@ class SynthesisPool:
             resources=dict(runtime.resources_per_worker),
             max_restarts=0,  # we see each death, and replace the actor if it is still wanted
         )
-        return remote.remote(self._job.recipe.located().model_dump_json(), self._job.digest)
+        return remote.remote(self._job.recipe.located().model_dump_json(), dict(self._job.made_of))
 
     def _await_ready(self, actor: Any) -> None:
         self._starting[actor.ready.remote()] = actor
@@ -181,11 +185,11 @@ class SynthesisPool:
         else:
             if record is None:
                 queue.lost(unit, preempted=True)
-                self._monitor.lost(unit.id, "its machine is about to go; its state is saved")
+                self._events.lost(unit.id, "its machine is about to go; its state is saved")
                 ray.kill(actor)
                 return
             queue.finished(unit)
-            self._monitor.committed(Commit.from_json(record), running=queue.num_running)
+            self._events.committed(Commit.from_json(record), running=queue.num_running)
         self._give_work(actor, queue)
 
     def _failed(self, unit: WorkUnit, cause: Exception, queue: UnitQueue) -> None:
@@ -195,7 +199,7 @@ class SynthesisPool:
             self._wait_for_store(cause)
             return
         failure = queue.failed(unit, f"{type(cause).__name__}: {cause}")
-        self._monitor.failed(failure, is_final=queue.is_given_up(unit))
+        self._events.failed(failure, is_final=queue.is_given_up(unit))
 
     def _wait_for_store(self, outage: OutageError) -> None:
         """Let the run go on without its store for a while."""
@@ -203,7 +207,7 @@ class SynthesisPool:
         began, last = self._outage
         if now - last > QUIET_S:
             began = now
-            self._monitor.say("store", f"{outage}; going on as soon as it can")
+            self._events.say("store", f"{outage}; going on as soon as it can")
         elif now - began > OUTAGE_S:
             raise outage
         self._outage = (began, now)
@@ -211,9 +215,9 @@ class SynthesisPool:
     def _lost(self, unit: WorkUnit, error: Exception, queue: UnitQueue) -> None:
         failure = queue.lost(unit, preempted=_was_preempted(error))
         if failure is None:
-            self._monitor.lost(unit.id, type(error).__name__)
+            self._events.lost(unit.id, type(error).__name__)
         else:
-            self._monitor.failed(failure, is_final=True)
+            self._events.failed(failure, is_final=True)
 
     def _give_work(self, actor: Any, queue: UnitQueue) -> None:
         unit = queue.take()
@@ -236,6 +240,22 @@ class SynthesisPool:
                 self._wait_for_store(outage)
             self._next_sync = time.monotonic() + SYNC_S
 
+    def _ask_for_progress(self) -> None:
+        """Pass on what busy actors say of their units; nobody waits for one that is silent."""
+        if self._asked:
+            for answer in ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)[0]:
+                actor = self._asked.pop(answer)
+                if any(actor is other for other, _ in self._busy.values()):
+                    with contextlib.suppress(*LOST, RayTaskError):
+                        for progress in ray.get(answer):
+                            self._events.progressed(progress)
+        if time.monotonic() >= self._next_question:
+            self._next_question = time.monotonic() + PROGRESS_S
+            waited_for = list(self._asked.values())
+            for actor, _ in self._busy.values():
+                if all(actor is not other for other in waited_for):
+                    self._asked[actor.progress.remote()] = actor
+
     def _wind_up(self, queue: UnitQueue, interruption: Interruption) -> None:
         """Let what is in work finish, or leave with its state saved."""
         is_told = False
@@ -257,7 +277,7 @@ class SynthesisPool:
         else:
             if record is not None:
                 queue.finished(unit)
-                self._monitor.committed(Commit.from_json(record), running=len(self._busy))
+                self._events.committed(Commit.from_json(record), running=len(self._busy))
 
 
 def _was_preempted(error: Exception) -> bool:
@@ -267,26 +287,3 @@ def _was_preempted(error: Exception) -> bool:
 def _cause(error: RayTaskError) -> Exception:
     cause = error.cause
     return cause if isinstance(cause, Exception) else error
-
-
-def warn_of_workers_without_room(recipe: Recipe, monitor: Monitor) -> None:
-    """Say so where Ray could not hold as many workers as are asked for; pending ones are demand to an autoscaler."""
-    runtime, has = recipe.runtime, capacity()
-    wanted = {"CPU": runtime.cpus_per_worker, "GPU": runtime.gpus_per_worker, **runtime.resources_per_worker}
-    room = min(
-        (int(has.get(resource, 0.0) / share) for resource, share in wanted.items() if share),
-        default=runtime.workers.max,
-    )
-    if room < runtime.workers.max:
-        others = "".join(f" and {has.get(name, 0.0):g} {name}" for name in runtime.resources_per_worker)
-        monitor.say(
-            "workers",
-            f"runtime.workers.max is {runtime.workers.max}, but Ray has {has['CPU']:g} CPUs and {has['GPU']:g} GPUs"
-            f"{others}, room for {room}; the others wait for nodes to join",
-        )
-
-
-def capacity() -> dict[str, float]:
-    """Resources of the cluster that this process is connected to, CPUs and GPUs always among them."""
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no stub for it
-    return {"CPU": 0.0, "GPU": 0.0, **resources}

@@ -14,19 +14,22 @@ from typing import Any, cast
 import ray
 from ray.train import Checkpoint, UserCallback
 from ray.train.torch import TorchConfig
-from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
-from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
-from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.result import Result
 from torch import Tensor
 
 from raydfkd.config.recipe import Recipe
 from raydfkd.distributed.coordinator import Coordinator
+from raydfkd.distributed.ray_internals import (
+    CHECKPOINT_MANAGER_SNAPSHOT_FILENAME,
+    CheckpointManagerInitializationError,
+    ControllerCallback,
+)
 from raydfkd.distributed.scaling import NODE_ID, ElasticTorchTrainer
 from raydfkd.distributed.train_worker import STATE, read_state, train_worker
 from raydfkd.distributed.training_lock import training_lock
 from raydfkd.job import Job
+from raydfkd.units import Phase
 
 logger = logging.getLogger(__name__)
 GROW_EVERY_S = 30.0
@@ -49,9 +52,9 @@ def new_coordinator() -> Any:
 
 def train_student(
     job: Job,
+    phase: Phase,
     coordinator: Any,
     *,
-    until: int | None = None,
     on_wait: Callable[[str], None] = logger.info,
     is_over: Callable[[], bool] = lambda: False,
 ) -> Mapping[str, Tensor]:
@@ -65,8 +68,8 @@ def train_student(
 
     Args:
         job: whose student is trained.
+        phase: whose last step is the last that is made; a later phase goes on from there.
         coordinator: from ``new_coordinator``; its ``end`` makes the training end early, with a checkpoint.
-        until: step to stop at before the last; a later call goes on from there.
         on_wait: told who trains the student if somebody else does.
         is_over: whether to wait no longer for that.
 
@@ -77,21 +80,20 @@ def train_student(
     name = f"student-{job.student_digest[:16]}"
     recipe = job.recipe.located()
     folder = Path(recipe.run_dir)
-    steps = job.recipe.distill.steps if until is None else until
     with training_lock(folder / "train" / f"{name}.lock", on_wait, is_over) as has_waited:
         checkpoint = _newest_in(folder / name)
         state = None if checkpoint is None else read_state(checkpoint)
-        if state is None or state["trainer"]["step"] < steps:
+        if state is None or state["trainer"]["step"] < phase.until_step:
             if has_waited:
                 time.sleep(GONE_S)
-            checkpoint = _fit(job, recipe, name, coordinator, until, checkpoint)
+            checkpoint = _fit(job, phase, recipe, name, coordinator, checkpoint)
             state = None if checkpoint is None else read_state(checkpoint)
     student: Mapping[str, Tensor] = {} if state is None else state["student"]
     return student
 
 
 def _fit(
-    job: Job, recipe: Recipe, name: str, coordinator: Any, until: int | None, checkpoint: Checkpoint | None
+    job: Job, phase: Phase, recipe: Recipe, name: str, coordinator: Any, checkpoint: Checkpoint | None
 ) -> Checkpoint | None:
     for variable, value in SETTINGS.items():
         os.environ.setdefault(variable, value)
@@ -103,13 +105,14 @@ def _fit(
     sealed = ray.put(recipe.model_dump_json())  # Ray Train writes the config into its logs, secrets and all
     config = {
         "recipe": sealed,
-        "digest": job.digest,
+        "made_of": dict(job.made_of),
+        "phase": job.phases.index(phase),
         "coordinator": coordinator,
-        "until": until,
         "checkpoint": checkpoint,
     }
     trainer = ElasticTorchTrainer(
         train_worker,
+        coordinator=coordinator,
         train_loop_config=config,
         scaling_config=ScalingConfig(
             num_workers=cast(int, workers.max if workers.min == workers.max else (workers.min, workers.max)),

@@ -14,13 +14,17 @@ import ray.train.collective
 import torch
 from ray.train import Checkpoint
 from ray.train.torch import get_device, prepare_model
-from torch import distributed
+from torch import distributed, nn
 
 from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
 from raydfkd.config.recipe import Recipe
 from raydfkd.data.commits import Snapshot
-from raydfkd.distill.training import StudentTraining
+from raydfkd.data.sources import Ranks
+from raydfkd.distillation.trainer import TrainingHooks
+from raydfkd.distillation.training import StudentTraining
 from raydfkd.job import job_of
+from raydfkd.networks.teacher import open_teacher
+from raydfkd.synthesis.build import generator_maker
 
 STATE = "state.pt"
 """File of a checkpoint."""
@@ -30,40 +34,43 @@ LOOK_EVERY_S = 2.0
 
 def train_worker(config: Mapping[str, Any]) -> None:
     """One rank of the training."""
-    _Rank(config).run(config["until"])
+    _TrainWorker(config).run()
 
 
-class _Rank:
+class _TrainWorker:
     """A training and whom it tells: the coordinator, Ray Train, and the other ranks."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         recipe = Recipe.model_validate_json(ray.get(config["recipe"]))
-        whole = job_of(recipe, config["digest"])
-        job = next((part for part in whole.rounds() if part.until == config["until"]), whole)
+        job = job_of(recipe, config["made_of"])
         context = ray.train.get_context()
         self._rank, self._world_size = context.get_world_rank(), context.get_world_size()
         self._coordinator = config["coordinator"]
         self._notice = PreemptionNotice(self._is_over)
+        teacher = open_teacher(recipe)
         self._training = StudentTraining(
             job,
-            on_log=self._log,
-            on_checkpoint=self._save,
-            on_publish=job.publisher(),
-            wants_checkpoint=self._notice.is_new,
-            rank=self._rank,
-            world_size=self._world_size,
-            agree=self._agree,
-            parallel=lambda student: prepare_model(student, move_to_device=False),
+            teacher,
+            job.phases[config["phase"]],
+            hooks=TrainingHooks(
+                on_log=self._log,
+                on_checkpoint=self._save,
+                on_publish=job.publisher(),
+                wants_checkpoint=self._notice.is_new,
+            ),
+            ranks=Ranks(rank=self._rank, size=self._world_size, agree=self._agree),
+            generator=generator_maker(recipe, teacher.module, parallel=_data_parallel),
+            parallel=_data_parallel,
             device=get_device() if recipe.runtime.gpus_per_student_worker > 0 else torch.device("cpu"),
         )
         newest = ray.train.get_checkpoint() or config["checkpoint"]
         if newest is not None:
             self._training.load_state_dict(read_state(newest))
 
-    def run(self, until: int | None) -> None:
-        """Train to the end, or until the driver wants no more."""
+    def run(self) -> None:
+        """Train to the end of the phase, or until the driver wants no more."""
         try:
-            self._training.run(until=until)
+            self._training.run()
         except OverError:
             self._save_steps()
 
@@ -90,6 +97,10 @@ class _Rank:
         if agreed is None and self._notice.look():  # between two steps, the second of which may be long in coming
             self._save_steps()
         return agreed
+
+
+def _data_parallel(module: nn.Module) -> nn.Module:
+    return prepare_model(module, move_to_device=False)
 
 
 class OverError(Exception):

@@ -85,7 +85,11 @@ class Affine:
         angle, zoom, dx, dy = torch.rand(4, len(images), generator=rng).mul(2).sub(1)
         angle, zoom = angle * self._radians, 1 + zoom * self._scale
         cos, sin = zoom * angle.cos(), zoom * angle.sin()
-        rows = [torch.stack([cos, -sin, dx * self._shift * 2], 1), torch.stack([sin, cos, dy * self._shift * 2], 1)]
+        tall = images.shape[2] / images.shape[3]  # coordinates go from -1 to 1 along both axes, however long these are
+        rows = [
+            torch.stack([cos, -sin * tall, dx * self._shift * 2], 1),
+            torch.stack([sin / tall, cos, dy * self._shift * 2], 1),
+        ]
         grid = F.affine_grid(torch.stack(rows, 1).to(images.device), list(images.shape), align_corners=False)
         return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 

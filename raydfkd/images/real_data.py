@@ -59,18 +59,27 @@ def open_real_data(spec: PluginSpec, space: ImageSpace, classes: int) -> RealDat
     return data
 
 
-def _resized(images: Tensor, size: int) -> Tensor:
-    """Float images in [0, 1] to uint8 at ``size``: enlarged bilinearly, or padded where that takes under a fifth."""
-    missing = size - images.shape[-1]
-    if 0 < missing <= size // 5 and missing % 2 == 0:
+PixelSize = int | tuple[int, int]
+"""Of a square's edge, or height and width."""
+
+
+def _resized(images: Tensor, size: PixelSize) -> Tensor:
+    """Float images in [0, 1] to uint8 at ``size``: enlarged bilinearly, or padded where that takes under a fifth.
+
+    Where height and width are not in the proportion of the images', these are stretched.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    missing = height - images.shape[-2]
+    is_border = missing == width - images.shape[-1] and missing % 2 == 0
+    if is_border and 0 < missing <= min(height, width) // 5:
         images = F.pad(images, [missing // 2] * 4)
-    elif missing:
+    elif images.shape[-2:] != (height, width):
         images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
     return images.mul(255).round().clamp(0, 255).to(torch.uint8)
 
 
 @REAL_DATA.register("digits")
-def digits(size: int) -> RealData:
+def digits(size: PixelSize) -> RealData:
     """The 1,797 handwritten digits of 8x8 pixels inside scikit-learn: 1,077 train, 180 validation, 540 test.
 
     The split is stratified and always the same.
@@ -97,7 +106,9 @@ _FASHION_CLASSES = (
 
 
 @REAL_DATA.register("fashion_mnist")
-def fashion_mnist(size: int, *, root: str = "/usr/share/datasets/fashion-mnist", download: bool = False) -> RealData:
+def fashion_mnist(
+    size: PixelSize, *, root: str = "/usr/share/datasets/fashion-mnist", download: bool = False
+) -> RealData:
     """Zalando's 70,000 garments of 28x28 pixels: 55,000 train, the last 5,000 of training validation, 10,000 test.
 
     Read from the four idx files, gzipped or not, in ``root`` or below; Debian's package dataset-fashion-mnist

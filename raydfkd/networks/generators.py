@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
+from typing_extensions import override
 
 from raydfkd.config.registry import Registry
 from raydfkd.config.schema import Count, ImageSpace, Positive
@@ -41,12 +42,15 @@ class ConvGenerator(nn.Sequential):
         doublings: Count = 2,
         taper: Literal["halving", "harmonic"] = "halving",
     ) -> None:
-        if space.size % (1 << doublings):
+        edges = (space.height, space.width)
+        if any(edge % (1 << doublings) for edge in edges):
+            most = next(fewer for fewer in reversed(range(doublings)) if not any(edge % (1 << fewer) for edge in edges))
             raise ValueError(
-                f"doublings is {doublings}, but image size {space.size} is not divisible by {1 << doublings}"
+                f"doublings is {doublings}, but image size {space.size_text} is not divisible by {1 << doublings}; "
+                f"use at most {most}"
             )
-        start = space.size >> doublings
-        layers: list[nn.Module] = [nn.Linear(latent, width * start**2), nn.Unflatten(1, (width, start, start))]
+        rows, columns = (edge >> doublings for edge in edges)
+        layers: list[nn.Module] = [nn.Linear(latent, width * rows * columns), nn.Unflatten(1, (width, rows, columns))]
         layers += _norm_relu(width)
         inputs = width
         for doubling in range(doublings):
@@ -87,8 +91,8 @@ class StackedGenerators(nn.Module):
         if form == "grouped" and not can_group(generators[0]):
             raise ValueError("form is 'grouped', but this generator has layers that cannot be; use auto, loop or vmap")
 
+    @override
     def forward(self, latents: Tensor) -> Tensor:
-        """See the class."""
         parameters = dict(zip(self._names, self.stacked, strict=True))
         form = self._form
         if form == "auto":

@@ -20,7 +20,11 @@ def warmup_cosine(step: int, *, steps: int, warmup: int) -> float:
 def build_optimizer(
     student: nn.Module, spec: OptimizerSpec, *, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Optimiser and learning-rate schedule of a recipe."""
+    """Optimiser and learning-rate schedule of a recipe, the latter ``steps`` long.
+
+    ``one_cycle`` cycles momentum against the rate (Smith 2018), 0.05 to either side of the recipe's and less where that
+    would leave (0, 1): 0.95, 0.85, 0.95 for 0.9, as PyTorch does it.
+    """
     optimizer: torch.optim.Optimizer
     if spec.kind == "adam":
         betas = (spec.momentum, 0.999)
@@ -30,8 +34,14 @@ def build_optimizer(
             student.parameters(), lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay, nesterov=True
         )
     if spec.schedule == "one_cycle":
-        # One step more than is made: OneCycleLR raises when asked for the rate after its last.
-        return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, spec.lr, total_steps=steps + 1)
+        swing = min(0.05, spec.momentum, (1 - spec.momentum) / 2)
+        return optimizer, torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            spec.lr,
+            total_steps=steps + 1,  # one more than is made: it raises when asked for the rate after its last
+            base_momentum=round(spec.momentum - swing, 6),  # 0.85 as PyTorch's own, not 0.8500000000000001
+            max_momentum=round(spec.momentum + swing, 6),
+        )
     if spec.schedule == "cosine":
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)

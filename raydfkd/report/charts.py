@@ -39,7 +39,7 @@ def student_curves(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
     for key, title, form in (
         ("loss", "loss", _short),
         ("agreement", "agreement with teacher", lambda value: f"{100 * value:.3g} %"),
-        ("snapshot_images", "images in the snapshot it reads", _short),
+        ("snapshot_images", "images that it draws from", _short),
     ):
         values = [(step, by_step[step].get(key)) for step in steps]
         charts += _chart(title, [(step, value, value, value) for step, value in values if value is not None], form)

@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -43,6 +44,57 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Every event of a metrics file, without the last line where a killed process left it torn."""
     lines = path.read_bytes().split(b"\n")[:-1]
     return [json.loads(line) for line in lines]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStats:
+    """What all sessions of a run did together, from its metrics; a session that was killed counts up to its end."""
+
+    seconds: float
+    """Of all sessions."""
+    synthesis_seconds: float
+    """From the first unit's start to the last commit, in each session that made images."""
+    distillation_seconds: float
+    """From the first entry of the learning curve to the last, in each session that trained."""
+    images: int
+    """That were committed."""
+    attempted: int
+    """Attempts at units, those that failed or were lost included."""
+
+    @property
+    def images_per_second(self) -> float:
+        """Images per second of synthesis; 0 where none were made."""
+        return self.images / self.synthesis_seconds if self.synthesis_seconds else 0.0
+
+
+def run_stats(metrics: Sequence[Mapping[str, Any]], *, job: str, training: str) -> RunStats:
+    """Add up the sessions that worked on ``job``; of their students those of ``training``, both digests."""
+    sessions: list[list[Mapping[str, Any]]] = []
+    for event in metrics:
+        if event["event"] == "session":
+            sessions.append([event])
+        elif sessions:
+            sessions[-1].append(event)
+    mine = [session for session in sessions if session[0]["job"] == job]
+    units = [event for session in mine for event in session if event["event"] == "unit"]
+    attempts = [event for session in mine for event in session if event["event"] in ("unit", "failure", "lost")]
+    return RunStats(
+        seconds=sum(session[-1]["time"] - session[0]["time"] for session in mine),
+        synthesis_seconds=sum(_span(session, "synthesis", "unit") for session in mine),
+        distillation_seconds=sum(
+            _span([event for event in session if event.get("training", training) == training], "student", "student")
+            for session in mine
+        ),
+        images=sum(event["images"] for event in units),
+        attempted=len(attempts),
+    )
+
+
+def _span(session: Sequence[Mapping[str, Any]], first: str, last: str) -> float:
+    """Seconds from the first event of one kind to the last of another."""
+    begins = [event["time"] for event in session if event["event"] == first]
+    ends = [event["time"] for event in session if event["event"] == last]
+    return float(max(0.0, ends[-1] - begins[0])) if begins and ends else 0.0
 
 
 def finite(value: JSON) -> JSON:

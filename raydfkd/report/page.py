@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import importlib.resources
 import io
 import json
 import os
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 from rich.table import Table
 from torch import Tensor
@@ -57,19 +56,55 @@ def write_report(
     data = _plain(report)
     run_dir.mkdir(parents=True, exist_ok=True)
     _replace(run_dir / "report.json", json.dumps(data, indent=2, allow_nan=False) + "\n")
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters.update(percent=percent, count=count, duration=duration)
-    template = (importlib.resources.files("raydfkd.report") / "page.html").read_text(encoding="utf-8")
-    html = page.from_string(template).render(
+    html = _rendered(
+        "page.html",
         report=data,
         difference=_difference(data["teacher"]["top1"], data["student"]["top1"]),
         student_curves=student_curves(metrics),
         objective_curves=objective_curves(metrics),
         gallery=None if gallery is None else _gallery_rows(gallery),
-        recipe_yaml=yaml.safe_dump(data["recipe"], sort_keys=False, allow_unicode=True),
+        recipe_yaml=_yaml(data["recipe"]),
         max_failures=MAX_FAILURES,
     )
     _replace(run_dir / "report.html", html)
+
+
+def write_pictures(
+    run_dir: Path,
+    gallery: Gallery,
+    *,
+    metrics: Sequence[Mapping[str, Any]],
+    recipe: Mapping[str, Any],
+    warnings: Sequence[str],
+) -> Path:
+    """Write the self-contained ``gallery.html``: the images of a set that no student was trained on yet."""
+    html = _rendered(
+        "pictures.html",
+        gallery=_gallery_rows(gallery),
+        objective_curves=objective_curves(metrics),
+        recipe=recipe,
+        recipe_yaml=_yaml(recipe),
+        warnings=warnings,
+    )
+    _replace(run_dir / "gallery.html", html)
+    return run_dir / "gallery.html"
+
+
+def _rendered(template: str, **values: Any) -> str:
+    page = Environment(
+        loader=PackageLoader("raydfkd.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page.filters.update(percent=percent, count=count, duration=duration)
+    return page.get_template(template).render(**values)
+
+
+def _yaml(data: Mapping[str, Any]) -> str:
+    text: str = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def summary_table(report: Mapping[str, JSON]) -> Table:
@@ -79,8 +114,9 @@ def summary_table(report: Mapping[str, JSON]) -> Table:
     table.add_column("")
     table.add_column("teacher", justify="right")
     table.add_column("student", justify="right")
-    table.add_row("real test images", percent(data["teacher"]["top1"]), percent(data["student"]["top1"]))
-    table.add_row("agreement with teacher", "-", percent(data["agreement"]))
+    if data["student"]["top1"] is not None:
+        table.add_row(str(data["judged_on"]), percent(data["teacher"]["top1"]), percent(data["student"]["top1"]))
+    table.add_row(f"agreement on {data['judged_images']:,} {data['judged_on']}", "-", percent(data["agreement"]))
     return table
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from raydfkd.config.recipe import Recipe
+from raydfkd.data.sources import SOURCES, Ranks
 from raydfkd.data.student_versions import Source
 from raydfkd.errors import RecipeError
 from raydfkd.images.augment import build_augmentations
@@ -15,10 +18,12 @@ from raydfkd.losses.objective import build_objective, terms_that_need
 from raydfkd.networks.build import build_network
 from raydfkd.networks.observed import Need, ObservedNetwork
 from raydfkd.seeds import derive_seed
+from raydfkd.synthesis.generator_training import GeneratorTraining
 from raydfkd.synthesis.judge import Judge, StudentFeed
-from raydfkd.synthesis.student_feed import StoredStudentFeed
+from raydfkd.synthesis.student_feed import LiveStudentFeed, StoredStudentFeed
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Setting, Synthesizer, not_offered, offers_of
 from raydfkd.synthesis.targets import TARGETS
+from raydfkd.units import Request
 
 
 def build_student(recipe: Recipe, source: Source, device: torch.device) -> StoredStudentFeed | None:
@@ -71,7 +76,8 @@ def build_synthesizer(
     ).to(device)
     observed = ObservedNetwork(
         teacher,
-        taps=objective.needs,
+        taps=objective.askers,
+        image_shape=recipe.teacher.image_space.shape,
         frozen=True,
         precision=getattr(torch, spec.precision),
         compiled=device.type == "cuda" if spec.compile == "auto" else spec.compile,
@@ -85,3 +91,62 @@ def build_synthesizer(
         device=device,
     )
     return SYNTHESIZERS.build(spec.synthesizer, spec.options, setting, where="synthesis")
+
+
+def has_targets(recipe: Recipe) -> bool:
+    """Whether images are made for a class each."""
+    spec = recipe.synthesis.targets
+    return TARGETS.build(spec.kind, spec.options, where="synthesis.targets").is_conditional
+
+
+def is_live(recipe: Recipe) -> bool:
+    """Whether the student's source makes its images itself, against the student as it learns."""
+    source = SOURCES.get(recipe.distill.source.kind, where="distill.source")
+    return bool(getattr(source, "is_live", False))
+
+
+def live_generator(
+    recipe: Recipe,
+    teacher: nn.Module,
+    student: nn.Module,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    parallel: Callable[[nn.Module], nn.Module] = lambda stack: stack,
+) -> GeneratorTraining:
+    """The recipe's generator in training against ``student``, the live module; for a live source.
+
+    Args:
+        recipe: says what is trained, and how.
+        teacher: to invert.
+        student: whose weights change between the generator's steps.
+        device: of both.
+        rank: of this process, so that each draws its own latents.
+        parallel: wraps the generator for data parallelism.
+
+    Raises:
+        RecipeError: the recipe's synthesizer trains no generator.
+    """
+    synthesizer = build_synthesizer(recipe, teacher, device, LiveStudentFeed(student))
+    make = getattr(synthesizer, "training", None)
+    if make is None:
+        raise RecipeError(
+            f"distill.source is live, but synthesizer {recipe.synthesis.synthesizer} trains no generator; use generator"
+        )
+    seeds = [derive_seed(recipe.seed, "live", label, rank) for label in recipe.classes]
+    request = Request(
+        classes=recipe.classes, images_per_class=1, seed=derive_seed(recipe.seed, "live", rank), class_seeds=seeds
+    )
+    training: GeneratorTraining = make(request, steps=recipe.distill.steps, parallel=parallel)
+    return training
+
+
+def generator_maker(
+    recipe: Recipe, teacher: nn.Module, parallel: Callable[[nn.Module], nn.Module] = lambda stack: stack
+) -> Callable[[nn.Module, Ranks, torch.device], GeneratorTraining] | None:
+    """``live_generator`` for a training that knows its student, ranks and device; None where no source is live."""
+    if not is_live(recipe):
+        return None
+    return lambda student, ranks, device: live_generator(
+        recipe, teacher, student, device, rank=ranks.rank, parallel=parallel
+    )

@@ -137,6 +137,11 @@ class GeneratorSynthesizer:
             if self._setting.device.type == "cuda":
                 torch.cuda.empty_cache()
 
+    def num_steps(self, request: Request) -> int:
+        """Training steps until the last images."""
+        groups = len(request.classes) if self._setting.targets.is_conditional else 1
+        return max(self._draws(request.count // groups, self._design.batch_per_class))
+
     def _train(
         self, request: Request, log: Log, hook: StepHook, saved: Mapping[str, Any] | None
     ) -> Iterator[SyntheticBatch]:

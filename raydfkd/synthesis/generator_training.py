@@ -107,6 +107,12 @@ class GeneratorTraining:
         self._restart()
         setting.judge.objective.begin()
 
+    def reseed(self, seed: int) -> None:
+        """Draw latents and augmentations from ``seed`` on, so that a step follows from its number."""
+        for number, rng in enumerate(self._rngs):
+            rng.manual_seed(derive_seed(seed, "latents", number))
+        self._augmenting.manual_seed(derive_seed(seed, "augment"))
+
     def update(self, student: AskStudent | None = None) -> ObjectiveValue:
         """Make one step; terms that ask the student ask ``student``, the judge's own unless given."""
         judge = self._setting.judge

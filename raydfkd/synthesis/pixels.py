@@ -154,8 +154,13 @@ class PixelSynthesizer:
         clip: bool = True,
     ) -> None:
         for stage in stages:
-            if setting.space.size % stage.pool:
-                raise ValueError(f"stages: pool is {stage.pool}, which does not divide image size {setting.space.size}")
+            edges = (setting.space.height, setting.space.width)
+            if any(edge % stage.pool for edge in edges):
+                fewer = [pool for pool in range(1, stage.pool) if not any(edge % pool for edge in edges)]
+                raise ValueError(
+                    f"stages: pool is {stage.pool}, which does not divide image size {setting.space.size_text}; "
+                    f"use {fewer[-1]}"
+                )
             _try_teacher(setting, stage.pool)
         self._setting = setting
         self._batch_size = batch_size
@@ -181,6 +186,11 @@ class PixelSynthesizer:
             if made is not None:
                 course.waiting.pop()
                 yield made
+
+    def num_steps(self, request: Request) -> int:
+        """Steps of all stages for each batch."""
+        per_batch = max(1, self._batch_size // len(request.classes))
+        return math.ceil(request.images_per_class / per_batch) * sum(stage.steps for stage in self._stages)
 
     def _next_batch(self, request: Request, course: _Course) -> _Start:
         per_batch = max(1, self._batch_size // len(request.classes))
@@ -268,12 +278,14 @@ class PixelSynthesizer:
 
 
 def _try_teacher(setting: Setting, pool: int) -> None:
-    size = setting.space.size // pool
+    channels, height, width = setting.space.shape
+    blank = torch.zeros(2, channels, height // pool, width // pool, device=setting.device)
     try:
         with torch.no_grad():
-            setting.judge.teacher(torch.zeros(2, setting.space.channels, size, size, device=setting.device))
+            setting.judge.teacher(blank)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"stages: pool is {pool}, but the teacher cannot take {size} pixels ({reason}); use pool 1"
+            f"stages: pool is {pool}, but the teacher cannot take {height // pool}x{width // pool} pixels ({reason}); "
+            "use pool 1"
         ) from None

@@ -54,6 +54,10 @@ class Synthesizer(Protocol):
             Interrupted: by the hook.
         """
 
+    def num_steps(self, request: Request) -> int:
+        """Steps that the images of ``request`` take, each of them announced to the hook."""
+        ...
+
 
 SYNTHESIZERS: Registry[Synthesizer] = Registry(
     "synthesizer", ["raydfkd.synthesis.pixels", "raydfkd.synthesis.generator"], member="produce"

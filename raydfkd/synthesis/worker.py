@@ -1,4 +1,4 @@
-"""One worker: a recipe and a unit in, a commit out. Knows nothing of Ray."""
+"""One worker: a job and a unit in, a commit out. Knows nothing of Ray."""
 
 from __future__ import annotations
 
@@ -9,57 +9,64 @@ from typing import Any
 
 import torch
 
-from raydfkd.config.recipe import Recipe
 from raydfkd.data.commits import Commit
 from raydfkd.data.sink import ParquetSink
 from raydfkd.data.student_versions import StudentVersions
-from raydfkd.data.transfer_set import TransferSet
 from raydfkd.devices import cpu_threads, keep_freed_memory
 from raydfkd.errors import RecipeError
-from raydfkd.job import digest_of
-from raydfkd.networks.weights import load_teacher
+from raydfkd.job import Job, open_job
+from raydfkd.networks.teacher import Teacher
 from raydfkd.synthesis.build import build_student, build_synthesizer
 from raydfkd.synthesis.checkpoint import CheckpointHook, Interrupted, UnitCheckpoint
-from raydfkd.units import WorkUnit
+from raydfkd.units import UnitProgress, WorkUnit
 
 logger = logging.getLogger(__name__)
+TELL_EVERY_S = 1.0
+"""Seconds between words on how far a unit is, where its objective is not looked at."""
+
+
+def tell_nobody(progress: UnitProgress) -> None:
+    """Nobody wants to know."""
 
 
 class SynthesisWorker:
     """Works on one unit after another; everything expensive is built once.
 
     Args:
-        recipe: what to make, and of which teacher.
-        transfer_set: where it goes.
+        job: whose units are worked on.
+        teacher: to invert; has to be the one that the job began with.
         device: to work on.
         should_stop: whether the unit in work is to be left, its state saved; asked between any two steps.
+        on_progress: told of each look at the objective, and about once a second how far the unit is.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
-        transfer_set: TransferSet,
+        job: Job,
+        teacher: Teacher,
         *,
         device: torch.device,
         should_stop: Callable[[], bool] = lambda: False,
+        on_progress: Callable[[UnitProgress], None] = tell_nobody,
     ) -> None:
-        if device.type == "cpu":
-            keep_freed_memory()
-        teacher, weights = load_teacher(recipe)
-        digest = digest_of(recipe, weights)
-        if digest != transfer_set.digest:
+        recipe = job.recipe
+        if open_job(recipe, teacher).digest != job.digest:
             raise RecipeError(
                 f"teacher.weights is {recipe.teacher.weights!r}: not the weights that this run began with; "
                 "restore them or use another run_dir"
             )
-        self._threads = recipe.synthesis.threads
-        self._checkpoint_every = recipe.runtime.checkpoint_every
-        self._transfer_set = transfer_set
-        self._should_stop = should_stop
-        self._recipe = recipe
-        self._students = StudentVersions(transfer_set.store)
+        if device.type == "cpu":
+            keep_freed_memory()
+        self._job = job
+        self._should_stop, self._on_progress = should_stop, on_progress
+        self._students = StudentVersions(job.transfer_set.store)
         self._student = build_student(recipe, self._students.newest, device)
-        self._synthesizer = build_synthesizer(recipe, teacher, device, self._student)
+        self._synthesizer = build_synthesizer(recipe, teacher.module, device, self._student)
+        self._student_versions = (
+            {unit.id: phase.student_version for phase in reversed(job.phases) for unit in phase.units}
+            if self._student is not None
+            else {}
+        )
 
     def run(self, unit: WorkUnit, attempt: int = 1) -> Commit:
         """Make the images of ``unit`` and commit them, from where another attempt was interrupted if one was.
@@ -69,22 +76,23 @@ class SynthesisWorker:
         Raises:
             Interrupted: ``should_stop`` said so; the unit's state is saved.
         """
-        checkpoint = UnitCheckpoint(self._transfer_set.store, unit, self._transfer_set.digest)
+        recipe, transfer_set = self._job.recipe, self._job.transfer_set
+        checkpoint = UnitCheckpoint(transfer_set.store, unit, transfer_set.digest)
         self._meet_student(unit)
         work = self._resume(unit, attempt, checkpoint.load())
         hook = CheckpointHook(
             checkpoint,
-            every=self._checkpoint_every,
+            every=recipe.runtime.checkpoint_every,
             should_stop=self._should_stop,
-            on_step=self._look_for_student,
+            on_step=lambda steps: self._on_step(work, steps),
             around=work.state_dict,
             saved=work.synthesizer_state,
         )
         try:
-            with cpu_threads(self._threads):
+            with cpu_threads(recipe.synthesis.threads):
                 for batch in self._synthesizer.produce(unit.request, work.log, hook):
                     work.sink.write(batch)
-            commit = work.sink.commit(seconds=work.seconds, curve=work.curve)
+            commit = work.sink.commit(seconds=work.seconds)
         except Interrupted:
             work.sink.release()
             raise
@@ -97,64 +105,79 @@ class SynthesisWorker:
         return commit
 
     def _meet_student(self, unit: WorkUnit) -> None:
-        """In rounds the student that the round before has trained, none in the first; else the newest one."""
+        """Follow the newest version of the student, the one of the phase before, or none in the first of several."""
         if self._student is None:
             return
-        if self._recipe.rounds > 1:
-            number = self._recipe.round_of(unit)
-            version = self._recipe.steps_until(number - 1)
-            self._student.follow(self._students.pinned(version) if number else None)
+        version = self._student_versions[unit.id]
+        if version != "newest":
+            self._student.follow(None if version is None else self._students.pinned(version))
         self._student.refresh()
 
-    def _look_for_student(self, steps: int) -> None:
-        if (
-            self._student is not None
-            and self._recipe.rounds == 1
-            and steps % self._recipe.synthesis.student_refresh == 0
-        ):
+    def _on_step(self, work: _Attempt, steps: int) -> None:
+        """Called before each step, with the number of those that were made here."""
+        work.step()
+        is_due = steps % self._job.recipe.synthesis.student_refresh == 0
+        if self._student is not None and len(self._job.phases) == 1 and is_due:
             self._student.refresh()
 
     def _resume(self, unit: WorkUnit, attempt: int, state: Mapping[str, Any] | None) -> _Attempt:
+        steps = self._synthesizer.num_steps(unit.request)
         if state is not None:
-            work = _Attempt(sink=self._transfer_set.open(unit, attempt=attempt))
+            work = _Attempt(unit, self._job.transfer_set.open(unit, attempt=attempt), steps, self._on_progress)
             try:
                 work.load_state_dict(state)
             except ValueError as error:
                 logger.warning("unit %s begins anew: %s", unit.id, error)
                 work.sink.abandon()
             else:
-                logger.info("unit %s goes on from its saved state", unit.id)
+                logger.info("unit %s resumes from its saved state", unit.id)
                 return work
-        return _Attempt(sink=self._transfer_set.open(unit, attempt=attempt))
+        return _Attempt(unit, self._job.transfer_set.open(unit, attempt=attempt), steps, self._on_progress)
 
 
 class _Attempt:
     """What there is of a unit beside the synthesizer."""
 
-    def __init__(self, sink: ParquetSink) -> None:
+    def __init__(
+        self, unit: WorkUnit, sink: ParquetSink, steps: int, on_progress: Callable[[UnitProgress], None]
+    ) -> None:
         self.sink = sink
-        self.curve: list[dict[str, float]] = []
         self.synthesizer_state: Mapping[str, Any] | None = None
+        self._unit, self._num_steps = unit, steps
+        self._on_progress = on_progress
+        self._step = 0
         self._started = time.monotonic()
+        self._told = self._started - TELL_EVERY_S
 
     @property
     def seconds(self) -> float:
         """Time spent on the images, that of interrupted attempts included."""
         return time.monotonic() - self._started
 
+    def step(self) -> None:
+        """A step is about to be made."""
+        if time.monotonic() - self._told >= TELL_EVERY_S:
+            self._tell({})
+        self._step += 1
+
     def log(self, entry: Mapping[str, float]) -> None:
-        self.curve.append(dict(entry))
+        """The objective was looked at."""
+        self._tell(entry)
+
+    def _tell(self, objective: Mapping[str, float]) -> None:
+        self._told = time.monotonic()
+        self._on_progress(UnitProgress(unit=self._unit.id, step=self._step, steps=self._num_steps, objective=objective))
 
     def state_dict(self, synthesizer: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "synthesizer": dict(synthesizer),
             "sink": self.sink.state_dict(),
-            "curve": self.curve,
+            "step": self._step,
             "seconds": self.seconds,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sink.load_state_dict(state["sink"])
         self.synthesizer_state = state["synthesizer"]
-        self.curve = list(state["curve"])
+        self._step = state.get("step", 0)
         self._started -= state["seconds"]

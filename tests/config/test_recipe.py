@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from raydfkd.config.load import load_recipe, packaged_recipes
+from raydfkd.config.load import load_recipe, packaged_jobs, packaged_recipes
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.schema import PluginSpec, TermSpec
 from raydfkd.errors import RecipeError
@@ -119,7 +119,8 @@ def test_file_that_is_no_recipe_is_named(tmp_path, content, complaint):
 def test_missing_file_is_named_with_the_packaged_recipes():
     message = refusal(load_recipe, "nowhere/recipe.yaml")
     assert message == (
-        f"nowhere/recipe.yaml: no such file; give a recipe file or one of: {', '.join(packaged_recipes())}"
+        "nowhere/recipe.yaml: no such file; give a recipe file or one of: "
+        f"{', '.join([*packaged_recipes(), *packaged_jobs()])}"
     )
 
 
@@ -141,13 +142,16 @@ def test_misspelled_packaged_recipe_is_named_with_the_closest_one():
         ("distill.steps=true", "distill.steps is true: input should be a valid integer"),
         ("distill.steps=0", "distill.steps is 0: input should be greater than or equal to 1"),
         ("teacher.classes=1", "teacher.classes is 1: input should be greater than or equal to 2"),
-        ("teacher.image_space.size=[8]", "teacher.image_space.size is [8]: input should be a valid integer"),
+        (
+            "teacher.image_space.size=[8]",
+            "teacher.image_space.size is [8]: give a number of pixels, or [height, width]",
+        ),
         ("distill.source.kind=grown", "distill.source.kind is \"grown\": input should be 'growing' or 'snapshot'"),
         ("distill.optimizer.lr=-1", "distill.optimizer.lr is -1: input should be greater than 0"),
         ("distill.optimizer.lr=.inf", "distill.optimizer.lr is Infinity: input should be a finite number"),
         ("distill.optimizer.momentum=2", "distill.optimizer.momentum is 2: input should be less than 1"),
         ("synthesis.objective.0.weight=.nan", "synthesis.objective.0.weight is NaN: input should be a finite number"),
-        ("transfer_set.classes=some", "transfer_set.classes is \"some\": input should be 'all'"),
+        ("transfer_set.classes=some", "transfer_set.classes is \"some\": input should be 'all' or a valid array"),
         ("transfer_set.uri=''", 'transfer_set.uri is "": string should have at least 1 character'),
         ("run_dir=''", 'run_dir is "": string should have at least 1 character'),
         ("teacher=null", "teacher is null: input should be an object"),
@@ -200,7 +204,7 @@ def test_missing_key_is_named(written):
             ["distill.optimizer={kind: sgd, lr: 0.1, momentum: 0}"],
             "distill.optimizer: momentum is 0, but sgd's is Nesterov's; give one above 0, such as 0.9",
         ),
-        (["runtime.workers={min: 3, max: 2}"], "runtime.workers: min 3 is more than max 2; swap them"),
+        (["runtime.workers={min: 3, max: 2}"], "runtime.workers: min 3 is more than max 2; raise max or lower min"),
         (
             ["runtime.student_workers={min: 0, max: 2}"],
             "runtime: student_workers.min is 0, but the student needs at least 1 worker",

@@ -11,7 +11,7 @@ from raydfkd.config.recipe import Recipe
 from raydfkd.config.schema import PluginSpec, TermSpec
 from raydfkd.config.static_check import static_check
 from raydfkd.errors import RecipeError
-from raydfkd.run import check as in_check
+from raydfkd.runner import check as in_check
 
 SMALL = ("teacher.options.widths=[4]", "student.options.widths=[4]", "runtime.device=cpu")
 WRONG = {

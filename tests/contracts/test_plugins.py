@@ -5,7 +5,7 @@ import torch
 from toy import CLASSES, FAMILIES, SPACE, shipped, variants
 
 from raydfkd.config.schema import ImageSpace, TeacherSpec
-from raydfkd.distill.criteria import CRITERIA
+from raydfkd.distillation.criteria import CRITERIA
 from raydfkd.images.augment import AUGMENTATIONS
 from raydfkd.networks.build import NETWORKS, build_network
 from raydfkd.networks.generators import GENERATORS

@@ -56,7 +56,7 @@ def attempt(aged_set, make_batch):
 
 def test_parts_of_attempts_that_died_go_and_committed_ones_stay(aged_set, attempt):
     (sink, committed), (_, dead) = attempt(UNITS[0]), attempt(UNITS[1])
-    made = sink.commit(seconds=1.0, curve=[])
+    made = sink.commit(seconds=1.0)
     size = sum(entry.bytes for entry in aged_set.store.entries("parts") if entry.path in dead)
     aged_set.age(2 * HOUR, *committed, *dead, f"commits/{made.unit}.json")
     garbage = collect_garbage(aged_set, older_than_s=HOUR, dry_run=False)
@@ -79,7 +79,7 @@ def test_attempt_is_as_old_as_its_newest_part(aged_set, attempt):
     sink, (first, second) = attempt(UNITS[0])
     aged_set.age(9 * HOUR, first)
     assert collect_garbage(aged_set, older_than_s=HOUR, dry_run=False).paths == ()
-    made = sink.commit(seconds=1.0, curve=[])
+    made = sink.commit(seconds=1.0)
     assert [part.path for part in made.parts] == [first, second]
     assert sum(len(aged_set.read(part)) for part in made.parts) == 8
 
@@ -115,7 +115,7 @@ def test_commit_that_appears_meanwhile_keeps_its_parts(moment, aged_set, attempt
         def wrapped(prefix):
             found = call(prefix)
             if prefix == when and not made:
-                made.append(sink.commit(seconds=1.0, curve=[]))
+                made.append(sink.commit(seconds=1.0))
             return found
 
         return wrapped
@@ -129,7 +129,7 @@ def test_commit_that_appears_meanwhile_keeps_its_parts(moment, aged_set, attempt
         monkeypatch.setattr(
             collect,
             "_still_garbage",
-            lambda *args: made.append(sink.commit(seconds=1.0, curve=[])) or still_garbage(*args),
+            lambda *args: made.append(sink.commit(seconds=1.0)) or still_garbage(*args),
         )
     assert collect_garbage(aged_set, older_than_s=HOUR, dry_run=False).paths == ()
     assert [part.path for part in made[0].parts] == store.list("parts") == parts
@@ -137,7 +137,7 @@ def test_commit_that_appears_meanwhile_keeps_its_parts(moment, aged_set, attempt
 
 def test_parts_of_a_quarantined_commit_go_and_its_records_stay(aged_set, attempt):
     sink, parts = attempt(UNITS[0])
-    made = sink.commit(seconds=1.0, curve=[])
+    made = sink.commit(seconds=1.0)
     aged_set.age(2 * HOUR, *parts)
     aged_set.mark_damaged(made, DamagedError(aged_set.store.uri, parts[0], "is damaged"))
     assert collect_garbage(aged_set, older_than_s=HOUR, dry_run=False).paths == tuple(parts)
@@ -147,7 +147,7 @@ def test_parts_of_a_quarantined_commit_go_and_its_records_stay(aged_set, attempt
 
 def test_states_of_committed_units_go_and_those_of_others_stay(aged_set, attempt):
     sink, _ = attempt(UNITS[0])
-    sink.commit(seconds=1.0, curve=[])
+    sink.commit(seconds=1.0)
     states = [f"resume/{unit.id}.pt" for unit in UNITS]
     for path in (*states, "resume/note.txt"):
         aged_set.store.put(path, b"state")
@@ -163,7 +163,7 @@ def test_parts_of_a_unit_that_can_be_gone_on_with_stay_until_it_is_committed(age
     aged_set.age(2 * HOUR, *left, state)
     assert collect_garbage(aged_set, older_than_s=HOUR, dry_run=False).paths == ()
     sink, _ = attempt(UNITS[0])
-    sink.commit(seconds=1.0, curve=[])
+    sink.commit(seconds=1.0)
     assert collect_garbage(aged_set, older_than_s=HOUR, dry_run=False).paths == (*left, state)
 
 

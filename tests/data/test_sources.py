@@ -7,12 +7,12 @@ import weakref
 import pytest
 import torch
 
-from raydfkd.config.schema import SourceSpec
-from raydfkd.data import sources
+from raydfkd.data import set_source as sources
 from raydfkd.data.batches import SyntheticBatch
 from raydfkd.data.epochs import EpochLog
+from raydfkd.data.set_source import GrowingSource
 from raydfkd.data.shards import StoredRows
-from raydfkd.data.sources import TransferSetSource
+from raydfkd.data.sources import SOURCES, Feed, Ranks
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.store.errors import DamagedError
 from raydfkd.store.store import Store
@@ -46,12 +46,24 @@ class Rows:
             images = numbers.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
             sink.write(SyntheticBatch(images=images, labels=numbers, teacher_logits=logits, objective=0.0))
             if commit:
-                sink.commit(seconds=0.0, curve=[])
+                sink.commit(seconds=0.0)
             self.units.append(unit_id)
             written += numbers.tolist()
         return written
 
-    def sources(self, ranks=1, *, steps=1000, batch_size=8, seed=3, planned=None, on_wait=None, epochs=None, **spec):
+    def sources(
+        self,
+        ranks=1,
+        *,
+        steps=1000,
+        batch_size=8,
+        seed=3,
+        planned=None,
+        on_wait=None,
+        epochs=None,
+        kind="growing",
+        **spec,
+    ):
         """One source a rank; rank 0 must be asked first in every step. It calls ``on_wait`` instead of waiting."""
         agreed = []
 
@@ -63,18 +75,20 @@ class Rows:
             return snapshot
 
         return [
-            TransferSetSource(
-                self.set,
-                SourceSpec(**spec),
-                units=self.units,
-                planned_images=planned or self.set.snapshot().images,
-                steps=steps,
-                batch_size=batch_size,
-                seed=seed,
-                rank=rank,
-                world_size=ranks,
-                agree=agree if rank == 0 else follower(agreed),
-                epochs=epochs,
+            SOURCES.build(
+                kind,
+                spec,
+                Feed(
+                    transfer_set=self.set,
+                    units=self.units,
+                    planned_images=planned or self.set.snapshot().images,
+                    steps=steps,
+                    batch_size=batch_size,
+                    seed=seed,
+                    ranks=Ranks(rank=rank, size=ranks, agree=agree if rank == 0 else follower(agreed)),
+                    epochs=epochs,
+                ),
+                where="test",
             )
             for rank in range(ranks)
         ]
@@ -92,7 +106,7 @@ def epochs(sources, count):
     found = []
     while True:
         step = [next(stream) for stream in streams]
-        positions = {(source.state_dict()["pass"], source.state_dict()["step_in_epoch"]) for source in sources}
+        positions = {(source.state_dict()["epoch"], source.state_dict()["step_in_epoch"]) for source in sources}
         assert len(positions) == 1, "all ranks stand at the same step of the same pass"
         number = positions.pop()[0]
         if number == count:
@@ -191,7 +205,7 @@ def test_order_does_not_depend_on_which_unit_was_committed_first(tmp_path):
             sink.write(
                 SyntheticBatch(images=images, labels=numbers, teacher_logits=torch.zeros(9, 3).half(), objective=0.0)
             )
-            sink.commit(seconds=0.0, curve=[])
+            sink.commit(seconds=0.0)
         orders.append(taken(iter(one.sources()[0]), 6))
     assert orders[0] == orders[1]
 
@@ -457,7 +471,7 @@ def test_pass_ends_early_for_a_newer_snapshot_and_only_for_one(tmp_path):
             rows.write(40)
         sizes.append(next(stream).snapshot_images)
     assert sizes == [40] * 4 + [80] * 8, "the next look after step 3 is that after step 4"
-    assert source.state_dict()["pass"] == 1
+    assert source.state_dict()["epoch"] == 1
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -478,7 +492,7 @@ def test_refresh_never_waits_for_images(tmp_path):
         if step == 3:
             rows.write(1)  # of the 60 wanted by then
         next(stream)
-    assert source.state_dict()["pass"] == 0
+    assert source.state_dict()["epoch"] == 0
 
 
 def test_old_and_new_images_are_equally_likely_to_be_next_after_a_refresh(tmp_path):
@@ -551,15 +565,9 @@ def test_ranks_agree_in_the_thread_that_trains(tmp_path):
     rows = Rows(tmp_path)
     rows.write(16)
     threads = set()
-    source = TransferSetSource(
-        rows.set,
-        SourceSpec(),
-        units=rows.units,
-        planned_images=16,
-        steps=10,
-        batch_size=8,
-        seed=0,
-        agree=lambda snapshot: threads.add(threading.current_thread()) or snapshot,
+    ranks = Ranks(agree=lambda snapshot: threads.add(threading.current_thread()) or snapshot)
+    source = GrowingSource(
+        Feed(transfer_set=rows.set, units=rows.units, planned_images=16, steps=10, batch_size=8, seed=0, ranks=ranks)
     )
     taken(source, 5)
     assert threads == {threading.current_thread()}

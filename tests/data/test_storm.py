@@ -84,7 +84,7 @@ class Storm:
     def _make(self, unit):
         sink = self.open().open(self.units[unit], attempt=next(self._attempts))
         sink.write(images_of(self.units[unit]))
-        assert sink.commit(seconds=1.0, curve=[]).unit == unit
+        assert sink.commit(seconds=1.0).unit == unit
 
     def _read(self, seed):
         rng, reader = random.Random(seed), self.open()
@@ -136,7 +136,7 @@ def test_every_unit_is_committed_once_and_unchanged_whatever_the_store_does(stor
     for unit in storm.units.values():
         sink = calm.open(unit)
         sink.write(images_of(unit))
-        sink.commit(seconds=1.0, curve=[])
+        sink.commit(seconds=1.0)
     assert made.snapshot().units == tuple(sorted(storm.units))
     assert storm.open().content_digest() == calm.content_digest()
     assert set(storm.seen) <= {(commit.unit, commit.content) for commit in calm.snapshot().commits}

@@ -41,7 +41,7 @@ def filled(sink, *batches):
 
 
 def commit(transfer_set, unit, *batches, attempt=1):
-    return filled(transfer_set.open(unit, attempt=attempt), *batches).commit(seconds=1.0, curve=[])
+    return filled(transfer_set.open(unit, attempt=attempt), *batches).commit(seconds=1.0)
 
 
 def wait_until(is_true):
@@ -92,7 +92,7 @@ def test_parts_are_invisible_until_the_unit_is_committed(transfer_set, make_batc
     wait_until(lambda: len(transfer_set.store.list("parts")) == 2)
     assert transfer_set.committed() == set()
     assert transfer_set.snapshot().images == 0
-    sink.commit(seconds=1.0, curve=[])
+    sink.commit(seconds=1.0)
     assert transfer_set.committed() == {UNITS[0].id}
     assert transfer_set.snapshot().images == 9
 
@@ -107,7 +107,7 @@ def test_second_commit_of_a_unit_changes_nothing_and_leaves_no_orphan(transfer_s
 
 def test_committing_the_same_sink_twice_is_harmless(transfer_set, make_batch):
     sink = filled(transfer_set.open(UNITS[0]), make_batch(5))
-    assert sink.commit(seconds=1.0, curve=[]) == sink.commit(seconds=1.0, curve=[])
+    assert sink.commit(seconds=1.0) == sink.commit(seconds=1.0)
     assert len(transfer_set.read(transfer_set.snapshot().commits[0].parts[0])) == 4
 
 
@@ -118,7 +118,7 @@ def test_of_two_attempts_that_finish_at_once_one_wins_and_the_other_vanishes(tra
 
         def finish(sink, barrier=barrier):
             barrier.wait()
-            return sink.commit(seconds=1.0, curve=[])
+            return sink.commit(seconds=1.0)
 
         with ThreadPoolExecutor(2) as pool:
             one, other = pool.map(finish, sinks)
@@ -144,7 +144,7 @@ def test_attempt_abandoned_after_its_commit_was_sent_keeps_its_parts(transfer_se
     monkeypatch.setattr(transfer_set.store, "put_new", disconnect)
     sink = filled(transfer_set.open(UNITS[0]), make_batch(5))
     with pytest.raises(ConnectionError):
-        sink.commit(seconds=1.0, curve=[])
+        sink.commit(seconds=1.0)
     sink.abandon()
     (made,) = transfer_set.snapshot().commits
     assert [len(transfer_set.read(part)) for part in made.parts] == [4, 1]
@@ -183,7 +183,7 @@ def test_images_are_taken_while_a_part_is_being_stored_until_too_many_wait(trans
     assert last.is_alive()
     slow.allowed.set()
     last.join(5)
-    made = sink.commit(seconds=1.0, curve=[])
+    made = sink.commit(seconds=1.0)
     assert (made.images, made.content) == (4 * len(batches), rows_digest(batches))
 
 
@@ -216,7 +216,7 @@ def test_part_that_cannot_be_stored_fails_the_next_act_and_every_commit(act, tra
                 sink.write(make_batch(1))
     for _ in range(2):
         with pytest.raises(OSError, match="disk full"):
-            sink.commit(seconds=1.0, curve=[])
+            sink.commit(seconds=1.0)
     sink.abandon()
     assert transfer_set.store.list("parts") == []
     assert transfer_set.committed() == set()
@@ -236,7 +236,7 @@ def test_thread_of_a_sink_ends_with_its_attempt(end, transfer_set, make_batch):
     before = threading.active_count()
     sink = filled(transfer_set.open(UNITS[0]), make_batch(4))
     assert threading.active_count() == before + 1
-    sink.commit(seconds=1.0, curve=[]) if end == "commit" else sink.abandon()
+    sink.commit(seconds=1.0) if end == "commit" else sink.abandon()
     assert threading.active_count() == before
 
 
@@ -255,7 +255,7 @@ def test_images_that_the_encoding_cannot_store_fail_the_commit(uri, make_batch):
     transfer_set = TransferSet(uri, digest=DIGEST, encoding=Encoding(kind="png"))
     sink = filled(transfer_set.open(UNITS[0]), replace(make_batch(2), images=torch.zeros(2, 2, 4, 5).byte()))
     with pytest.raises(ValueError, match="encoding png stores 1 or 3 channels, but images have 2; use raw"):
-        sink.commit(seconds=1.0, curve=[])
+        sink.commit(seconds=1.0)
 
 
 def test_parts_of_large_images_have_fewer_rows(transfer_set, make_batch):
@@ -559,7 +559,7 @@ def test_attempt_whose_generation_is_quarantined_while_it_commits_gets_the_next_
         return put_new(path, data)
 
     monkeypatch.setattr(transfer_set.store, "put_new", after_the_quarantine)
-    second = sink.commit(seconds=1.0, curve=[])
+    second = sink.commit(seconds=1.0)
     assert (second.attempt, second.generation) == (2, 1)
     assert transfer_set.snapshot().commits == (second,)
     assert sum(len(transfer_set.read(part)) for part in second.parts) == 4

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from clusters import processes
 from small import small_recipe
-from toy import quiet_monitor
+from toy import quiet_events
 
 from raydfkd.errors import RecipeError
 from raydfkd.job import Job, open_job
-from raydfkd.run.local import LocalExecutor
-from raydfkd.run.signals import Interruption
+from raydfkd.runner.local import LocalExecutor
+from raydfkd.runner.signals import Interruption
 from raydfkd.store.errors import OutageError
 
 pytestmark = pytest.mark.ray
@@ -35,7 +35,7 @@ def job_of(folder, *settings):
 def pool_of(job):
     from raydfkd.distributed.pool import SynthesisPool  # noqa: PLC0415 - imports Ray
 
-    return SynthesisPool(job, quiet_monitor(Path(job.recipe.run_dir)))
+    return SynthesisPool(job, quiet_events(Path(job.recipe.run_dir)))
 
 
 def test_actors_without_a_unit_are_ended_when_the_queue_drains(ray_cluster, tmp_path):
@@ -63,7 +63,7 @@ def test_interrupted_unit_is_left_and_goes_on_to_the_same_set(ray_cluster, tmp_p
     from raydfkd.distributed import pool as pool_module  # noqa: PLC0415 - imports Ray
 
     alone = job_of(tmp_path / "alone", *LONG_UNITS)
-    LocalExecutor().synthesize(alone, quiet_monitor(tmp_path / "alone"))
+    LocalExecutor().synthesize(alone, quiet_events(tmp_path / "alone"))
     monkeypatch.setattr(pool_module, "FINISH_S", 0.0)
     job = job_of(tmp_path / "ray", *LONG_UNITS)
     queue, pool = job.begin_synthesis(), pool_of(job)
@@ -148,7 +148,7 @@ def test_units_that_others_commit_are_not_made_again(ray_cluster, tmp_path, monk
     monkeypatch.setattr(pool_module, "SYNC_S", 0.0)
     job = job_of(tmp_path, "runtime.workers={min: 0, max: 1}")
     queue = job.begin_synthesis()
-    other = threading.Thread(target=lambda: LocalExecutor().synthesize(job, quiet_monitor(tmp_path)))
+    other = threading.Thread(target=lambda: LocalExecutor().synthesize(job, quiet_events(tmp_path)))
     other.start()
     pool_of(job).run(queue, lambda: None, Interruption())
     other.join()

@@ -17,9 +17,9 @@ from raydfkd.cli import main
 from raydfkd.data.commits import Commit
 from raydfkd.job import open_job
 from raydfkd.report.metrics import MetricsLog, read_metrics
-from raydfkd.run import run as pipeline
-from raydfkd.run.local import LocalExecutor
-from raydfkd.run.progress import Monitor
+from raydfkd.runner import run as pipeline
+from raydfkd.runner.local import LocalExecutor
+from raydfkd.runner.progress import Monitor
 
 pytestmark = pytest.mark.ray
 
@@ -108,7 +108,9 @@ def test_a_mistake_that_only_a_worker_can_see_reaches_the_user_as_it_is(ray_clus
     job = open_job(small_recipe(tmp_path))
     wrong = job.recipe.model_copy(update={"runtime": job.recipe.runtime.model_copy(update={"device": "cuda"})})
     job = type(job)(recipe=wrong, digest=job.digest, units=job.units, transfer_set=job.transfer_set)
-    monitor = Monitor(Console(file=io.StringIO()), MetricsLog(tmp_path / "metrics.jsonl", fresh=True))
+    monitor = Events(
+        MetricsWriter(MetricsLog(tmp_path / "metrics.jsonl", fresh=True)), Display(Console(file=io.StringIO()))
+    )
     with pytest.raises(RecipeError, match=r"runtime.device is 'cuda', but this machine has no CUDA device"):
         RayExecutor().synthesize(job, monitor)
 
@@ -119,7 +121,9 @@ def test_weights_that_changed_under_a_run_stop_its_workers(ray_cluster, tmp_path
     from raydfkd.job import job_of
 
     job = job_of(small_recipe(tmp_path), digest="0" * 64)
-    monitor = Monitor(Console(file=io.StringIO()), MetricsLog(tmp_path / "metrics.jsonl", fresh=True))
+    monitor = Events(
+        MetricsWriter(MetricsLog(tmp_path / "metrics.jsonl", fresh=True)), Display(Console(file=io.StringIO()))
+    )
     with pytest.raises(RecipeError, match="not the weights that this run began with"):
         RayExecutor().synthesize(job, monitor)
     assert job.transfer_set.committed() == set()

@@ -18,8 +18,8 @@ from rich.console import Console
 from raydfkd.config.load import load_recipe
 from raydfkd.job import open_job
 from raydfkd.report.metrics import MetricsLog
-from raydfkd.run.progress import Monitor
-from raydfkd.run.signals import Interruption
+from raydfkd.runner.progress import Monitor
+from raydfkd.runner.signals import Interruption
 
 pytestmark = pytest.mark.cluster
 

@@ -13,13 +13,13 @@ import torch
 from clusters import processes
 from rich.console import Console
 from small import small_recipe
-from toy import quiet_monitor
+from toy import quiet_events
 
 from raydfkd.data.student_versions import StudentVersions
 from raydfkd.job import open_job
 from raydfkd.report.metrics import MetricsLog
-from raydfkd.run.local import LocalExecutor
-from raydfkd.run.progress import Monitor
+from raydfkd.runner.local import LocalExecutor
+from raydfkd.runner.progress import Monitor
 
 COMPETITION = "synthesis.objective=[cross_entropy, {term: bn_moments, form: norm}, {term: competition, weight: 5}]"
 PUBLISH_EVERY, STEPS = 5, 40
@@ -89,7 +89,7 @@ def executor():
 def alone(folder):
     """The set and the student that one process makes."""
     job = open_job(small_recipe(folder, *IN_ROUNDS, "runtime.executor=local"))
-    _, student = LocalExecutor().run(job, quiet_monitor(folder))
+    _, student = LocalExecutor().run(job, quiet_events(folder))
     return job, student
 
 

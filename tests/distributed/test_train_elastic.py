@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 from clusters import Nodes, cluster
 from small import small_recipe
-from toy import quiet_monitor
+from toy import quiet_events
 
 from raydfkd.checkpoints import read_checkpoint
 from raydfkd.job import open_job
 from raydfkd.report.metrics import read_metrics
-from raydfkd.run.local import LocalExecutor
+from raydfkd.runner.local import LocalExecutor
 
 pytestmark = pytest.mark.cluster
 
@@ -49,7 +49,7 @@ def recipe_file(folder: Path, *, units: int = 2, steps: int = 1_000_000) -> Path
         "runtime.resources_per_student_worker={train: 1}",
     )
     job = open_job(recipe)
-    LocalExecutor().synthesize(replace(job, units=job.units[:units]), quiet_monitor(folder / "synthesis"))
+    LocalExecutor().synthesize(replace(job, units=job.units[:units]), quiet_events(folder / "synthesis"))
     if units < len(job.units):
         job.transfer_set.reopen()
     path = folder / "recipe.yaml"

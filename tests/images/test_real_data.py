@@ -59,6 +59,14 @@ def fashion(root, size=28):
 # Digits
 
 
+@pytest.mark.parametrize("size", [(16, 8), (8, 16), (10, 10), (12, 10)])
+def test_digits_fill_images_that_are_not_square(size):
+    images = digits(size).load("validation").images
+    assert images.shape == (180, 1, *size)
+    ink = digits().load("validation").images.float().mean().item()
+    assert images.float().mean().item() == pytest.approx(ink, rel=0.4)
+
+
 @pytest.mark.parametrize("split", SIZES)
 def test_split_of_the_digits_has_its_size_and_eight_by_eight_bytes(split):
     data = digits().load(split)

@@ -152,7 +152,7 @@ def test_batchnorm_of_the_generator_has_ordinary_eps():
 
 
 def test_image_size_that_doublings_cannot_reach_is_refused():
-    with pytest.raises(RecipeError, match="doublings is 4, but image size 8 is not divisible by 16"):
+    with pytest.raises(RecipeError, match="doublings is 4, but image size 8 is not divisible by 16; use at most 3"):
         GENERATORS.build("conv", {"doublings": 4}, SPACE, where="test")
 
 

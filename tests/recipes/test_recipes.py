@@ -3,19 +3,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from toy import quiet_monitor
+from toy import quiet_events
 
 from raydfkd.config.load import load_recipe, packaged_recipes
 from raydfkd.job import open_job
 from raydfkd.report.metrics import read_metrics
-from raydfkd.run.check import check
-from raydfkd.run.local import LocalExecutor
+from raydfkd.runner.check import check
+from raydfkd.runner.local import LocalExecutor
 
 NO_DATA = ["real_data=null", "teacher.train=null", "teacher.weights=random"]
 HERE = ["runtime.executor=local", "runtime.device=cpu"]
 SHORT = {
     "generator": ["synthesis.steps=2", "synthesis.batch_per_class=2", "synthesis.emissions=1"],
-    "pixels": ["synthesis.stages=[{pool: 2, steps: 2}, {steps: 2}]", "synthesis.batch_size=20"],
+    "pixels": ["synthesis.stages=[{steps: 2}, {steps: 2}]", "synthesis.batch_size=20"],
 }
 """What makes each synthesizer quick."""
 
@@ -48,7 +48,7 @@ def test_packaged_recipe_makes_images_and_five_steps(name, tmp_path):
         "distill.log_every=1",
     ]
     job = open_job(load_recipe(name, [*NO_DATA, *HERE, *short], run_dir=str(tmp_path)))
-    outcome, _ = LocalExecutor().run(job, quiet_monitor(tmp_path))
+    outcome, _ = LocalExecutor().run(job, quiet_events(tmp_path))
     assert outcome.given_up == ()
     assert job.snapshot().images == job.planned_images == images_per_class * len(job.recipe.classes)
     steps = [entry for entry in read_metrics(tmp_path / "metrics.jsonl") if entry["event"] == "student"]

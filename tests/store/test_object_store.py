@@ -83,7 +83,7 @@ def test_another_machine_sees_a_unit_on_s3_as_soon_as_it_is_committed(place, mak
         assert reader.committed() == ({UNIT.id} if attempt == 2 else set())
         sink = writer.open(UNIT, attempt=attempt)
         sink.write(batch)
-        made = sink.commit(seconds=1.0, curve=[])
+        made = sink.commit(seconds=1.0)
         assert made.attempt == 1
         assert reader.snapshot().commits == (made,)
         assert reader.store.list("parts") == sorted(part.path for part in made.parts)
@@ -156,7 +156,7 @@ def test_damaged_unit_on_s3_is_quarantined_made_again_and_its_garbage_collected(
     def commit():
         sink = transfer_set.open(UNIT)
         sink.write(make_batch(6))
-        return sink.commit(seconds=1.0, curve=[])
+        return sink.commit(seconds=1.0)
 
     first = commit()
     transfer_set.store.delete(first.parts[1].path)

@@ -7,7 +7,7 @@ from toy import CLASSES, SmallMemory, batches_of, batchnorm_teacher, joined, toy
 
 from raydfkd.errors import RecipeError
 from raydfkd.images.augment import AUGMENTATIONS
-from raydfkd.networks.weights import load_teacher
+from raydfkd.networks.teacher import open_teacher
 from raydfkd.synthesis.build import build_synthesizer
 from raydfkd.units import Request, WorkUnit
 
@@ -43,7 +43,7 @@ def test_images_are_drawn_at_even_times_from_the_middle_of_training_to_its_end(t
     steps = []
     monkeypatch.setitem(AUGMENTATIONS._factories, "count", lambda: lambda images, rng: steps.append(1) or images)
     recipe = recipe_with(tmp_path, f"emissions={emissions}", "augment=[count]")
-    teacher, _ = load_teacher(recipe)
+    teacher = open_teacher(recipe).module
     synthesizer = build_synthesizer(recipe, teacher, torch.device("cpu"))
     stream = synthesizer.produce(unit_of((0, 1), 2 * emissions).request, lambda _: None)
     assert [len(steps) for _ in stream] == at
@@ -134,7 +134,7 @@ def test_renewal_draws_a_batch_of_each_class_after_the_first_training_and_after_
     steps = []
     monkeypatch.setitem(AUGMENTATIONS._factories, "count", lambda: lambda images, rng: steps.append(1) or images)
     recipe = recipe_with(tmp_path, "emissions=1", "augment=[count]", "renewal={steps: 3, keep: 0.5}")
-    teacher, _ = load_teacher(recipe)
+    teacher = open_teacher(recipe).module
     synthesizer = build_synthesizer(recipe, teacher, torch.device("cpu"))
     stream = synthesizer.produce(unit_of((0, 1), 5).request, lambda _: None)
     assert [(len(steps), len(batch)) for batch in stream] == [(6, 4), (9, 4), (12, 2)]

@@ -18,7 +18,7 @@ from toy import (
 
 from raydfkd.networks.generators import ConvGenerator
 from raydfkd.networks.small import ConvNet
-from raydfkd.networks.weights import load_teacher
+from raydfkd.networks.teacher import open_teacher
 from raydfkd.synthesis.build import build_synthesizer
 from raydfkd.synthesis.student_feed import LiveStudentFeed
 
@@ -154,7 +154,7 @@ def test_version_of_the_student_that_images_were_made_against_is_recorded_beside
 
 def test_unit_is_what_its_training_yields_when_the_steps_are_made_by_hand(tmp_path):
     recipe = toy_recipe(tmp_path, ["synthesis.emissions=1"], synthesizer="generator")
-    teacher, _ = load_teacher(recipe)
+    teacher = open_teacher(recipe).module
     synthesizer = build_synthesizer(recipe, teacher, CPU)
     request = unit_of((0, 1), 2).request
     training = synthesizer.training(request)

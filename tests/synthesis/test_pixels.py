@@ -150,7 +150,7 @@ def test_stage_without_pooling_moves_pixels_of_a_square_apart(tmp_path):
 
 def test_pooling_that_does_not_divide_the_image_is_refused(tmp_path):
     recipe = toy_recipe(tmp_path, ["synthesis.stages=[{pool: 3, steps: 4}]"])
-    with pytest.raises(RecipeError, match="pool is 3, which does not divide image size 8"):
+    with pytest.raises(RecipeError, match="pool is 3, which does not divide image size 8; use 2"):
         batches_of(recipe)
 
 

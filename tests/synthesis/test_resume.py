@@ -139,11 +139,11 @@ def test_attempt_that_is_alive_after_all_and_the_one_that_went_on_from_its_state
     for sink in sinks.values():
         for batch in batches[1:]:
             sink.write(batch)
-    sinks[first].commit(seconds=1.0, curve=[])
+    sinks[first].commit(seconds=1.0)
     (commit,) = job.snapshot().commits
     for sink in sinks.values():
         if sink is not sinks[first]:
-            assert sink.commit(seconds=1.0, curve=[]) == commit
+            assert sink.commit(seconds=1.0) == commit
     assert commit.content == rows_digest(batches)
     assert commit.attempt == {"old": 1, "new": 2}[first]
     assert objects(job, "parts") == sorted(part.path for part in commit.parts)

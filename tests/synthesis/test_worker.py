@@ -19,7 +19,8 @@ from raydfkd.data.shards import rows_digest
 from raydfkd.devices import pick_device
 from raydfkd.errors import RecipeError
 from raydfkd.job import open_job
-from raydfkd.networks.weights import load_teacher, save_bytes
+from raydfkd.networks.teacher import open_teacher
+from raydfkd.networks.weights import save_bytes
 from raydfkd.synthesis.build import build_synthesizer
 from raydfkd.synthesis.judge import ObjectiveNotFiniteError
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS
@@ -70,7 +71,7 @@ def test_result_does_not_depend_on_torch_s_global_random_numbers(recipe):
 
 
 def test_synthesis_leaves_torch_s_global_random_numbers_alone(recipe):
-    teacher, _ = load_teacher(recipe)
+    teacher = open_teacher(recipe).module
     synthesizer = build_synthesizer(recipe, teacher, CPU)
     state = torch.get_rng_state()
     list(synthesizer.produce(recipe.plan()[0].request, lambda _: None))
@@ -80,7 +81,7 @@ def test_synthesis_leaves_torch_s_global_random_numbers_alone(recipe):
 def test_result_does_not_depend_on_what_the_worker_made_before(recipe):
     fresh = joined(batches_of(recipe))
     first, *others = recipe.plan()
-    teacher, _ = load_teacher(recipe)
+    teacher = open_teacher(recipe).module
     used = build_synthesizer(recipe, teacher, CPU)
     for unit in others:
         list(used.produce(unit.request, lambda _: None))
@@ -125,7 +126,7 @@ def test_stored_logits_are_the_teacher_s_answer_to_the_stored_pixels(recipe):
 def test_batch_owns_its_storage_and_later_batches_leave_it_alone(tmp_path, synthesizer):
     recipe = toy_recipe(tmp_path, ["transfer_set.images_per_class=5", "transfer_set.unit.images_per_class=5"],
                         synthesizer=synthesizer)  # fmt: skip
-    teacher, _ = load_teacher(recipe)
+    teacher = open_teacher(recipe).module
     stream = build_synthesizer(recipe, teacher, CPU).produce(recipe.plan()[0].request, lambda _: None)
     first = next(stream)
     copies = [tensor.clone() for tensor in (first.images, first.labels, first.teacher_logits)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from raydfkd.config.load import packaged_recipes
+from raydfkd.config.load import packaged_path
 from raydfkd.config.recipe import Recipe
 from raydfkd.errors import RecipeError
 
@@ -57,7 +57,7 @@ def plan_entrypoint(  # noqa: PLR0913 - one option each
     _refuse_what_stays_behind(recipe)
     _refuse_secrets(overrides)
     needs = []
-    if Path(source).is_file() or source not in packaged_recipes():
+    if Path(source).is_file() or packaged_path(source) is None:
         source = _inside(working_dir, source)
         needs.append(source)
     weights = recipe.teacher.weights

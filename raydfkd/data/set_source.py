@@ -1,0 +1,303 @@
+"""Batches from a transfer set that may still be growing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from raydfkd.config.schema import Fraction, Positive
+from raydfkd.data.background import ahead
+from raydfkd.data.commits import Part, Snapshot
+from raydfkd.data.epochs import EpochPlanner
+from raydfkd.data.shards import StoredRows
+from raydfkd.data.shuffle_buffer import Piece, ShuffleBuffer
+from raydfkd.data.sources import SOURCES, Feed, StudentBatch
+from raydfkd.seeds import derive_seed
+from raydfkd.store.errors import DamagedError
+
+logger = logging.getLogger(__name__)
+POLL_S = 0.25
+AHEAD = 4
+"""Batches that are made ahead of their use."""
+
+
+class TransferSetSource:
+    """Epochs over pinned snapshots of a transfer set; each epoch sees every committed row once across all ranks.
+
+    An epoch shuffles the snapshot's parts and cuts them into shuffle buffers of about ``window_rows`` rows. Within a
+    buffer each rank takes a contiguous range, reads only the parts it lies in, shuffles it and splits it into as many
+    batches as
+    every other rank, so that all make the same number of steps. The order follows from seed, epoch and snapshot.
+
+    Batches are made ahead of their use on a thread, and the next window is read on another one; what ``state_dict``
+    says is what was handed out. Of the images, up to two windows and a few batches are held.
+
+    Before each epoch the newest snapshot is taken. A student that is ahead of the synthesis waits: it starts with
+    ``wait_for`` images, and after a share s of its steps wants the share s / ``complete_by`` of the planned images.
+    With ``refresh_steps`` an epoch ends early, after that many steps or a multiple of them, if a newer snapshot is good
+    enough by then. It does not wait for one, and nothing is left over from the epoch that ended.
+
+    So images mix by one rule: an epoch, ended early or not, is the beginning of a shuffle of all images that were
+    committed when it began, old and new ones at equal odds. A new image is as likely to be next as any other within
+    ``refresh_steps``, none is forgotten, and once the set is complete every epoch sees each image once.
+
+    A source that goes on from a checkpoint repeats what was done since with the same batches: epochs that were begun
+    while the set grew are looked up in ``epochs``.
+
+    Images that turn out to be damaged are taken out, and an epoch over the others begins; with several ranks the
+    error is raised too, since they are not at the same step, and the epoch begins where training goes on.
+
+    Args:
+        feed: what the engine supplies.
+        wanted_images: how many images the snapshot of an epoch that begins after so many steps must have.
+        refresh_steps: steps after which an epoch may end for a newer snapshot; None for never.
+        window_rows: rows that are shuffled together.
+    """
+
+    is_live: ClassVar[bool] = False
+
+    def __init__(
+        self, feed: Feed, *, wanted_images: Callable[[int], int], refresh_steps: int | None, window_rows: int
+    ) -> None:
+        self._transfer_set = feed.transfer_set
+        self._planner = EpochPlanner(
+            feed.transfer_set,
+            wanted_images,
+            refresh_steps=refresh_steps,
+            units=feed.units,
+            planned_images=feed.planned_images,
+            log=feed.epochs,
+        )
+        self._batch_size = feed.batch_size
+        self._window_rows = max(window_rows, feed.batch_size)
+        self._seed = feed.seed
+        self._rank, self._world_size = feed.ranks.rank, feed.ranks.size
+        self._agree = feed.ranks.agree
+        self._pin_memory = feed.pin_memory
+        self._held: dict[str, StoredRows] = {}
+        self._step = 0
+        self._epoch = 0
+        self._step_in_epoch = 0
+        self._snapshot: Snapshot | None = None
+        self._is_restored = False
+
+    def __iter__(self) -> Iterator[StudentBatch]:
+        """Batches without end; none at all if synthesis has ended without an image."""
+        while True:
+            snapshot = self._pinned()
+            if not snapshot.images:
+                return
+            if snapshot.images < self._world_size:
+                raise ValueError(f"{snapshot.images} images cannot be shared by {self._world_size} training workers")
+            newer = None
+            try:
+                with closing(ahead(self._remaining(snapshot, self._step_in_epoch), depth=AHEAD)) as batches:
+                    while (newer := self._newer_than(snapshot)) is None and (batch := next(batches, None)) is not None:
+                        self._step += 1
+                        self._step_in_epoch += 1
+                        yield batch
+            except DamagedError as damage:
+                self._mark_damaged(damage, snapshot)
+            self._epoch += 1
+            self._step_in_epoch = 0
+            self._snapshot = newer
+
+    def _mark_damaged(self, damage: DamagedError, snapshot: Snapshot) -> None:
+        """Take what cannot be read out of the set; this epoch is over then."""
+        commit = next(commit for commit in snapshot.commits if damage.path in [part.path for part in commit.parts])
+        self._transfer_set.mark_damaged(commit, damage)
+        self._planner.look_again()
+        if self._world_size > 1:
+            raise damage  # the other ranks wait for this one's step
+        logger.info("the student goes on without unit %s", commit.unit)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step, epoch, position in it, and the pinned snapshot."""
+        return {
+            "step": self._step,
+            "epoch": self._epoch,
+            "step_in_epoch": self._step_in_epoch,
+            "snapshot": None if self._snapshot is None else self._snapshot.to_json().decode(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``."""
+        self._step, self._epoch, self._step_in_epoch = state["step"], state["epoch"], state["step_in_epoch"]
+        pinned = state["snapshot"]
+        self._snapshot = None if pinned is None else Snapshot.from_json(pinned.encode())
+        self._is_restored = self._snapshot is not None
+
+    def start_over(self) -> None:
+        """Begin another epoch, with the snapshot of then; on every rank alike."""
+        self._epoch += 1
+        self._step_in_epoch = 0
+        self._snapshot, self._is_restored = None, False
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def _pinned(self) -> Snapshot:
+        """The snapshot of this epoch, the same on every rank; waits until there is one.
+
+        Ranks agree at every poll rather than at the end, because a collective that waits for hours times out.
+        """
+        if self._is_restored:
+            self._is_restored = False
+            assert self._snapshot is not None
+            is_good = self._rank == 0 and self._planner.is_intact(self._snapshot)
+            self._snapshot = self._agree(self._snapshot if is_good else None)
+            if self._snapshot is None:
+                self.start_over()
+        is_asked = self._rank == 0
+        while self._snapshot is None:
+            self._snapshot = self._agree(self._planner.begin(self._epoch, self._step) if is_asked else None)
+            if self._snapshot is None:
+                time.sleep(POLL_S)
+        return self._snapshot
+
+    def _newer_than(self, snapshot: Snapshot) -> Snapshot | None:
+        """What the next epoch goes over if this one ends here, before its time; the same on every rank."""
+        if not self._planner.is_due(snapshot, self._step_in_epoch):
+            return None
+        is_asked = self._rank == 0
+        return self._agree(self._planner.end_early(self._epoch, self._step, snapshot) if is_asked else None)
+
+    def _buffers(self, snapshot: Snapshot) -> list[list[Part]]:
+        """The parts in this epoch's order, cut where a buffer is full.
+
+        A rest too small for a batch joins the window before it: it would make a step of a few images, and none at all
+        on some ranks.
+        """
+        parts = [part for commit in snapshot.commits for part in commit.parts]
+        order = torch.randperm(len(parts), generator=self._rng("parts")).tolist()
+        windows: list[list[Part]] = [[]]
+        for index in order:
+            if sum(part.rows for part in windows[-1]) >= self._window_rows:
+                windows.append([])
+            windows[-1].append(parts[index])
+        if len(windows) > 1 and sum(part.rows for part in windows[-1]) < self._batch_size:
+            rest = windows.pop()
+            windows[-1] += rest
+        return windows
+
+    def _remaining(self, snapshot: Snapshot, skip: int) -> Generator[StudentBatch]:
+        """This epoch's batches but for the first ``skip``; runs on another thread than the steps are counted on."""
+        shares, first_steps = [], []
+        for number, parts in enumerate(self._buffers(snapshot)):
+            share = self._share_of(parts, number)
+            if skip < share.steps:
+                shares.append(share)
+                first_steps.append(skip)
+            skip = max(0, skip - share.steps)
+        with closing(ahead(self._read_all(shares), depth=1)) as windows:
+            for window, share, first in zip(windows, shares, first_steps, strict=True):
+                for step in range(first, share.steps):
+                    yield self._batch(window, share, step, snapshot.images)
+
+    def _share_of(self, parts: list[Part], number: int) -> _Share:
+        total = sum(part.rows for part in parts)
+        bounds = [total * rank // self._world_size for rank in range(self._world_size + 1)]
+        begin, end = bounds[self._rank : self._rank + 2]
+        pieces, first = [], 0
+        for part in parts:
+            low, high = max(begin, first), min(end, first + part.rows)
+            if low < high:
+                pieces.append(Piece(part, low - first, high - first))
+            first += part.rows
+        return _Share(
+            pieces=pieces,
+            bounds=bounds,
+            steps=max(1, total // self._batch_size),
+            order=torch.randperm(end - begin, generator=self._rng("rows", number, self._rank)),
+        )
+
+    def _read_all(self, shares: list[_Share]) -> Generator[ShuffleBuffer]:
+        for share in shares:
+            window = ShuffleBuffer(share.pieces, self._transfer_set.read, held=self._held)
+            self._held = window.parts
+            yield window
+
+    def _batch(self, window: ShuffleBuffer, share: _Share, step: int, snapshot_images: int) -> StudentBatch:
+        sizes = [
+            (end - start) * (step + 1) // share.steps - (end - start) * step // share.steps
+            for start, end in pairwise(share.bounds)
+        ]
+        begin = len(share.order) * step // share.steps
+        size = sizes[self._rank]
+        rows = window.take(share.order[begin : begin + size], pin_memory=self._pin_memory)
+        return StudentBatch(
+            images=rows.images,
+            labels=rows.labels,
+            teacher_logits=rows.teacher_logits,
+            share=size * self._world_size / sum(sizes),
+            snapshot_images=snapshot_images,
+        )
+
+    def _rng(self, *parts: object) -> torch.Generator:
+        return torch.Generator().manual_seed(derive_seed(self._seed, self._epoch, *parts))
+
+
+@SOURCES.register("growing")
+class GrowingSource(TransferSetSource):
+    """Trains on what is committed so far, while the set grows.
+
+    Args:
+        wait_for: images that must be committed before the first step.
+        complete_by: share of the student's steps that may pass before the set is complete; before that the student
+            keeps pace with the synthesis, so that its last steps see every image.
+        refresh_steps: steps after which a newer snapshot is taken although the epoch over the old one has not ended;
+            unless given, only between epochs.
+        window_rows: rows that are shuffled together; memory per training worker is this many images over the number
+            of workers.
+    """
+
+    def __init__(
+        self,
+        feed: Feed,
+        *,
+        wait_for: Positive = 1,
+        complete_by: Fraction = 0.5,
+        refresh_steps: Positive | None = None,
+        window_rows: Positive = 65536,
+    ) -> None:
+        def wanted_images(step: int) -> int:
+            share = 1.0
+            if step < complete_by * feed.steps:
+                share = step / (complete_by * feed.steps)
+            return min(feed.planned_images, max(wait_for, int(share * feed.planned_images)))
+
+        super().__init__(feed, wanted_images=wanted_images, refresh_steps=refresh_steps, window_rows=window_rows)
+
+
+@SOURCES.register("snapshot")
+class SnapshotSource(TransferSetSource):
+    """Waits for the whole set, then trains on it: repeats exactly, since it does not matter when units arrived.
+
+    Args:
+        window_rows: rows that are shuffled together; memory per training worker is this many images over the number
+            of workers.
+    """
+
+    def __init__(self, feed: Feed, *, window_rows: Positive = 65536) -> None:
+        super().__init__(feed, wanted_images=lambda _: feed.planned_images, refresh_steps=None, window_rows=window_rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Share:
+    """What one rank has of a window."""
+
+    pieces: list[Piece]
+    bounds: list[int]
+    """Where in the window each rank's rows begin, and its end."""
+    steps: int
+    """Batches, as many as every other rank."""
+    order: Tensor
+    """Of this rank's rows."""

@@ -1,0 +1,287 @@
+"""Training the student, step by step; no idea where it runs."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raydfkd.config.schema import DistillSpec
+from raydfkd.data.sources import BatchSource, StudentBatch
+from raydfkd.distillation.batchnorm import answers_in_both_modes, reestimate, tracking_layers
+from raydfkd.distillation.criteria import CRITERIA
+from raydfkd.distillation.evaluate import top1
+from raydfkd.errors import StudentDivergedError
+from raydfkd.images.augment import build_augmentations
+from raydfkd.images.pixels import PixelRange, nominal_from_uint8
+from raydfkd.networks.observed import Observation, ObservedNetwork
+from raydfkd.networks.optimizers import build_optimizer
+from raydfkd.seeds import derive_seed, rng_from
+
+logger = logging.getLogger(__name__)
+Pace = Callable[[int], int]
+"""Where in the learning-rate schedule a training stands after a number of steps; the end of the schedule is its end."""
+SETTLING_IMAGES, SETTLING_BATCHES = 4096, 32
+"""Images, and batches at most, that BatchNorm statistics are estimated over once the last step is made."""
+COMPARED_BATCHES = 4
+"""Batches of those on which training and eval mode are compared."""
+WORTH_SAYING = 0.1
+"""Share of predictions that eval mode may lose without a word."""
+
+
+def by_steps(step: int) -> int:
+    """A place in the schedule for each step."""
+    return step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """A step that was made."""
+
+    images: Tensor
+    """[N, C, H, W], as the student saw them."""
+    teacher: Tensor
+    """The teacher's logits of them [N, K]."""
+    loss: Tensor
+
+
+def ignore(*_: object) -> None:
+    """A hook of nobody's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepHooks:
+    """Who is told of a trainer's steps, by their numbers."""
+
+    on_log: Callable[[Mapping[str, float]], None]
+    """Receives step, loss, agreement, images_seen and snapshot_images every ``log_every`` steps; agreement is that of
+    the student in eval mode, as it will be used, on the images of the step."""
+    on_checkpoint: Callable[[int], None] = ignore
+    """Called every ``checkpoint_every`` steps and after the last."""
+    on_publish: Callable[[int], None] = ignore
+    """Called before the first step, every ``publish_every`` steps and after the last; before a checkpoint of the same
+    step, so that none is left out after a kill."""
+    wants_checkpoint: Callable[[], bool] = lambda: False
+    """Asked after each step whether to make a checkpoint out of turn; all ranks answer alike."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingHooks:
+    """Who is told of a training, by its states."""
+
+    on_log: Callable[[Mapping[str, float]], None]
+    """Receives the learning curve, see StepHooks."""
+    on_checkpoint: Callable[[dict[str, Any]], None] = ignore
+    """Receives the state to go on from."""
+    on_publish: Callable[[int, Mapping[str, Tensor]], None] | None = None
+    """Receives versions of the student and its state dict, on the first rank only: number of steps and tensors. The
+    tensors are the student's own; they change with the next step."""
+    wants_checkpoint: Callable[[], bool] = lambda: False
+    """Asked after each step whether to make a checkpoint out of turn; all ranks answer alike."""
+
+    def of_student(self, student: nn.Module, state: Callable[[], dict[str, Any]], *, is_first: bool) -> StepHooks:
+        """The same for its trainer, whose steps are turned into states."""
+        publish = self.on_publish
+        return StepHooks(
+            on_log=self.on_log,
+            on_checkpoint=lambda _: self.on_checkpoint(state()),
+            on_publish=ignore if publish is None or not is_first else lambda step: publish(step, student.state_dict()),
+            wants_checkpoint=self.wants_checkpoint,
+        )
+
+
+class StudentTrainer:
+    """Trains ``student`` against ``teacher`` on the batches of a source.
+
+    Random numbers of a step follow from seed, step and rank, so a resumed training makes the same steps. After the last
+    one the student's BatchNorm statistics are estimated anew, over the batches that would have come next, augmented as
+    those before: without augmentation, digits-generators lost two points of accuracy.
+
+    Args:
+        student: in its place on the device, wrapped for data parallelism where there are several ranks.
+        teacher: frozen; answers for augmented images unless the recipe uses stored logits.
+        spec: criterion, optimiser, steps, augmentations.
+        pixels: from stored pixels to what the networks see.
+        device: of both networks.
+        seed: of the augmentations.
+        rank: of this process.
+        hooks: who is told what.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: ObservedNetwork,
+        spec: DistillSpec,
+        *,
+        pixels: PixelRange,
+        device: torch.device,
+        seed: int,
+        rank: int = 0,
+        hooks: StepHooks,
+    ) -> None:
+        self._student = student
+        self._network = student.module if isinstance(student, DistributedDataParallel) else student
+        precision: torch.dtype = getattr(torch, spec.precision)
+        self._observed = ObservedNetwork(student, frozen=False, batchnorm="batch", precision=precision).to(device)
+        self._in_use = ObservedNetwork(self._network, frozen=False, precision=precision).to(device)
+        self._teacher = teacher
+        self._spec = spec
+        self._pixels = pixels
+        self._device = device
+        self._seed, self._rank = seed, rank
+        self._criterion = CRITERIA.build(spec.criterion.kind, spec.criterion.options, where="distill.criterion")
+        self._augment = build_augmentations(spec.augment, where="distill.augment")
+        self._optimizer, self._schedule = build_optimizer(student, spec.optimizer, steps=spec.steps)
+        self._hooks = hooks
+        self._images_seen = 0
+        self._is_settled = False
+        self.step = 0
+
+    def fit(self, source: BatchSource, *, steps: int, pace: Pace = by_steps) -> None:
+        """Make steps until ``pace`` is at ``steps``; the set may grow meanwhile, so there are no epochs.
+
+        Raises:
+            StudentDivergedError: the loss or a weight became NaN or infinite; found at log entries and checkpoints.
+        """
+        if self.step == 0:
+            self._hooks.on_publish(0)
+        if self.step < steps:
+            self._student.train()
+            self._make_steps(iter(source), steps, pace)
+        elif self.step >= self._spec.steps and not self._is_settled:  # interrupted between the two
+            self._student.train()
+            self._settle(iter(source))
+            self._save(is_last=True)
+
+    def _make_steps(self, batches: Iterator[StudentBatch], steps: int, pace: Pace) -> None:
+        for batch in batches:
+            made = self._train_step(batch)
+            self.step += 1
+            self._images_seen += len(batch.labels)
+            position = pace(self.step)
+            for _ in range(min(position, self._spec.steps) - self._schedule.last_epoch):
+                self._schedule.step()
+            is_last = position >= steps
+            if is_last and position >= self._spec.steps:
+                self._settle(batches)
+            if self.step % self._spec.log_every == 0 or self.step == 1 or is_last:
+                self._log(made, batch)
+            self._save(is_last=is_last)
+            if is_last:
+                break
+
+    def _log(self, made: _Step, batch: StudentBatch) -> None:
+        loss = made.loss.item()
+        if not math.isfinite(loss):
+            raise self._diverged(f"its loss is {loss}")
+        with torch.no_grad():
+            student = self._in_use(made.images).logits
+        self._hooks.on_log(
+            {
+                "step": self.step,
+                "loss": loss,
+                "agreement": top1(student, made.teacher.argmax(1)),
+                "images_seen": self._images_seen,
+                "snapshot_images": batch.snapshot_images,
+            }
+        )
+
+    def _save(self, *, is_last: bool) -> None:
+        if is_last or self.step % self._spec.publish_every == 0:
+            self._refuse_broken_weights()
+            self._hooks.on_publish(self.step)
+        is_wanted = self._hooks.wants_checkpoint()  # whatever the step is: to ask is to meet the other ranks
+        if is_last or is_wanted or self.step % self._spec.checkpoint_every == 0:
+            self._refuse_broken_weights()
+            self._hooks.on_checkpoint(self.step)
+
+    def _refuse_broken_weights(self) -> None:
+        state = itertools.chain(self._network.parameters(), self._network.buffers())
+        wrong = [~tensor.isfinite().all() for tensor in state if tensor.is_floating_point()]
+        if torch.stack(wrong).any():
+            raise self._diverged("not all of its weights are finite")
+
+    def _diverged(self, sign: str) -> StudentDivergedError:
+        rate = self._spec.optimizer.lr
+        return StudentDivergedError(
+            f"the student diverged: {sign} at step {self.step:,}; distill.optimizer.lr is {rate:g}, try {rate / 10:g}"
+        )
+
+    def _train_step(self, batch: StudentBatch) -> _Step:
+        torch.manual_seed(derive_seed(self._seed, "student", self.step, self._rank))  # what a student's dropout draws
+        images = self._augmented(batch, self.step)
+        teacher = self._ask_teacher(images, batch)
+        student = self._observed(images)
+        loss = self._criterion(student, teacher, batch.labels.to(self._device))
+        self._optimizer.zero_grad()
+        (loss * batch.share).backward()
+        self._optimizer.step()
+        return _Step(images=images, teacher=teacher.logits, loss=loss.detach())
+
+    def _augmented(self, batch: StudentBatch, step: int) -> Tensor:
+        rng = rng_from(derive_seed(self._seed, "augment", step, self._rank))
+        bare = nominal_from_uint8(batch.images.to(self._device, non_blocking=True))
+        return self._pixels.from_nominal(self._augment(bare, rng, progress=min(1.0, step / self._spec.steps)))
+
+    @torch.no_grad()
+    def _ask_teacher(self, images: Tensor, batch: StudentBatch) -> Observation:
+        if self._spec.teacher_logits == "live":
+            return self._teacher(images)
+        return Observation(logits=batch.teacher_logits.to(self._device, torch.float32))
+
+    def _settle(self, batches: Iterator[StudentBatch]) -> None:
+        """Make the BatchNorm statistics those of the finished weights, and say so where they do not do the student."""
+        if tracking_layers(self._network):
+            count = min(SETTLING_BATCHES, math.ceil(SETTLING_IMAGES / self._spec.batch_size))
+            compared: list[tuple[Tensor, StudentBatch]] = []
+
+            def seen() -> Iterator[Tensor]:
+                for number, batch in enumerate(itertools.islice(batches, count)):
+                    images = self._augmented(batch, self.step + number)
+                    compared.extend([(images, batch)] if number < COMPARED_BATCHES else [])
+                    yield images
+
+            reestimate(self._network, seen())
+            if compared and self._rank == 0:
+                self._compare_modes(compared)
+        self._is_settled = True
+
+    def _compare_modes(self, shown: list[tuple[Tensor, StudentBatch]]) -> None:
+        """Say so where the student, as it will be used, is far from what it was in training."""
+        shares = torch.zeros(2)
+        for images, batch in shown:
+            teacher = self._ask_teacher(images, batch).logits.argmax(1)
+            shares += torch.tensor([top1(answer, teacher) for answer in answers_in_both_modes(self._network, images)])
+        in_training, in_use = (shares / len(shown)).tolist()
+        if in_training - in_use > WORTH_SAYING:
+            logger.warning(
+                "the student agrees with its teacher on %.0f %% of images while BatchNorm takes their statistics from "
+                "the batch, as in training, but on %.0f %% as it will be used; try a larger distill.batch_size",
+                100 * in_training,
+                100 * in_use,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training goes on from, but for the student itself and its source."""
+        return {
+            "step": self.step,
+            "images_seen": self._images_seen,
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "is_settled": self._is_settled,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``."""
+        self.step, self._images_seen = state["step"], state["images_seen"]
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._is_settled = state.get("is_settled", True)  # where it is not said, the last step was the end

@@ -1,0 +1,103 @@
+"""The user's mistakes, found before any work; what is built for that is handed on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from raydfkd.config.recipe import Recipe
+from raydfkd.data.sources import SOURCES, Feed
+from raydfkd.devices import pick_device
+from raydfkd.distillation.criteria import CRITERIA
+from raydfkd.errors import RecipeError
+from raydfkd.images.augment import build_augmentations
+from raydfkd.images.real_data import RealData, open_real_data
+from raydfkd.job import open_job, transfer_set_of
+from raydfkd.networks.build import build_network, count_parameters
+from raydfkd.networks.probe import probe_student, probe_teacher
+from raydfkd.networks.teacher import Teacher, build_teacher, open_teacher
+from raydfkd.networks.weights import weights_exist
+from raydfkd.runner.teach import check_teaching
+from raydfkd.store.store import Store
+from raydfkd.synthesis.build import build_student, build_synthesizer, is_live, live_generator
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A recipe without a mistake that can be found before work begins."""
+
+    recipe: Recipe
+    network: nn.Module
+    """The teacher's network; its weights are fresh where there is no ``teacher``."""
+    student: nn.Module
+    """Before training, with weights of no particular seed."""
+    teacher: Teacher | None
+    """None where it has to be taught first."""
+    data: RealData | None
+    """What judges, and teaches."""
+    notes: tuple[str, ...]
+    """What the user should know of teacher and student, a line each."""
+
+
+def check(recipe: Recipe) -> Prepared:
+    """Find the user's mistakes before any work; writes nothing but probes, and removes those.
+
+    Builds every part of the run once, on the CPU.
+
+    Raises:
+        RecipeError: with key, value and remedy.
+    """
+    network = build_teacher(recipe)
+    data = None
+    if recipe.real_data is not None:
+        data = open_real_data(recipe.real_data, recipe.teacher.image_space, recipe.teacher.classes)
+    student = build_network(recipe.student, recipe.teacher, where="student", seed=0)
+    if not count_parameters(student):
+        raise RecipeError(f"student.network {recipe.student.network} has no weights to train; give another")
+    notes = probe_student(student, recipe.teacher, recipe.distill.batch_size)
+    _check_synthesis(recipe, network, student)
+    _check_training(recipe)
+    pick_device(recipe.runtime.device)
+    Store(recipe.run_dir).probe("run_dir")
+    transfer_set_of(recipe, {}).store.probe()
+    teacher = None
+    if recipe.teacher.train is None or weights_exist(recipe.teacher.weights, where="teacher.weights"):
+        teacher = open_teacher(recipe, network)
+        notes += probe_teacher(teacher.module, recipe.teacher)
+        open_job(recipe, teacher).transfer_set.check()
+    else:
+        check_teaching(recipe)
+    return Prepared(recipe=recipe, network=network, student=student, teacher=teacher, data=data, notes=tuple(notes))
+
+
+def _check_synthesis(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> None:
+    cpu = torch.device("cpu")
+    if is_live(recipe):
+        live_generator(recipe, teacher, student, cpu)
+        if recipe.transfer_set.images_per_class or recipe.rounds > 1:
+            raise RecipeError(
+                "distill.source is live, which makes its own images, but transfer_set.images_per_class is "
+                f"{recipe.transfer_set.images_per_class} and rounds {recipe.rounds}; leave both out"
+            )
+        return
+    if not recipe.transfer_set.images_per_class:
+        raise RecipeError("transfer_set.images_per_class is missing; say how many images to make of each class")
+    build_synthesizer(recipe, teacher, cpu, build_student(recipe, lambda _: None, cpu))
+
+
+def _check_training(recipe: Recipe) -> None:
+    criterion, source = recipe.distill.criterion, recipe.distill.source
+    CRITERIA.build(criterion.kind, criterion.options, where="distill.criterion")
+    build_augmentations(recipe.distill.augment, where="distill.augment")
+    if not is_live(recipe):
+        feed = Feed(
+            transfer_set=transfer_set_of(recipe, {}),
+            units=(),
+            planned_images=0,
+            steps=recipe.distill.steps,
+            batch_size=recipe.distill.batch_size,
+            seed=0,
+        )
+        SOURCES.build(source.kind, source.options, feed, where="distill.source")

@@ -1,0 +1,49 @@
+"""Where the work of a job happens."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from raydfkd.config.recipe import Recipe
+from raydfkd.job import Job, SynthesisOutcome
+from raydfkd.networks.teacher import Teacher
+from raydfkd.runner.events import Events
+from raydfkd.units import Phase
+
+EXECUTORS = {"local": "raydfkd.runner.local:LocalExecutor", "ray": "raydfkd.distributed.executor:RayExecutor"}
+"""Where each executor is; named rather than imported, since what runs on Ray imports what runs anywhere."""
+
+
+class Executor(Protocol):
+    """Where the work happens: this process or a Ray cluster."""
+
+    def synthesize(self, job: Job, phase: Phase, teacher: Teacher, events: Events) -> SynthesisOutcome:
+        """Work until every unit of the phase is committed or given up; the set is closed then."""
+
+    def distill(self, job: Job, phase: Phase, teacher: Teacher, events: Events) -> Mapping[str, Tensor]:
+        """Train the student to the end of the phase, on a set that is complete or growing; returns its state dict."""
+
+    def run(self, job: Job, teacher: Teacher, events: Events) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:
+        """Every phase, its synthesis and training at once where that is possible."""
+
+
+def executor_of(recipe: Recipe) -> Executor:
+    """The executor that the recipe names."""
+    executor: Executor = pkgutil.resolve_name(EXECUTORS[recipe.runtime.executor])()
+    return executor
+
+
+def one_after_the_other(
+    job: Job, teacher: Teacher, events: Events, executor: Executor
+) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:
+    """Synthesis and training in turns, phase by phase."""
+    attempted = 0
+    for phase in job.phases:
+        outcome = executor.synthesize(job, phase, teacher, events)
+        student = executor.distill(job, phase, teacher, events)
+        attempted += outcome.attempted
+    return SynthesisOutcome(attempted=attempted, given_up=outcome.given_up), student

@@ -1,0 +1,90 @@
+"""The executor without Ray: everything in this process, one thing after another."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from torch import Tensor
+from typing_extensions import override
+
+from raydfkd.devices import pick_device
+from raydfkd.distillation.trainer import TrainingHooks
+from raydfkd.distillation.training import StudentCheckpoint, StudentTraining, note_training
+from raydfkd.job import Job, SynthesisOutcome
+from raydfkd.networks.teacher import Teacher
+from raydfkd.runner.events import Events
+from raydfkd.runner.executor import Executor, one_after_the_other
+from raydfkd.runner.signals import Interruption
+from raydfkd.synthesis.build import generator_maker
+from raydfkd.synthesis.checkpoint import Interrupted
+from raydfkd.synthesis.worker import SynthesisWorker
+from raydfkd.units import Phase, UnitQueue, WorkUnit
+
+logger = logging.getLogger(__name__)
+FINISH_S = 6.0
+"""How long the unit in work may still finish once the run is interrupted; after that it is left, its state saved."""
+
+
+class LocalExecutor(Executor):
+    """Synthesizes unit by unit, then trains the student, here."""
+
+    @override
+    def synthesize(self, job: Job, phase: Phase, teacher: Teacher, events: Events) -> SynthesisOutcome:
+        queue = job.begin_synthesis(phase)
+        if not queue.is_drained:
+            events.synthesis_started()
+            with Interruption() as interruption:
+                self._work(job, queue, teacher, events, interruption)
+        return job.end_synthesis(queue)
+
+    def _work(self, job: Job, queue: UnitQueue, teacher: Teacher, events: Events, interruption: Interruption) -> None:
+        worker = SynthesisWorker(
+            job,
+            teacher,
+            device=pick_device(job.recipe.runtime.device),
+            should_stop=lambda: interruption.seconds >= FINISH_S,
+            on_progress=events.progressed,
+        )
+        while (unit := self._next(job, queue)) is not None:
+            if interruption.is_requested:
+                raise KeyboardInterrupt
+            try:
+                commit = worker.run(unit, queue.attempt_of(unit))
+            except Interrupted:
+                raise KeyboardInterrupt from None
+            except Exception as error:  # the edge of a unit: whatever it was, the others go on
+                logger.debug("unit %s failed", unit.id, exc_info=True)
+                failure = queue.failed(unit, f"{type(error).__name__}: {error}")
+                events.failed(failure, is_final=queue.is_given_up(unit))
+            else:
+                queue.finished(unit)
+                events.committed(commit, running=queue.num_running)
+
+    def _next(self, job: Job, queue: UnitQueue) -> WorkUnit | None:
+        if queue.is_drained:
+            job.catch_up(queue)
+        return queue.take()
+
+    @override
+    def distill(self, job: Job, phase: Phase, teacher: Teacher, events: Events) -> Mapping[str, Tensor]:
+        changed = note_training(job)
+        if changed:
+            events.say("student", f"trains from the beginning, since another was asked for: {changed}")
+        checkpoint = StudentCheckpoint(job)
+        training = StudentTraining(
+            job,
+            teacher,
+            phase,
+            hooks=TrainingHooks(on_log=events.student, on_checkpoint=checkpoint.save, on_publish=job.publisher()),
+            generator=generator_maker(job.recipe, teacher.module),
+        )
+        saved = checkpoint.load()
+        if saved is not None:
+            training.load_state_dict(saved)
+            events.say("student", f"resumes at step {training.trainer.step:,}")
+        return training.run()
+
+    @override
+    def run(self, job: Job, teacher: Teacher, events: Events) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:
+        return one_after_the_other(job, teacher, events, self)

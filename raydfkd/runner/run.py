@@ -1,0 +1,351 @@
+"""One run from the recipe to the report, and its parts: what the command line and the library call."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from raydfkd import __version__
+from raydfkd.config.recipe import Recipe
+from raydfkd.data.transfer_set import TransferSet
+from raydfkd.devices import device_name, pick_device
+from raydfkd.errors import RecipeError
+from raydfkd.images.real_data import RealData, Split
+from raydfkd.job import Job, SynthesisOutcome, open_job
+from raydfkd.networks.build import build_network, count_parameters
+from raydfkd.networks.teacher import Teacher
+from raydfkd.networks.weights import load_weights, weights_exist
+from raydfkd.report.metrics import MetricsLog, read_metrics, run_stats
+from raydfkd.report.page import write_pictures, write_report
+from raydfkd.report.provenance import command_line, versions
+from raydfkd.runner.check import Prepared, check
+from raydfkd.runner.events import Events, Listener, MetricsWriter, Plan
+from raydfkd.runner.executor import executor_of
+from raydfkd.runner.gallery import gallery
+from raydfkd.runner.judge import judge_student, look_at_images
+from raydfkd.runner.progress import Display
+from raydfkd.runner.teach import teach
+from raydfkd.runner.view import SetView
+from raydfkd.store.store import Store
+from raydfkd.synthesis.build import has_targets
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What a run came to."""
+
+    job: Job
+    outcome: SynthesisOutcome
+    missing: frozenset[str]
+    """Units of the plan that are not in the set."""
+    report: Mapping[str, Any]
+    """What report.json says; empty where there was no image to train on."""
+    student: Path | None = None
+    """The student's weights."""
+    page: Path | None = None
+    """The report for people."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Synthesis:
+    """What a synthesis without a student came to."""
+
+    job: Job
+    outcome: SynthesisOutcome
+    view: SetView
+    page: Path | None
+    """Pictures; None where there are none."""
+
+    @property
+    def missing(self) -> frozenset[str]:
+        """Units of the plan that are not in the set."""
+        return frozenset(self.view.missing)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What scripts and people are told."""
+        snapshot, job = self.view.snapshot, self.job
+        stats = run_stats(
+            read_metrics(Path(job.recipe.run_dir) / METRICS), job=job.digest, training=job.student_digest[:8]
+        )
+        return {
+            "images": snapshot.images,
+            "images_per_second": round(stats.images_per_second, 3),
+            "units": f"{len(snapshot.commits)}/{len(job.units)}",
+            "content_digest": snapshot.content_digest(),
+            "transfer_set": job.recipe.transfer_set.uri,
+            "gallery": None if self.page is None else str(self.page),
+        }
+
+
+def run(recipe: Recipe, *, console: Console | None = None) -> Result:
+    """Do everything that the recipe says: teach if needed, synthesize and distil at once, judge, report.
+
+    What is there already of an earlier run stays, and the run resumes from it.
+
+    Args:
+        recipe: what to do.
+        console: where people read; nobody unless given.
+
+    Raises:
+        RecipeError: the recipe is wrong; nothing was written.
+        KeyboardInterrupt: it was interrupted; the same call resumes.
+    """
+    prepared = check(recipe)
+    with listening(recipe, console) as events:
+        teacher = _teacher(prepared, events)
+        events.say("teacher", "from here on no real image is read")
+        job = open_job(recipe, teacher)
+        announce(job, events)
+        outcome, state = executor_of(recipe).run(job, teacher, events)
+    view = SetView(job)
+    if not view.snapshot.images:
+        return Result(job=job, outcome=outcome, missing=frozenset(view.missing), report={})
+    weights = save_student(job, state)
+    judged = judge_student(job, teacher, student_of(recipe, state), view, prepared.data)
+    found = report(job, judged, view, outcome, command=command_line())
+    page = write(job, found, view, prepared.data)
+    return Result(job=job, outcome=outcome, missing=frozenset(view.missing), report=found, student=weights, page=page)
+
+
+def synthesize(recipe: Recipe, *, console: Console | None = None) -> TransferSet:
+    """Make the recipe's images, or those that are missing; the set can be iterated, part by part.
+
+    Raises:
+        RecipeError: the recipe is wrong; nothing was written.
+    """
+    return synthesize_job(recipe, console=console).job.transfer_set
+
+
+def synthesize_job(recipe: Recipe, *, console: Console | None = None) -> Synthesis:
+    """As ``synthesize``, with how it ended and a page of pictures.
+
+    Raises:
+        RecipeError: its images are made against the student, who is trained beside them, so only ``run`` makes them.
+    """
+    prepared = check(recipe)
+    with listening(recipe, console) as events:
+        teacher = _teacher(prepared, events)
+        job = open_job(recipe, teacher)
+        if len(job.phases) > 1 or not job.units:
+            raise RecipeError("the images are made against the student, who is trained beside them; use run")
+        announce(job, events)
+        outcome = executor_of(recipe).synthesize(job, job.phases[-1], teacher, events)
+    view = SetView(job)
+    page = write_gallery(job, view, prepared.data)
+    return Synthesis(job=job, outcome=outcome, view=view, page=page)
+
+
+def distill(recipe: Recipe, images: TransferSet | None = None, *, console: Console | None = None) -> nn.Module:
+    """Train the recipe's student on its transfer set; returns it in eval mode, and writes student.safetensors.
+
+    Args:
+        recipe: what to train, and how.
+        images: the set that ``synthesize`` returned, to make sure that it is the recipe's.
+        console: where people read; nobody unless given.
+
+    Raises:
+        RecipeError: the recipe is wrong, ``images`` are of another one, or there are none.
+    """
+    prepared = check(recipe)
+    with listening(recipe, console) as events:
+        teacher = _teacher(prepared, events)
+        job = open_job(recipe, teacher)
+        if images is not None and images.digest != job.digest:
+            raise RecipeError("images are of another recipe or teacher; distil with the recipe that made them")
+        announce(job, events)
+        if job.snapshot().images < job.planned_images and not job.transfer_set.is_closed():
+            events.say("student", "the set is not complete yet; training keeps pace with whoever makes it")
+        state = executor_of(recipe).distill(job, job.phases[-1], teacher, events)
+    if not state:
+        raise RecipeError(f"transfer_set.uri is {recipe.transfer_set.uri}: no image came of its synthesis")
+    save_student(job, state)
+    return student_of(recipe, state)
+
+
+def evaluate(recipe: Recipe, student: str | os.PathLike[str] | None = None, *, split: Split = "test") -> dict[str, Any]:
+    """Judge a saved student, the recipe's own unless its weights are given; see ``judge_student`` for what it says.
+
+    Raises:
+        RecipeError: there are no such weights, or they are of another network.
+    """
+    weights = str(student or student_path(recipe))
+    prepared = check(recipe)
+    if not weights_exist(weights, where="--student"):
+        raise RecipeError(f"--student is {weights!r}: no such file; `raydfkd run` or `distill` writes it")
+    if prepared.teacher is None:
+        raise RecipeError(f"teacher.weights is {recipe.teacher.weights!r}: no such file; `raydfkd teach` makes it")
+    network = build_network(recipe.student, recipe.teacher, where="student", seed=0)
+    load_weights(network, weights, where="--student")
+    job = open_job(recipe, prepared.teacher)
+    return judge_student(job, prepared.teacher, network, SetView(job), prepared.data, split=split)
+
+
+def report_again(recipe: Recipe) -> tuple[dict[str, Any], Path]:
+    """Write the page of a finished run again, or, where no student was trained yet, pictures of its set.
+
+    Returns what report.json says, or little more than the number of images, and the page's path.
+
+    Raises:
+        RecipeError: there is neither a report nor an image.
+    """
+    prepared = check(recipe)
+    if prepared.teacher is None:
+        raise RecipeError(f"teacher.weights is {recipe.teacher.weights!r}: no such file; `raydfkd run` makes it")
+    job = open_job(recipe, prepared.teacher)
+    view, saved = SetView(job), Path(recipe.run_dir) / "report.json"
+    if saved.is_file():
+        found: dict[str, Any] = json.loads(saved.read_text())
+        return found, write(job, found, view, prepared.data)
+    page = write_gallery(job, view, prepared.data)
+    if page is None:
+        raise RecipeError(
+            f"run_dir is {recipe.run_dir!r}: there is neither a report nor an image; `raydfkd run` makes them"
+        )
+    return {"images": view.snapshot.images, "gallery": str(page)}, page
+
+
+@contextlib.contextmanager
+def listening(recipe: Recipe, console: Console | None, *others: Listener) -> Iterator[Events]:
+    """Tell the metrics file, the console and ``others`` what happens; the recipe is in run_dir from the start."""
+    folder = Path(recipe.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    Store(str(folder)).put("recipe.yaml", recipe.to_yaml().encode())
+    metrics = MetricsWriter(MetricsLog(folder / METRICS, fresh=False))
+    with Display(console or Console(quiet=True)) as display:
+        yield Events(metrics, display, *others)
+
+
+def _teacher(prepared: Prepared, events: Events) -> Teacher:
+    """The teacher that was opened, or one that is taught now; says what the user should know of it."""
+    teacher = prepared.teacher or teach(prepared.recipe, events, prepared.network)
+    for note in prepared.notes:
+        events.say("note", note)
+    return teacher
+
+
+def announce(job: Job, events: Events) -> None:
+    """Say what will be done and what is done already."""
+    recipe, done = job.recipe, job.snapshot()
+    events.planned(
+        Plan(
+            job=job.digest,
+            training=job.student_digest[:8],
+            images=job.planned_images,
+            units=len(job.units),
+            images_before=done.images,
+            units_before=len(done.commits),
+            student_steps=recipe.distill.steps,
+        )
+    )
+    images = f"{job.planned_images:,} images in {len(job.units)} units" if job.units else "images made as it learns"
+    students = f"student of {count_parameters(job.fresh_student()):,} parameters"
+    events.say("plan", f"{len(recipe.classes)} classes, {images}, {students}")
+    if job.units and done.commits:
+        events.say("plan", f"{len(done.commits)} of {len(job.units)} units are there already; resuming from them")
+
+
+def student_of(recipe: Recipe, state: Mapping[str, Tensor]) -> nn.Module:
+    """The student with the weights ``state``, on the CPU, in eval mode."""
+    network = build_network(recipe.student, recipe.teacher, where="student", seed=0)
+    network.load_state_dict({key: value.cpu() for key, value in state.items()})
+    return network.eval()
+
+
+def student_path(recipe: Recipe) -> Path:
+    """Where the student's weights are written."""
+    return Path(recipe.run_dir) / "student.safetensors"
+
+
+def save_student(job: Job, state: Mapping[str, Tensor]) -> Path:
+    """Write student.safetensors with its recipe in the metadata."""
+    path = student_path(job.recipe)
+    metadata = {"recipe": json.dumps(job.recipe.shown()), "digest": job.student_digest, "raydfkd": __version__}
+    # copies, because layers that share a tensor could not be written
+    plain = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+    Store(str(path.parent)).put(path.name, safetensors.torch.save(plain, metadata))
+    return path
+
+
+def report(
+    job: Job, judged: Mapping[str, Any], view: SetView, outcome: SynthesisOutcome, *, command: str
+) -> dict[str, Any]:
+    """Put the report together; ``write`` saves it. Scripts rely on the keys."""
+    snapshot = view.snapshot
+    stats = run_stats(read_metrics(Path(job.recipe.run_dir) / METRICS), job=job.digest, training=job.student_digest[:8])
+    look = look_at_images(job, view, has_targets=has_targets(job.recipe))
+    return {
+        **judged,
+        "intended_class": None if look is None else look.intended,
+        "answered_classes": None if look is None else look.answered,
+        "warnings": [] if look is None else look.warnings,
+        "recipe": job.recipe.shown(),
+        "seed": job.recipe.seed,
+        "images": snapshot.images,
+        "images_per_second": round(stats.images_per_second, 3),
+        "units": {
+            "planned": len(job.units),
+            "committed": len(snapshot.commits),
+            "attempted": stats.attempted,
+            "quarantined": len(outcome.given_up),
+        },
+        "failures": [
+            {"unit": failure.unit, "attempt": failure.attempt, "error": failure.error} for failure in outcome.given_up
+        ],
+        "seconds": {
+            "total": round(stats.seconds, 1),
+            "synthesis": round(stats.synthesis_seconds, 1),
+            "distillation": round(stats.distillation_seconds, 1),
+        },
+        "content_digest": snapshot.content_digest(),
+        "recipe_digest": job.digest,
+        "versions": versions(),
+        "device": device_name(pick_device(job.recipe.runtime.device)),
+        "command": command,
+    }
+
+
+def write(job: Job, found: Mapping[str, Any], view: SetView, data: RealData | None) -> Path:
+    """Write report.json and report.html; returns the page's path."""
+    folder = Path(job.recipe.run_dir)
+    metrics = [
+        entry
+        for entry in read_metrics(folder / METRICS)
+        if entry["event"] != "student" or entry.get("training") == job.student_digest[:8]
+    ]
+    pictures = gallery(view, job.recipe.classes, class_names(job.recipe, data))
+    write_report(folder, found, metrics=metrics, gallery=pictures)
+    return folder / "report.html"
+
+
+def write_gallery(job: Job, view: SetView, data: RealData | None) -> Path | None:
+    """Write gallery.html, pictures of the set without a student; returns its path, None where there is no image."""
+    pictures = gallery(view, job.recipe.classes, class_names(job.recipe, data))
+    if pictures is None:
+        return None
+    folder = Path(job.recipe.run_dir)
+    look = look_at_images(job, view, has_targets=has_targets(job.recipe))
+    return write_pictures(
+        folder,
+        pictures,
+        metrics=read_metrics(folder / METRICS),
+        recipe=job.recipe.shown(),
+        warnings=[] if look is None else look.warnings,
+    )
+
+
+def class_names(recipe: Recipe, data: RealData | None) -> tuple[str, ...]:
+    """What the classes are called: by the recipe, else by the real data, else their numbers."""
+    return recipe.class_names if data is None or recipe.teacher.class_names is not None else data.class_names

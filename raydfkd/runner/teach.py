@@ -1,0 +1,118 @@
+"""Training a teacher on real data, for those who have none: the only place where real images train anything."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from raydfkd.config.recipe import Recipe
+from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
+from raydfkd.distillation.evaluate import judge, predict
+from raydfkd.errors import RecipeError
+from raydfkd.images.augment import build_augmentations
+from raydfkd.images.pixels import PixelRange, nominal_from_uint8
+from raydfkd.images.real_data import RealData, open_real_data
+from raydfkd.networks.layout import lay_channels_last
+from raydfkd.networks.observed import ObservedNetwork
+from raydfkd.networks.teacher import Teacher, build_teacher, taught_teacher
+from raydfkd.networks.weights import save_bytes
+from raydfkd.runner.events import Events
+from raydfkd.seeds import derive_seed, rng_from
+from raydfkd.store.store import Store
+
+
+def check_teaching(recipe: Recipe) -> None:
+    """Find mistakes in what it takes to train the teacher; the rest of the recipe may still be unfinished."""
+    if recipe.teacher.train is None or recipe.real_data is None:
+        raise RecipeError("teacher.train is missing, so there is nothing to teach; say how, or give teacher.weights")
+    if recipe.teacher.weights == "random":
+        raise RecipeError('teacher.weights is "random", which nothing is trained for; give the file to write')
+    build_augmentations(recipe.teacher.train.augment, where="teacher.train.augment")
+    open_real_data(recipe.real_data, recipe.teacher.image_space, recipe.teacher.classes)
+    Store(_split(recipe.teacher.weights)[0]).probe("the folder of teacher.weights")
+
+
+def teach(recipe: Recipe, events: Events, network: nn.Module | None = None) -> Teacher:
+    """Train the recipe's teacher, the ``network`` that was built for it or a fresh one, and write its weights.
+
+    Raises:
+        RecipeError: the recipe does not say how, or its data are not there.
+    """
+    check_teaching(recipe)
+    spec, real = recipe.teacher.train, recipe.real_data
+    assert spec is not None
+    assert real is not None
+    network = build_teacher(recipe) if network is None else network
+    data = open_real_data(real, recipe.teacher.image_space, recipe.teacher.classes)
+    started, device = time.monotonic(), pick_device(recipe.runtime.device)
+
+    def on_epoch(epoch: int, loss: float) -> None:
+        if epoch == spec.epochs or epoch % max(1, spec.epochs // 5) == 0:
+            events.say("teacher", f"epoch {epoch} of {spec.epochs}   loss {loss:.3f}")
+
+    train_on_real_data(recipe, network, data, device, on_epoch)
+    path, content = recipe.teacher.weights, save_bytes(network, {"network": recipe.teacher.network})
+    folder, name = _split(path)
+    Store(folder).put(name, content)
+    validation = data.load("validation")
+    logits = predict(network, validation.images, PixelRange(recipe.teacher.image_space, device))
+    top1 = dict(judge(logits, logits, validation.labels))["teacher.top1"]
+    events.say(
+        "teacher",
+        f"{recipe.teacher.network} trained on real {real.kind} in {time.monotonic() - started:.0f} s, "
+        f"{top1:.1%} on the validation split   {path}",
+    )
+    return taught_teacher(network.cpu(), content)
+
+
+def train_on_real_data(
+    recipe: Recipe,
+    network: nn.Module,
+    data: RealData,
+    device: torch.device,
+    on_epoch: Callable[[int, float], None],
+) -> None:
+    """Train ``network`` on the training split; ``on_epoch`` receives epochs done and the mean loss.
+
+    AdamW on a one-cycle schedule, cross-entropy; images augmented as ``teacher.train.augment`` says.
+    """
+    spec = recipe.teacher.train
+    assert spec is not None, "checked before work begins"
+    network.to(device).train()
+    lay_channels_last(network)
+    observed = ObservedNetwork(network, frozen=False, batchnorm="batch", precision=getattr(torch, spec.precision))
+    observed.to(device)
+    augment = build_augmentations(spec.augment, where="teacher.train.augment")
+    pixels = PixelRange(recipe.teacher.image_space, device)
+    split = data.load("train")
+    rng = rng_from(derive_seed(recipe.seed, "teach"))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=spec.lr, weight_decay=spec.weight_decay)
+    per_epoch = max(1, len(split.labels) // spec.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, spec.lr, total_steps=spec.epochs * per_epoch + 1)
+    if device.type == "cpu":
+        keep_freed_memory()
+    with cpu_threads(spec.threads):
+        for epoch in range(spec.epochs):
+            progress = epoch / spec.epochs
+            total = torch.zeros((), device=device)
+            for rows in torch.randperm(len(split.labels), generator=rng).tensor_split(per_epoch):
+                bare = nominal_from_uint8(split.images[rows].to(device))
+                images = pixels.from_nominal(augment(bare, rng, progress=progress))
+                loss = F.cross_entropy(observed(images).logits, split.labels[rows].to(device))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                total += loss.detach()
+            on_epoch(epoch + 1, (total / per_epoch).item())
+    network.eval()
+
+
+def _split(path: str) -> tuple[str, str]:
+    """Folder and name of a file at a path or URL."""
+    folder, slash, name = path.rpartition("/")
+    return folder or slash or ".", name

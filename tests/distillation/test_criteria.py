@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from raydfkd.distillation.criteria import CRITERIA
+from raydfkd.errors import RecipeError
+from raydfkd.networks.observed import Observation
+
+STUDENT = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0], [-2.0, 0.0, 0.3], [1.0, 1.5, -1.0]])
+TEACHER = torch.tensor([[1.0, 0.0, 0.0], [-1.0, 4.0, 2.0], [0.5, 0.5, 0.5], [3.0, -1.0, 2.0]])
+LABELS = torch.tensor([0, 1, 2, 0])
+
+
+def value_of(name, student=STUDENT, teacher=TEACHER, **options):
+    criterion = CRITERIA.build(name, options, where="test")
+    return criterion(Observation(logits=student), Observation(logits=teacher), LABELS)
+
+
+def softmax(logits, temperature=1.0):
+    exponentials = np.exp(logits.numpy() / temperature)
+    return exponentials / exponentials.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
+def test_forward_kl_is_that_of_the_student_from_the_teacher_times_the_squared_temperature(temperature):
+    p, q = softmax(TEACHER, temperature), softmax(STUDENT, temperature)
+    expected = temperature**2 * (p * np.log(p / q)).sum(1).mean()
+    assert value_of("soft_kl", temperature=temperature).item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
+def test_backward_kl_is_that_of_the_teacher_from_the_student_times_the_squared_temperature(temperature):
+    p, q = softmax(TEACHER, temperature), softmax(STUDENT, temperature)
+    expected = temperature**2 * (q * np.log(q / p)).sum(1).mean()
+    assert value_of("soft_kl", temperature=temperature, direction="backward").item() == pytest.approx(
+        expected, rel=1e-4
+    )
+
+
+def test_gradient_of_forward_kl_is_the_softened_difference_times_the_temperature():
+    student = STUDENT.clone().requires_grad_()
+    value_of("soft_kl", student, temperature=4.0).backward()
+    expected = 4 * (softmax(STUDENT, 4.0) - softmax(TEACHER, 4.0)) / len(STUDENT)
+    torch.testing.assert_close(student.grad, torch.from_numpy(expected), rtol=1e-4, atol=1e-6)
+
+
+def test_soft_kl_does_not_change_when_all_logits_of_an_image_are_shifted():
+    shift = torch.tensor([[5.0], [-3.0], [0.0], [10.0]])
+    torch.testing.assert_close(value_of("soft_kl", STUDENT + shift), value_of("soft_kl"))
+
+
+def test_logit_l1_is_the_mean_absolute_difference_over_images_and_classes():
+    expected = np.abs(STUDENT.numpy() - TEACHER.numpy()).mean()
+    assert value_of("logit_l1").item() == pytest.approx(expected)
+
+
+def test_hard_labels_is_the_cross_entropy_with_the_labels_whatever_the_teacher_says():
+    expected = -np.log(softmax(STUDENT)[np.arange(4), LABELS.numpy()]).mean()
+    assert value_of("hard_labels").item() == pytest.approx(expected)
+    assert value_of("hard_labels", teacher=-TEACHER).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"), [({"temperature": 0.0}, "positive"), ({"direction": "up"}, "direction")]
+)
+def test_option_that_makes_no_sense_is_refused(options, reason):
+    with pytest.raises(RecipeError, match=reason):
+        CRITERIA.build("soft_kl", options, where="test")

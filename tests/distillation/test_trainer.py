@@ -1,0 +1,556 @@
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+import torch
+from torch import nn
+from toy import (
+    SPACE,
+    PlainNet,
+    batchnorm_teacher,
+    plain_teacher,
+    quiet_monitor,
+    toy_recipe,
+)
+
+from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
+from raydfkd.config.schema import DistillSpec, OptimizerSpec
+from raydfkd.data.sources import StudentBatch
+from raydfkd.distillation.trainer import StudentTrainer
+from raydfkd.distillation.training import StudentCheckpoint, StudentTraining
+from raydfkd.errors import StudentDivergedError
+from raydfkd.images.pixels import PixelRange
+from raydfkd.job import open_job
+from raydfkd.networks import observed
+from raydfkd.networks.observed import Observation, ObservedNetwork
+from raydfkd.networks.optimizers import build_optimizer
+from raydfkd.networks.small import ConvNet
+from raydfkd.runner.local import LocalExecutor
+
+CPU = torch.device("cpu")
+AUGMENTED = (
+    "distill.augment=[{kind: affine, degrees: 15, shift: 0.1}, {kind: noise, std: 0.1}, flip, "
+    "{kind: jitter, pixels: 1}, mixup]"
+)
+
+
+class DropoutNet(PlainNet):
+    """A student that draws random numbers of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body.append(nn.Dropout(0.5))
+
+
+def job_with_images(folder, *overrides):
+    job = open_job(toy_recipe(folder, overrides))
+    LocalExecutor().synthesize(job, quiet_monitor(folder))
+    return job
+
+
+def training_of(job, on_log=lambda _: None, on_checkpoint=lambda _: None):
+    return StudentTraining(job, on_log=on_log, on_checkpoint=on_checkpoint, device=CPU)
+
+
+def assert_same_weights(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        [AUGMENTED],
+        ["distill.optimizer={kind: sgd, lr: 0.05, schedule: cosine, weight_decay: 1e-3}"],
+        ["distill.optimizer={kind: adam, lr: 0.01, schedule: constant}", "distill.teacher_logits=stored"],
+        ["student={network: 'test_trainer:DropoutNet'}"],
+    ],
+    ids=["plain", "augmented", "sgd", "stored", "dropout"],
+)
+def test_resumed_training_equals_uninterrupted_training_bit_for_bit(tmp_path, overrides):
+    job = job_with_images(tmp_path, "distill.steps=9", "distill.checkpoint_every=4", *overrides)
+    checkpoints, curve = [], []
+    expected = training_of(job, curve.append, lambda state: checkpoints.append(checkpoint_bytes(state))).run()
+    assert len(checkpoints) == 3
+    for content, step in zip(checkpoints, (4, 8, 9), strict=True):
+        torch.manual_seed(step)  # an interrupted process starts with other global random numbers
+        resumed_curve = []
+        resumed = training_of(job, resumed_curve.append)
+        resumed.load_state_dict(read_checkpoint(content))
+        assert resumed.trainer.step == step
+        assert_same_weights(resumed.run(), expected)
+        assert resumed_curve == curve[step:]
+
+
+class Killed(BaseException):
+    """Ends a training where no code of ours expects it."""
+
+
+class GrowingSet:
+    """A job's set whose units are committed one by one as its student makes steps."""
+
+    def __init__(self, folder, *overrides):
+        self.job = job_with_images(folder, *overrides)
+        self._store = self.job.transfer_set.store
+        self._records = {}
+        for path in self._store.list("commits"):
+            self._records[path] = self._store.get(path)
+            self._store.delete(path)
+        self.job.transfer_set.reopen()
+        self.commit()
+
+    def commit(self):
+        path = min(self._records)
+        self._store.put(path, self._records.pop(path))
+
+    def train(self, monkeypatch, checkpoint=None, *, killed_at=None):
+        """Checkpoints by step, hashes of each step's images and labels, and the final weights."""
+        checkpoints, batches = {}, {}
+        train_step = StudentTrainer._train_step
+
+        def watched(trainer, batch):
+            if trainer.step == killed_at:
+                raise Killed
+            if trainer.step in (2, 5, 7) and len(self._records) == {2: 3, 5: 2, 7: 1}[trainer.step]:
+                self.commit()
+            batches[trainer.step] = hash(batch.images.numpy().tobytes() + batch.labels.numpy().tobytes())
+            return train_step(trainer, batch)
+
+        monkeypatch.setattr(StudentTrainer, "_train_step", watched)
+        training = training_of(
+            self.job,
+            on_checkpoint=lambda state: checkpoints.update({state["trainer"]["step"]: checkpoint_bytes(state)}),
+        )
+        if checkpoint is not None:
+            training.load_state_dict(read_checkpoint(checkpoint))
+        student = None
+        with contextlib.suppress(Killed):
+            student = {name: value.clone() for name, value in training.run().items()}
+        monkeypatch.undo()
+        return checkpoints, batches, student
+
+
+@pytest.mark.parametrize("refresh_steps", ["null", 2])
+@pytest.mark.parametrize("killed_at", [6, 9, 11])
+def test_training_that_is_killed_while_the_set_grows_ends_in_the_same_student(
+    tmp_path, monkeypatch, refresh_steps, killed_at
+):
+    """Steps after the last checkpoint are made again with the batches that they had, though the set is larger now."""
+    settings = ["distill.steps=16", "distill.checkpoint_every=4", f"distill.source.refresh_steps={refresh_steps}"]
+    settings += ["distill.batch_size=2", "distill.source.complete_by=1.0"]
+    _, expected, student = GrowingSet(tmp_path / "one", *settings).train(monkeypatch)
+    assert len(expected) == 16
+
+    grows = GrowingSet(tmp_path / "other", *settings)
+    checkpoints, before, _ = grows.train(monkeypatch, killed_at=killed_at)
+    saved = max(checkpoints)
+    assert saved < killed_at == len(before)
+    _, after, resumed = grows.train(monkeypatch, checkpoints[saved])
+    assert {**before, **after} == expected
+    assert after == {step: expected[step] for step in range(saved, 16)}
+    assert_same_weights(resumed, student)
+
+
+def test_training_in_two_calls_makes_the_steps_of_one_with_the_learning_rates_of_one(tmp_path):
+    job = job_with_images(tmp_path, "distill.steps=9", "distill.checkpoint_every=100")
+    expected = training_of(job).run()
+    states = []
+    first = training_of(job, on_checkpoint=lambda state: states.append(checkpoint_bytes(state)))
+    first.run(until=5)
+    assert first.trainer.step == 5
+    assert len(states) == 1, "there is a checkpoint to go on from"
+    second = training_of(job)
+    second.load_state_dict(read_checkpoint(states[0]))
+    assert_same_weights(second.run(until=90), expected)
+    first.run()
+    assert_same_weights(first.run(), expected)
+
+
+def test_student_is_published_when_fresh_every_so_often_and_at_the_end(tmp_path):
+    job = job_with_images(tmp_path, "distill.steps=9", "distill.publish_every=4", "distill.checkpoint_every=4")
+    versions, states = {}, []
+
+    def publish(version, state):
+        assert version not in versions
+        versions[version] = {name: value.clone() for name, value in state.items()}
+
+    training = StudentTraining(
+        job,
+        on_log=lambda _: None,
+        on_checkpoint=lambda state: states.append((len(versions), checkpoint_bytes(state))),
+        on_publish=publish,
+        device=CPU,
+    )
+    student = training.run()
+    assert list(versions) == [0, 4, 8, 9]
+    assert_same_weights(versions[0], job.fresh_student().state_dict())
+    assert_same_weights(versions[9], student)
+    assert [published for published, _ in states] == [2, 3, 4], "a kill after the checkpoint would leave a version out"
+
+    versions.clear()
+    resumed = StudentTraining(job, on_log=lambda _: None, on_checkpoint=lambda _: None, on_publish=publish, device=CPU)
+    resumed.load_state_dict(read_checkpoint(states[0][1]))
+    resumed.run()
+    assert list(versions) == [8, 9]
+
+
+def test_only_the_first_rank_publishes(tmp_path):
+    job = job_with_images(tmp_path, "distill.steps=1")
+    published = []
+    training = StudentTraining(
+        job,
+        on_log=lambda _: None,
+        on_checkpoint=lambda _: None,
+        on_publish=lambda *_: published.append(_),
+        rank=1,
+        world_size=2,
+        device=CPU,
+        agree=lambda _: job.snapshot(),
+    )
+    training.run()
+    assert not published
+
+
+def test_checkpoint_is_made_out_of_turn_when_one_is_wanted(tmp_path):
+    job = job_with_images(tmp_path, "distill.steps=6", "distill.checkpoint_every=100")
+    asked, saved = [], []
+    training = StudentTraining(
+        job,
+        on_log=lambda _: None,
+        on_checkpoint=lambda state: saved.append(state["trainer"]["step"]),
+        wants_checkpoint=lambda: asked.append(1) or len(asked) == 3,
+        device=CPU,
+    )
+    training.run()
+    assert saved == [3, 6]
+    assert len(asked) == 6, "every rank is asked equally often"
+
+
+def test_student_computes_in_float32_where_there_is_no_bfloat16(monkeypatch, caplog):
+    monkeypatch.setattr(observed, "_has_bfloat16", lambda _: False)
+    losses = []
+    for precision in ("bfloat16", "float32"):
+        trainer = trainer_of(plain_teacher(seed=1), precision=precision)
+        trainer._on_log = losses.append
+        trainer.fit([batch_of(slice(0, 8))], steps=1)
+    assert losses[0]["loss"] == losses[1]["loss"]
+    assert "cpu has no bfloat16; computing in float32" in caplog.text
+
+
+def test_training_twice_gives_the_same_student(tmp_path):
+    job = job_with_images(tmp_path, AUGMENTED)
+    assert_same_weights(training_of(job).run(), training_of(job).run())
+
+
+def test_seed_of_the_recipe_changes_the_student(tmp_path):
+    one, other = (training_of(job_with_images(tmp_path / str(seed), f"seed={seed}")).run() for seed in (1, 2))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("criterion", ["logit_l1", "soft_kl", "hard_labels"])
+def test_loss_falls_and_agreement_rises(tmp_path, criterion):
+    job = job_with_images(tmp_path, "distill.steps=80", f"distill.criterion={criterion}")
+    curve = []
+    training_of(job, curve.append).run()
+    first, last = curve[:10], curve[-10:]
+    assert sum(entry["loss"] for entry in last) < 0.6 * sum(entry["loss"] for entry in first)
+    if criterion != "hard_labels":  # the toy's labels are not what its teacher says
+        assert sum(entry["agreement"] for entry in last) > sum(entry["agreement"] for entry in first)
+
+
+def test_stored_logits_train_like_live_ones_to_the_rounding_of_float16(tmp_path):
+    losses = {}
+    for source in ("live", "stored"):
+        curve = []
+        training_of(job_with_images(tmp_path, f"distill.teacher_logits={source}"), curve.append).run()
+        losses[source] = [entry["loss"] for entry in curve]
+    assert losses["stored"] == pytest.approx(losses["live"], rel=1e-2)
+    assert losses["stored"] != losses["live"]
+
+
+def test_curve_has_the_first_and_last_step_and_every_log_every_th(tmp_path):
+    curve = []
+    training_of(job_with_images(tmp_path, "distill.steps=7", "distill.log_every=3"), curve.append).run()
+    assert [entry["step"] for entry in curve] == [1, 3, 6, 7]
+    assert [entry["images_seen"] for entry in curve] == [8, 24, 48, 56]
+    assert {entry["snapshot_images"] for entry in curve} == {24}
+
+
+def test_training_that_is_done_makes_no_step_more(tmp_path):
+    job = job_with_images(tmp_path)
+    states = []
+    done = training_of(job, on_checkpoint=states.append).run()
+    resumed = training_of(job, on_log=lambda _: pytest.fail("a step was made"))
+    resumed.load_state_dict(read_checkpoint(checkpoint_bytes(states[-1])))
+    assert_same_weights(resumed.run(), done)
+
+
+def test_checkpoint_is_kept_as_one_file_and_read_back_as_it_was(tmp_path):
+    job = job_with_images(tmp_path)
+    states = []
+    training_of(job, on_checkpoint=lambda state: states.append(checkpoint_bytes(state))).run()
+    checkpoint = StudentCheckpoint(tmp_path / "train", job.student_digest)
+    assert checkpoint.load() is None
+    checkpoint.save(read_checkpoint(states[0]))
+    assert checkpoint_bytes(StudentCheckpoint(tmp_path / "train", job.student_digest).load()) == states[0]
+    assert StudentCheckpoint(tmp_path / "train", "0" * 64).load() is None
+
+
+def batch_of(rows, *, share=1.0, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (24, 1, 8, 8), dtype=torch.uint8, generator=rng)[rows]
+    logits = torch.randn(24, 4, generator=rng)[rows].half()
+    return StudentBatch(images=images, labels=logits.argmax(1), teacher_logits=logits, share=share, snapshot_images=24)
+
+
+def trainer_of(student, *, rank=0, **changes):
+    settings = {"steps": 3, "criterion": "logit_l1", "optimizer": {"lr": 0.01}, "log_every": 1, **changes}
+    return StudentTrainer(
+        student,
+        ObservedNetwork(batchnorm_teacher(), frozen=True),
+        DistillSpec.model_validate_json(json.dumps(settings)),
+        pixels=PixelRange(SPACE),
+        device=CPU,
+        seed=1,
+        rank=rank,
+        on_log=lambda _: None,
+        on_checkpoint=lambda _: None,
+    )
+
+
+def gradient_of(batch, rank=0, **changes):
+    student = plain_teacher(seed=1)
+    trainer_of(student, rank=rank, **changes).fit([batch], steps=1)
+    return torch.cat([parameter.grad.flatten() for parameter in student.parameters()])
+
+
+@pytest.mark.parametrize("criterion", ["logit_l1", "soft_kl", "hard_labels"])
+def test_gradients_averaged_over_ranks_are_those_of_all_images_at_once(criterion):
+    """Data parallelism averages; ranks with unequally many images must not count equally."""
+    whole = gradient_of(batch_of(slice(0, 16)), criterion=criterion)
+    small = gradient_of(batch_of(slice(0, 5), share=5 * 2 / 16), criterion=criterion)
+    large = gradient_of(batch_of(slice(5, 16), share=11 * 2 / 16), rank=1, criterion=criterion)
+    torch.testing.assert_close((small + large) / 2, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_ranks_augment_their_images_differently():
+    augment = [{"kind": "noise", "std": 1.0}]
+    same, again, other = (gradient_of(batch_of(slice(0, 8)), rank=rank, augment=augment) for rank in (0, 0, 1))
+    torch.testing.assert_close(same, again, rtol=0, atol=0)
+    assert not torch.allclose(same, other)
+
+
+def test_stored_logits_are_what_the_criterion_sees():
+    batch, student, curve = batch_of(slice(0, 8)), plain_teacher(seed=1), []
+    with torch.no_grad():
+        expected = (student(PixelRange(SPACE).from_uint8(batch.images)) - batch.teacher_logits.float()).abs().mean()
+    trainer = trainer_of(student, teacher_logits="stored")
+    trainer._on_log = curve.append
+    trainer.fit([batch], steps=1)
+    assert curve[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_student_trains_with_the_statistics_of_its_batches():
+    student = batchnorm_teacher(seed=1)
+    before = student.body[0][1].running_mean.clone()
+    trainer_of(student).fit([batch_of(slice(0, 8))], steps=1)
+    assert student.training
+    assert not torch.equal(student.body[0][1].running_mean, before)
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+@pytest.mark.parametrize("schedule", ["one_cycle", "cosine", "constant"])
+def test_schedule_lasts_for_all_steps_and_peaks_at_the_recipe_s_rate(kind, schedule):
+    steps, student = 20, nn.Linear(2, 2)
+    optimizer, scheduler = build_optimizer(student, OptimizerSpec(kind=kind, lr=0.1, schedule=schedule), steps=steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert max(rates) == pytest.approx(0.1, rel=0.02)
+    assert min(rates) > 0
+    if schedule == "constant":
+        assert set(rates) == {0.1}
+    else:
+        assert rates[-1] < 0.01
+    if schedule == "cosine":
+        assert rates == sorted(rates, reverse=True)
+
+
+def test_weight_decay_and_momentum_reach_the_optimizer():
+    spec = OptimizerSpec(kind="sgd", lr=0.1, weight_decay=0.3, momentum=0.7)
+    sgd, _ = build_optimizer(nn.Linear(2, 2), spec, steps=3)
+    assert isinstance(sgd, torch.optim.SGD)
+    assert sgd.param_groups[0]["weight_decay"] == 0.3
+    assert sgd.param_groups[0]["nesterov"]
+    adam, _ = build_optimizer(nn.Linear(2, 2), spec.model_copy(update={"kind": "adam"}), steps=3)
+    assert isinstance(adam, torch.optim.AdamW)
+    assert adam.param_groups[0]["weight_decay"] == 0.3
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+@pytest.mark.parametrize(("momentum", "cycle"), [(0.9, (0.95, 0.85)), (0.5, (0.55, 0.45)), (0.98, (0.99, 0.97))])
+def test_one_cycle_cycles_momentum_about_that_of_the_recipe(kind, momentum, cycle):
+    spec = OptimizerSpec(kind=kind, lr=0.1, momentum=momentum)
+    optimizer, scheduler = build_optimizer(nn.Linear(2, 2), spec, steps=100)
+    momenta = []
+    for _ in range(100):
+        group = optimizer.param_groups[0]
+        momenta.append(group["momentum"] if kind == "sgd" else group["betas"][0])
+        optimizer.step()
+        scheduler.step()
+    assert (max(momenta), min(momenta)) == pytest.approx(cycle, abs=1e-3)
+    assert momenta[0] == pytest.approx(cycle[0])
+
+
+def test_one_cycle_of_the_default_momentum_is_that_of_pytorch_to_the_last_bit():
+    ours = build_optimizer(nn.Linear(2, 2), OptimizerSpec(lr=0.1), steps=7)
+    theirs = torch.optim.AdamW(nn.Linear(2, 2).parameters(), lr=0.1, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(theirs, 0.1, total_steps=8)
+    for _ in range(7):
+        for key in ("lr", "betas"):
+            assert ours[0].param_groups[0][key] == theirs.param_groups[0][key]
+        for optimizer, scheduler in (ours, (theirs, schedule)):
+            optimizer.step()
+            scheduler.step()
+
+
+class OwnCriterion:
+    """A criterion of the user's, without any base class."""
+
+    def __init__(self, *, power: float = 2.0) -> None:
+        self._power = power
+
+    def __call__(self, student, teacher, labels):
+        return (student.logits - teacher.logits).abs().pow(self._power).mean()
+
+
+def test_criterion_of_the_user_s_own_trains_a_student(tmp_path):
+    criterion = "distill.criterion={kind: 'test_trainer:OwnCriterion', power: 1.0}"
+    own, logit_l1 = [], []
+    training_of(job_with_images(tmp_path / "own", criterion), own.append).run()
+    training_of(job_with_images(tmp_path / "l1"), logit_l1.append).run()
+    assert [entry["loss"] for entry in own] == pytest.approx([entry["loss"] for entry in logit_l1], rel=1e-5)
+
+
+class Broken(PlainNet):
+    """A student whose answers are not finite from its third step on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, images):
+        self.calls += self.training
+        return super().forward(images) * (float("nan") if self.calls > 2 else 1.0)
+
+
+@pytest.mark.parametrize("log_every", [1, 3, 100])
+def test_student_that_becomes_nan_ends_the_training_and_is_not_saved(log_every):
+    saved = []
+    trainer = trainer_of(Broken(), steps=9, log_every=log_every, checkpoint_every=2, optimizer={"lr": 0.25})
+    trainer._on_checkpoint = saved.append
+    with pytest.raises(
+        StudentDivergedError, match=r"diverged: .* at step [34]; distill.optimizer.lr is 0.25, try 0.025"
+    ):
+        trainer.fit([batch_of(slice(0, 8), seed=step) for step in range(9)], steps=9)
+    assert saved == [2]
+
+
+def test_student_that_becomes_nan_in_its_last_step_is_not_saved():
+    student = plain_teacher(seed=1)
+    student.head.weight.register_hook(lambda gradient: gradient * float("nan"))
+    trainer = trainer_of(student, steps=1)
+    trainer._on_checkpoint = pytest.fail
+    with pytest.raises(StudentDivergedError, match="not all of its weights are finite at step 1"):
+        trainer.fit([batch_of(slice(0, 8))], steps=1)
+
+
+def slow(student):
+    """``student`` with running statistics that hardly move."""
+    for layer in student.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 0.001
+    return student
+
+
+class SlowNet(ConvNet):
+    """A student whose BatchNorm needs a thousand steps, as MobileNetV3's needs a hundred."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 1, widths=(4, 6))
+        slow(self)
+
+
+def test_finished_student_has_the_statistics_of_its_last_weights_however_slow_its_batchnorm(tmp_path):
+    lost = {}
+    for momentum, network in (("slow", "test_trainer:SlowNet"), ("usual", "convnet")):
+        options = "" if momentum == "slow" else ", options: {widths: [4, 6]}"
+        overrides = [f"student={{network: '{network}'{options}}}", "distill.steps=60", "distill.optimizer.lr=0.05"]
+        curve = []
+        training_of(job_with_images(tmp_path / momentum, *overrides), curve.append).run()
+        lost[momentum] = curve[-1]["agreement"]
+    assert lost["slow"] == pytest.approx(lost["usual"], abs=0.15)
+
+
+def test_agreement_in_the_log_is_that_of_the_student_as_it_will_be_used():
+    batch, student, curve = batch_of(slice(0, 24)), batchnorm_teacher(seed=1), []
+    trainer = trainer_of(student, optimizer={"lr": 1e-9})
+    trainer._on_log = curve.append
+    trainer.fit([batch], steps=1)
+    with torch.no_grad():
+        images = PixelRange(SPACE).from_uint8(batch.images)
+        same = student.eval()(images).argmax(1) == batchnorm_teacher()(images).argmax(1)
+    assert curve[0]["agreement"] == pytest.approx(same.float().mean().item())
+
+
+def test_training_interrupted_between_its_last_step_and_its_statistics_catches_up_on_them(tmp_path):
+    job = job_with_images(tmp_path)
+    expected = {name: value.clone() for name, value in training_of(job).run().items()}
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupted(self, batches):
+        raise Interrupted
+
+    training = training_of(job)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StudentTrainer, "_settle", interrupted)
+        with pytest.raises(Interrupted):
+            training.run()
+    states = []
+    resumed = training_of(job, on_log=lambda _: pytest.fail("a step was made"), on_checkpoint=states.append)
+    resumed.load_state_dict(read_checkpoint(checkpoint_bytes(training.state_dict())))
+    assert_same_weights(resumed.run(), expected)
+    assert len(states) == 1
+
+
+def test_student_that_loses_its_agreement_outside_training_is_told_of(caplog):
+    teacher, rng = batchnorm_teacher(), torch.Generator().manual_seed(0)
+    trainer = trainer_of(batchnorm_teacher(), steps=1, optimizer={"lr": 1e-9})
+    shown = [batch_of(slice(0, 24))]
+    for layer in trainer._network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.running_mean.copy_(10 * torch.randn(layer.running_mean.shape, generator=rng))
+    images = trainer._augmented(shown[0], 0)
+    trainer._network.train()
+    with torch.no_grad():
+        trainer._teacher = lambda images: Observation(logits=teacher.train()(images))
+    trainer._compare_modes([(images, shown[0])])
+    assert "agrees with its teacher on 100 % of images while BatchNorm" in caplog.text
+
+
+def test_schedule_follows_the_pace_that_it_is_given():
+    trainer = trainer_of(plain_teacher(seed=1), steps=10, optimizer={"lr": 0.1, "schedule": "cosine"})
+    rates = []
+    trainer._on_log = lambda _: rates.append(trainer._optimizer.param_groups[0]["lr"])
+    batches = [batch_of(slice(0, 8))] * 9
+    trainer.fit(batches, steps=10, pace=lambda step: (0, 0, 5, 5, 12)[step])
+    assert trainer.step == 4
+    assert rates == pytest.approx([0.1, 0.05, 0.05, 0.0], abs=1e-9)

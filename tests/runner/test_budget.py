@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from toy import toy_recipe
+
+import raydfkd.runner.budget
+from raydfkd.errors import RecipeError
+from raydfkd.runner.budget import run_within
+
+
+@pytest.fixture
+def ticks(monkeypatch):
+    """A clock that moves by a second whenever it is read."""
+    count = itertools.count()
+    monkeypatch.setattr(raydfkd.runner.budget, "device_clock", lambda device: lambda: float(next(count)))
+
+
+WHOLE = ["transfer_set.unit.classes=4", "transfer_set.unit.images_per_class=6", "synthesis.emissions=1"]
+"""Units of all classes: three batches of two images of each."""
+
+
+@pytest.mark.parametrize(("budget", "images"), [(12.0, 4), (20.0, 8), (24.0, 10), (40.0, 18)])
+def test_the_set_ends_with_the_batch_that_is_nearest_to_its_share_of_the_budget(tmp_path, ticks, budget, images):
+    recipe = toy_recipe(tmp_path, [*WHOLE, "budget.synthesis_share=0.25"], synthesizer="generator")
+    outcome = run_within(recipe, budget)
+    assert outcome.images == 4 * images
+    assert outcome.recipe.transfer_set.images_per_class == images
+
+
+def test_larger_budgets_buy_more_images_although_a_unit_is_more_than_either_pays_for(tmp_path, ticks):
+    bought = [
+        run_within(toy_recipe(tmp_path / f"{budget:g}", WHOLE, synthesizer="generator"), budget).images
+        for budget in (4.0, 6.0)
+    ]
+    assert bought[0] < bought[1] < 4 * 6
+
+
+def test_units_of_some_classes_are_made_until_all_classes_have_their_images(tmp_path, ticks):
+    outcome = run_within(toy_recipe(tmp_path, synthesizer="generator"), 0.1)
+    assert outcome.images == 4 * 3
+
+
+def test_training_ends_with_its_schedule_when_the_time_is_over_however_many_steps_that_is(tmp_path, ticks):
+    recipe = toy_recipe(tmp_path, ["distill.steps=5"], synthesizer="generator")
+    outcome = run_within(recipe, 40.0)
+    assert outcome.student_steps == outcome.recipe.distill.steps > 5
+    assert outcome.seconds == pytest.approx(40, abs=1.5)
+    assert outcome.student.is_file()
+
+
+def test_one_round_and_one_step_are_made_however_short_the_budget(tmp_path, ticks):
+    outcome = run_within(toy_recipe(tmp_path, WHOLE, synthesizer="generator"), 0.1)
+    assert (outcome.images, outcome.student_steps) == (4 * 2, 1)
+    assert outcome.seconds > 0.1, "an overdrawn budget is reported as such"
+
+
+def test_a_budget_is_kept_by_the_real_clock(tmp_path):
+    outcome = run_within(toy_recipe(tmp_path, WHOLE, synthesizer="generator"), 2.0)
+    assert outcome.seconds == pytest.approx(2.0, abs=0.3)
+    assert outcome.wall_seconds > 0
+
+
+def test_a_recipe_of_several_rounds_has_no_budget(tmp_path):
+    with pytest.raises(RecipeError, match="rounds is 2"):
+        run_within(toy_recipe(tmp_path).model_copy(update={"rounds": 2}), 2.0)
+
+
+def test_a_synthesis_that_comes_to_nothing_is_told_in_a_line(tmp_path):
+    with pytest.raises(RecipeError, match="unit r000-c0000-0003 came to nothing.*lower synthesis.lr"):
+        run_within(toy_recipe(tmp_path, [*WHOLE, "synthesis.lr=1e30"], synthesizer="generator"), 2.0)

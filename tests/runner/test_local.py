@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from toy import SYNTHESIZERS_UNDER_TEST, quiet_events, toy_recipe
+
+from raydfkd.data.batches import SyntheticBatch
+from raydfkd.data.sink import ParquetSink
+from raydfkd.distillation.training import StudentTraining
+from raydfkd.job import open_job
+from raydfkd.report.metrics import MetricsLog, read_metrics
+from raydfkd.runner.local import LocalExecutor
+from raydfkd.runner.progress import Monitor
+from raydfkd.synthesis.synthesizer import SYNTHESIZERS
+from raydfkd.synthesis.worker import SynthesisWorker
+
+
+class Grey:
+    """Grey images at once, but for the classes in ``broken``, whose units fail half-way."""
+
+    broken: frozenset[int] = frozenset()
+
+    def __init__(self, setting):
+        self._shape = setting.space.shape
+
+    def produce(self, request, log, hook):
+        for label in request.classes:
+            if label in Grey.broken:
+                raise RuntimeError(f"class {label} cannot be made")
+            yield SyntheticBatch(
+                images=torch.full((request.images_per_class, *self._shape), 100 + label, dtype=torch.uint8),
+                labels=torch.full((request.images_per_class,), label),
+                teacher_logits=torch.zeros(request.images_per_class, 4).half(),
+                objective=1.0,
+            )
+
+
+@pytest.fixture
+def break_classes(monkeypatch):
+    """Registers ``grey`` and chooses the classes at which it fails."""
+    monkeypatch.setitem(SYNTHESIZERS._factories, "grey", Grey)
+    return lambda *labels: monkeypatch.setattr(Grey, "broken", frozenset(labels))
+
+
+def grey_job(folder, *overrides):
+    return open_job(toy_recipe(folder, ["synthesis={synthesizer: grey, objective: [one_hot]}", *overrides]))
+
+
+def synthesize(job, folder):
+    return LocalExecutor().synthesize(job, quiet_events(folder))
+
+
+def events(folder, kind):
+    return [entry for entry in read_metrics(folder / "metrics.jsonl") if entry["event"] == kind]
+
+
+@pytest.mark.parametrize("synthesizer", SYNTHESIZERS_UNDER_TEST)
+def test_run_commits_every_unit_closes_the_set_and_trains_a_student(tmp_path, synthesizer):
+    job = open_job(toy_recipe(tmp_path, synthesizer=synthesizer))
+    outcome, state = LocalExecutor().run(job, quiet_events(tmp_path))
+    assert (outcome.attempted, outcome.given_up) == (4, ())
+    assert set(job.snapshot().units) == job.unit_ids
+    assert job.snapshot().images == job.planned_images == 24
+    assert job.transfer_set.is_closed()
+    rows = [job.transfer_set.read(part) for commit in job.snapshot().commits for part in commit.parts]
+    assert torch.cat([part.labels for part in rows]).bincount().tolist() == [6, 6, 6, 6]
+    fresh = job.fresh_student().state_dict()
+    assert state.keys() == fresh.keys()
+    assert any(not torch.equal(state[name], fresh[name]) for name in fresh)
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_metrics_tell_of_every_unit_and_step(tmp_path):
+    job = open_job(toy_recipe(tmp_path))
+    LocalExecutor().run(job, quiet_events(tmp_path))
+    assert {entry["unit"] for entry in events(tmp_path, "unit")} == job.unit_ids
+    assert {entry["unit"] for entry in events(tmp_path, "objective")} == job.unit_ids
+    assert [entry["step"] for entry in events(tmp_path, "student")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_set_and_student_follow_from_the_recipe_alone(tmp_path):
+    found = []
+    for name in ("one", "other"):
+        torch.manual_seed(len(name))
+        job = open_job(toy_recipe(tmp_path / name))
+        _, state = LocalExecutor().run(job, quiet_events(tmp_path / name))
+        found.append((job.transfer_set.content_digest(), state))
+    (digest, state), (other_digest, other_state) = found
+    assert digest == other_digest
+    assert all(torch.equal(state[name], other_state[name]) for name in state)
+
+
+def test_unit_that_always_fails_is_set_aside_at_the_third_attempt_and_the_others_go_on(tmp_path, break_classes):
+    break_classes(1)
+    job = grey_job(tmp_path)
+    outcome = synthesize(job, tmp_path)
+    failing = {unit.id for unit in job.units if 1 in unit.request.classes}
+    assert {failure.unit for failure in outcome.given_up} == failing
+    assert {(failure.attempt, failure.error) for failure in outcome.given_up} == {
+        (3, "RuntimeError: class 1 cannot be made")
+    }
+    assert set(job.snapshot().units) == job.unit_ids - failing
+    assert outcome.attempted == 2 + 3 * 2
+    assert job.transfer_set.is_closed()
+
+
+def test_failed_attempts_leave_no_part_behind(tmp_path, break_classes):
+    break_classes(1)
+    job = grey_job(tmp_path, "transfer_set.part_rows=1")
+    synthesize(job, tmp_path)
+    committed = [part.path for commit in job.snapshot().commits for part in commit.parts]
+    assert job.transfer_set.store.list("parts") == sorted(committed)
+
+
+def test_every_failure_is_recorded(tmp_path, break_classes):
+    break_classes(3)
+    job = grey_job(tmp_path, "transfer_set.images_per_class=3", "runtime.max_attempts=2")
+    synthesize(job, tmp_path)
+    recorded = [(entry["unit"], entry["attempt"], entry["error"]) for entry in events(tmp_path, "failure")]
+    error = "RuntimeError: class 3 cannot be made"
+    assert recorded == [("r000-c0002-0003", 1, error), ("r000-c0002-0003", 2, error)]
+
+
+def test_failure_is_said_to_be_tried_again_until_the_unit_is_set_aside(tmp_path, break_classes):
+    break_classes(3)
+    job = grey_job(tmp_path, "transfer_set.images_per_class=3", "runtime.max_attempts=2")
+    said = io.StringIO()
+    LocalExecutor().synthesize(
+        job, Events(MetricsWriter(MetricsLog(tmp_path / "metrics.jsonl", fresh=True)), Display(Console(file=said)))
+    )
+    failures = [line for line in said.getvalue().splitlines() if "failed" in line]
+    assert [line.partition("; ")[2] for line in failures] == ["will be tried again", "set aside"]
+    assert "r000-c0002-0003" in failures[0]
+
+
+def test_student_is_trained_on_what_there_is_when_units_were_set_aside(tmp_path, break_classes):
+    break_classes(1)
+    job = grey_job(tmp_path, "distill.source={kind: growing, wait_for: 24}")
+    LocalExecutor().run(job, quiet_events(tmp_path))
+    assert {entry["snapshot_images"] for entry in events(tmp_path, "student")} == {12}
+
+
+def test_run_again_works_only_on_what_is_missing(tmp_path, break_classes):
+    break_classes(1)
+    job = grey_job(tmp_path)
+    synthesize(job, tmp_path)
+    before = job.snapshot().commits
+    break_classes()
+    outcome = synthesize(job, tmp_path)
+    assert (outcome.attempted, outcome.given_up) == (2, ())
+    assert set(job.snapshot().units) == job.unit_ids
+    assert set(before) < set(job.snapshot().commits)
+    assert synthesize(job, tmp_path).attempted == 0
+
+
+def test_longer_plan_goes_on_from_a_shorter_one(tmp_path, break_classes):
+    break_classes()
+    shorter = grey_job(tmp_path, "transfer_set.images_per_class=3")
+    synthesize(shorter, tmp_path)
+    longer = grey_job(tmp_path, "transfer_set.images_per_class=9")
+    assert synthesize(longer, tmp_path).attempted == 4
+    assert set(shorter.snapshot().commits) < set(longer.snapshot().commits)
+    assert longer.snapshot().images == 36
+
+
+def test_interrupted_synthesis_keeps_what_was_committed_and_leaves_the_set_open(tmp_path, break_classes, monkeypatch):
+    break_classes()
+    job = grey_job(tmp_path)
+    run, done = SynthesisWorker.run, []
+
+    def interrupted(self, unit, attempt=1):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(unit.id)
+        return run(self, unit, attempt)
+
+    monkeypatch.setattr(SynthesisWorker, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(job, tmp_path)
+    assert set(job.snapshot().units) == set(done)
+    assert not job.transfer_set.is_closed()
+    monkeypatch.setattr(SynthesisWorker, "run", run)
+    assert synthesize(job, tmp_path).attempted == 2
+
+
+def test_distillation_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    overrides = ["distill.steps=8", "distill.checkpoint_every=3"]
+    whole = open_job(toy_recipe(tmp_path / "whole", overrides))
+    _, expected = LocalExecutor().run(whole, quiet_events(tmp_path / "whole"))
+
+    job = open_job(toy_recipe(tmp_path / "cut", overrides))
+    synthesize(job, tmp_path / "cut")
+
+    class Cut(StudentTraining):
+        def __init__(self, job, *, on_log, **others):
+            def log(entry):
+                if entry["step"] == 5:
+                    raise KeyboardInterrupt
+                on_log(entry)
+
+            super().__init__(job, on_log=log, **others)
+
+    monkeypatch.setattr("raydfkd.runner.local.StudentTraining", Cut)
+    with pytest.raises(KeyboardInterrupt):
+        LocalExecutor().distill(job, quiet_events(tmp_path / "cut"))
+    monkeypatch.undo()
+    state = LocalExecutor().distill(job, quiet_events(tmp_path / "cut"))
+    assert [entry["step"] for entry in events(tmp_path / "cut", "student")] == [1, 2, 3, 4, 4, 5, 6, 7, 8]
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def test_number_of_images_in_memory_does_not_grow_with_the_plan(tmp_path, break_classes, monkeypatch):
+    break_classes()
+    peaks = {}
+    for images in (8, 32):
+        held = []
+        write = ParquetSink.write
+
+        def watched(self, batch, write=write, held=held):
+            write(self, batch)
+            held.append(self.num_buffered)
+
+        monkeypatch.setattr(ParquetSink, "write", watched)
+        folder = tmp_path / str(images)
+        sizes = [f"transfer_set.images_per_class={images}", "transfer_set.unit.images_per_class=8"]
+        synthesize(grey_job(folder, *sizes, "transfer_set.part_rows=5"), folder)
+        monkeypatch.setattr(ParquetSink, "write", write)
+        peaks[images] = max(held)
+    assert peaks[8] == peaks[32] < 5
