@@ -73,7 +73,7 @@ class Term(nn.Module):
 TERMS: Registry[Term] = Registry(
     "term",
     ["raydfkd.losses.outputs", "raydfkd.losses.moments", "raydfkd.losses.priors", "raydfkd.losses.disagreement"],
-    member="forward",
+    member="needs_targets",
 )
 
 
@@ -136,6 +136,12 @@ class Objective(nn.Module):
                 if saved is not None:
                     module._buffers[name] = torch.empty_like(saved, device=device)
         self.load_state_dict(state)
+
+    @property
+    def label_reader(self) -> str | None:
+        """Name of a term that takes each image to be of one class, if there is one."""
+        reads = (name for name, term in self.terms.items() if term.needs_targets or Need.CLASS_MOMENTS in term.taps)
+        return next(reads, None)
 
     @property
     def remembers(self) -> bool:

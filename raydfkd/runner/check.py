@@ -89,8 +89,9 @@ def _check_synthesis(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> 
 
 def _check_training(recipe: Recipe) -> None:
     criterion, source = recipe.distill.criterion, recipe.distill.source
-    CRITERIA.build(criterion.kind, criterion.options, where="distill.criterion")
-    build_augmentations(recipe.distill.augment, where="distill.augment")
+    built = CRITERIA.build(criterion.kind, criterion.options, where="distill.criterion")
+    label_reader = f"the criterion {criterion.kind}" if getattr(built, "needs_labels", False) else None
+    build_augmentations(recipe.distill.augment, where="distill.augment", label_reader=label_reader)
     if not is_live(recipe):
         feed = Feed(
             transfer_set=transfer_set_of(recipe, {}),
