@@ -173,9 +173,12 @@ class PixelSynthesizer:
     def produce(self, request: Request, log: Log, hook: StepHook = NO_HOOK) -> Iterator[SyntheticBatch]:
         """Stream batches that together hold ``request.images_per_class`` images of each class."""
         saved = hook.resumed()
-        course = (
-            _Course.begin(request) if saved is None else _Course.from_state(saved, request.seed, self._setting.device)
-        )
+        device, objective = self._setting.device, self._setting.judge.objective
+        objective.begin()
+        course = _Course.begin(request)
+        if saved is not None:
+            course = _Course.from_state(saved, request.seed, device)
+            objective.resume(saved["terms"], device)
         while course.waiting or course.num_begun < request.images_per_class:
             if not course.waiting:
                 course.waiting.append(self._next_batch(request, course))
@@ -236,6 +239,9 @@ class PixelSynthesizer:
         course.forget_images()
         return kept
 
+    def _state_dict(self, course: _Course, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return course.state_dict(optimizer) | {"terms": self._setting.judge.objective.state_dict()}
+
     def _run(
         self, stage: Stage, first: int, course: _Course, targets: Tensor | None, log: Log, hook: StepHook
     ) -> Tensor:
@@ -250,7 +256,7 @@ class PixelSynthesizer:
         report = Progress(log, steps=first + stage.steps)
         total = torch.zeros(())
         for step in range(course.step - first, stage.steps):
-            hook(partial(course.state_dict, optimizer))
+            hook(partial(self._state_dict, course, optimizer))
             for group in optimizer.param_groups:
                 group["lr"] = self._lr * warmup_cosine(step, steps=stage.steps, warmup=self._warmup)
             seen = F.avg_pool2d(images, stage.pool) if stage.pool > 1 else images
