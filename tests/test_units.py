@@ -169,8 +169,8 @@ def test_units_are_handed_out_in_the_order_of_the_plan():
 
 def test_units_done_in_earlier_runs_are_never_handed_out():
     queue = UnitQueue(UNITS, done=[UNITS[0].id, UNITS[2].id, "r000-c0099-0099"])
+    assert queue.num_open == 2
     assert [queue.take() for _ in range(3)] == [UNITS[1], UNITS[3], None]
-    assert queue.num_done == 2
 
 
 def test_queue_of_a_finished_run_is_drained_from_the_start():
@@ -267,13 +267,13 @@ def test_last_failure_of_a_unit_that_was_thought_lost_sets_it_aside_while_it_wai
     assert queue.is_drained
 
 
-def test_result_that_arrives_after_quarantine_is_welcome():
+def test_result_that_arrives_after_a_unit_was_given_up_is_welcome():
     queue = UnitQueue(UNITS[:1], max_attempts=1)
     unit = queue.take()
     queue.failed(unit, "no luck")
     queue.finished(unit)
     assert queue.given_up == ()
-    assert queue.num_done == 1
+    assert queue.is_drained
 
 
 class Queue(RuleBasedStateMachine):
@@ -375,7 +375,7 @@ class Queue(RuleBasedStateMachine):
 
     @invariant()
     def each_unit_is_in_exactly_one_state(self):
-        assert self.queue.num_done == len(self.done)
+        assert self.queue.num_open == len(self.units) - len(self.done) - len(self.set_aside)
         assert self.queue.num_running == len(self.running)
         assert self.queue.attempted == self.taken.total()
         assert {failure.unit for failure in self.queue.given_up} == self.set_aside
@@ -406,8 +406,11 @@ class Queue(RuleBasedStateMachine):
             self.queue.lost(self.units[unit_id])
         while (unit := self.queue.take()) is not None:
             self.queue.finished(unit)
+            self.done.add(unit.id)
         assert self.queue.is_drained
-        assert self.queue.num_done + len(self.queue.given_up) == len(self.units)
+        given_up = {failure.unit for failure in self.queue.given_up}
+        assert not given_up & self.done
+        assert given_up | self.done == self.units.keys()
 
 
 Queue.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
