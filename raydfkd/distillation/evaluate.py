@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from raydfkd.images.pixels import PixelRange
+from raydfkd.networks.answers import logits_of
 
 
 @torch.no_grad()
@@ -17,7 +18,8 @@ def predict(network: nn.Module, images: Tensor, pixels: PixelRange, *, batch_siz
     training = network.training
     network.eval()
     try:
-        return torch.cat([network(pixels.from_uint8(batch.to(device))).cpu() for batch in images.split(batch_size)])
+        batches = (pixels.from_uint8(batch.to(device)) for batch in images.split(batch_size))
+        return torch.cat([logits_of(network(batch)).cpu() for batch in batches])
     finally:
         network.train(training)
 

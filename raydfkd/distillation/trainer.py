@@ -20,7 +20,7 @@ from raydfkd.distillation.criteria import CRITERIA
 from raydfkd.distillation.evaluate import top1
 from raydfkd.errors import StudentDivergedError
 from raydfkd.images.augment import build_augmentations
-from raydfkd.images.pixels import PixelRange
+from raydfkd.images.pixels import PixelRange, nominal_from_uint8
 from raydfkd.networks.observed import Observation, ObservedNetwork
 from raydfkd.networks.optimizers import build_optimizer
 from raydfkd.seeds import derive_seed, rng_from
@@ -228,7 +228,8 @@ class StudentTrainer:
 
     def _augmented(self, batch: StudentBatch, step: int) -> Tensor:
         rng = rng_from(derive_seed(self._seed, "augment", step, self._rank))
-        return self._augment(self._pixels.from_uint8(batch.images.to(self._device, non_blocking=True)), rng)
+        bare = nominal_from_uint8(batch.images.to(self._device, non_blocking=True))
+        return self._pixels.from_nominal(self._augment(bare, rng, progress=min(1.0, step / self._spec.steps)))
 
     @torch.no_grad()
     def _ask_teacher(self, images: Tensor, batch: StudentBatch) -> Observation:

@@ -18,6 +18,7 @@ from raydfkd.distillation.trainer import Pace, StudentTrainer, TrainingHooks, by
 from raydfkd.errors import differences
 from raydfkd.images.pixels import PixelRange
 from raydfkd.job import Job
+from raydfkd.networks.layout import lay_channels_last
 from raydfkd.networks.observed import ObservedNetwork
 from raydfkd.networks.teacher import Teacher
 from raydfkd.seeds import derive_seed
@@ -61,7 +62,7 @@ class StudentTraining:
         self._job, self._spec, self._ranks = job, recipe.distill, ranks
         self._phase = phase
         self._phase_ends = {phase.until_step for phase in job.phases[:-1]}
-        self._student = job.fresh_student().to(device).to(memory_format=torch.channels_last)
+        self._student = lay_channels_last(job.fresh_student().to(device))
         self.trainer = StudentTrainer(
             parallel(self._student),
             ObservedNetwork(teacher.module, frozen=True, precision=getattr(torch, recipe.distill.precision)).to(device),

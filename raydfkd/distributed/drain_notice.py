@@ -6,17 +6,18 @@ import logging
 import time
 
 import ray
-from ray._private.state import state
+
+from raydfkd.distributed.ray_internals import draining_nodes
 
 logger = logging.getLogger(__name__)
 POLL_S = 1.0
 
 
 class DrainNotice:
-    """Ray tells an actor nothing when its node is drained, so the actor asks; costs under a millisecond a second.
+    """Asks Ray whether this node is being drained, since Ray tells an actor nothing; under a millisecond a second.
 
-    There is no public call for it in Ray 2.60. Where the private one has gone, nothing is ever noticed and units are
-    lost with their machine, which is what happens without a notice too.
+    The call is private. Where it fails, nothing is ever noticed and units are lost with their machine, which is what
+    happens without a notice too.
     """
 
     def __init__(self) -> None:
@@ -30,7 +31,7 @@ class DrainNotice:
         if not self._is_draining and now >= self._next_look:
             self._next_look = now + POLL_S
             try:
-                self._is_draining = self._node in state.get_draining_nodes()
+                self._is_draining = self._node in draining_nodes()
             except Exception as error:  # whatever a private call may raise
                 logger.warning("Ray cannot be asked for drained nodes (%s: %s)", type(error).__name__, error)
                 self._next_look = float("inf")

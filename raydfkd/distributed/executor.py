@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
 
 import ray
 from torch import Tensor
 from typing_extensions import override
 
 from raydfkd.distillation.training import note_training
-from raydfkd.distributed.pool import LEAVE_S, SynthesisPool, capacity
+from raydfkd.distributed.connection import connected
+from raydfkd.distributed.pool import LEAVE_S, SynthesisPool
+from raydfkd.distributed.room import check_room, must_take_turns
 from raydfkd.distributed.train_driver import new_coordinator, train_student
-from raydfkd.errors import RecipeError
 from raydfkd.job import Job, SynthesisOutcome
 from raydfkd.networks.teacher import Teacher
 from raydfkd.runner.events import Events
@@ -39,27 +35,44 @@ class RayExecutor(Executor):
 
     @override
     def synthesize(self, job: Job, phase: Phase, teacher: Teacher, events: Events) -> SynthesisOutcome:
-        with _connected(job, events), Interruption() as interruption:
-            return _synthesize(job, events, job.begin_synthesis(phase), _nothing, interruption)
+        with connected(job.recipe.runtime.address, events.say):
+            check_room(job, events.say, training=False)
+            return _Turns().synthesize(job, phase, teacher, events)
 
     @override
     def distill(self, job: Job, phase: Phase, teacher: Teacher, events: Events) -> Mapping[str, Tensor]:
-        with (
-            _connected(job, events),
-            Interruption() as interruption,
-            _Training(job, phase, events, interruption) as training,
-        ):
-            return training.wait()
+        with connected(job.recipe.runtime.address, events.say):
+            check_room(job, events.say, synthesis=False)
+            return _Turns().distill(job, phase, teacher, events)
 
     @override
     def run(self, job: Job, teacher: Teacher, events: Events) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:
-        with _connected(job, events):
-            if len(job.phases) > 1:
-                return one_after_the_other(job, teacher, events, self)
+        with connected(job.recipe.runtime.address, events.say):
+            check_room(job, events.say)
+            if len(job.phases) > 1 or must_take_turns(job, events.say):
+                return _Turns().run(job, teacher, events)
             queue = job.begin_synthesis()  # before the student, who would take the end of an earlier run for this one's
             with Interruption() as interruption, _Training(job, job.phases[0], events, interruption) as training:
                 outcome = _synthesize(job, events, queue, training.look, interruption)
                 return outcome, training.wait()
+
+
+class _Turns(Executor):
+    """Synthesis or training by itself, on the cluster that this process is connected to."""
+
+    @override
+    def synthesize(self, job: Job, phase: Phase, teacher: Teacher, events: Events) -> SynthesisOutcome:
+        with Interruption() as interruption:
+            return _synthesize(job, events, job.begin_synthesis(phase), _nothing, interruption)
+
+    @override
+    def distill(self, job: Job, phase: Phase, teacher: Teacher, events: Events) -> Mapping[str, Tensor]:
+        with Interruption() as interruption, _Training(job, phase, events, interruption) as training:
+            return training.wait()
+
+    @override
+    def run(self, job: Job, teacher: Teacher, events: Events) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:
+        return one_after_the_other(job, teacher, events, self)
 
 
 def _synthesize(
@@ -166,35 +179,5 @@ class _Training:
     def _show(self) -> None:
         for entry in ray.get(self.coordinator.take.remote()):
             self._events.student(entry)
-
-
-@contextlib.contextmanager
-def _connected(job: Job, events: Events) -> Iterator[None]:
-    """Ray prints what it hears of nodes, some of it when it ends; standard output is for what a command answers."""
-    with contextlib.redirect_stdout(sys.stderr):
-        if ray.is_initialized():
-            yield
-            return
-        _connect(job, events)
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-
-def _connect(job: Job, events: Events) -> None:
-    address = job.recipe.runtime.address
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
-        # Without an address Ray joins what RAY_ADDRESS names or what runs on this machine, else starts a cluster.
-        ray.init(None if address == "auto" else address, **options)
-    except (ConnectionError, ValueError) as error:
-        raise RecipeError(f"runtime.address is {address!r}: no Ray cluster answers there ({error}); use auto") from None
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own exits with status 15
-    has = capacity()
-    events.say(
-        "ray",
-        f"{ray.__version__}   {has['CPU']:g} CPUs   {has['GPU']:g} GPUs",
-    )
+        for line in ray.get(self.coordinator.take_lines.remote()):
+            self._events.say("student", line)

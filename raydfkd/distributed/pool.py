@@ -18,7 +18,6 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from raydfkd.config.recipe import Recipe
 from raydfkd.data.commits import Commit
 from raydfkd.distributed.actor import SynthesisActor
 from raydfkd.errors import RecipeError
@@ -84,7 +83,6 @@ class SynthesisPool:
         """
         if queue.is_drained:
             return
-        warn_of_workers_without_room(self._job.recipe, self._events)
         self._events.synthesis_started()
         try:
             while not queue.is_drained and not interruption.is_requested:
@@ -289,26 +287,3 @@ def _was_preempted(error: Exception) -> bool:
 def _cause(error: RayTaskError) -> Exception:
     cause = error.cause
     return cause if isinstance(cause, Exception) else error
-
-
-def warn_of_workers_without_room(recipe: Recipe, events: Events) -> None:
-    """Say so where Ray could not hold as many workers as are asked for; pending ones are demand to an autoscaler."""
-    runtime, has = recipe.runtime, capacity()
-    wanted = {"CPU": runtime.cpus_per_worker, "GPU": runtime.gpus_per_worker, **runtime.resources_per_worker}
-    room = min(
-        (int(has.get(resource, 0.0) / share) for resource, share in wanted.items() if share),
-        default=runtime.workers.max,
-    )
-    if room < runtime.workers.max:
-        others = "".join(f" and {has.get(name, 0.0):g} {name}" for name in runtime.resources_per_worker)
-        events.say(
-            "workers",
-            f"runtime.workers.max is {runtime.workers.max}, but Ray has {has['CPU']:g} CPUs and {has['GPU']:g} GPUs"
-            f"{others}, room for {room}; the others wait for nodes to join",
-        )
-
-
-def capacity() -> dict[str, float]:
-    """Resources of the cluster that this process is connected to, CPUs and GPUs always among them."""
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no stub for it
-    return {"CPU": 0.0, "GPU": 0.0, **resources}

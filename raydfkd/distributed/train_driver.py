@@ -14,15 +14,17 @@ from typing import Any, cast
 import ray
 from ray.train import Checkpoint, UserCallback
 from ray.train.torch import TorchConfig
-from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
-from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
-from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.result import Result
 from torch import Tensor
 
 from raydfkd.config.recipe import Recipe
 from raydfkd.distributed.coordinator import Coordinator
+from raydfkd.distributed.ray_internals import (
+    CHECKPOINT_MANAGER_SNAPSHOT_FILENAME,
+    CheckpointManagerInitializationError,
+    ControllerCallback,
+)
 from raydfkd.distributed.scaling import NODE_ID, ElasticTorchTrainer
 from raydfkd.distributed.train_worker import STATE, read_state, train_worker
 from raydfkd.distributed.training_lock import training_lock
@@ -110,6 +112,7 @@ def _fit(
     }
     trainer = ElasticTorchTrainer(
         train_worker,
+        coordinator=coordinator,
         train_loop_config=config,
         scaling_config=ScalingConfig(
             num_workers=cast(int, workers.max if workers.min == workers.max else (workers.min, workers.max)),

@@ -19,7 +19,7 @@ from raydfkd.config.schema import BelowOne, Count, Fraction, NotNegative, Plugin
 
 
 class Augmentation(Protocol):
-    """Maps images [N, C, H, W] to images of the same shape, differentiably.
+    """Maps images [N, C, H, W] in nominal units (``images.pixels``) to images of the same shape, differentiably.
 
     One that takes a keyword ``progress`` is told what share of the steps is made, from 0 to 1, in the optimisation of
     images or the training of a network: a curriculum.
@@ -99,7 +99,7 @@ class Noise:
     """Add Gaussian noise, its strength drawn for each image between none and ``std``.
 
     Args:
-        std: largest standard deviation, in teacher-normalised units.
+        std: largest standard deviation, in nominal units (0.225 of the range from black to white).
     """
 
     def __init__(self, *, std: NotNegative) -> None:

@@ -1,4 +1,10 @@
-"""Between stored pixels (uint8) and what a network sees (float, normalised per channel)."""
+"""Units of pixels: stored ones, nominal ones, and what a network takes.
+
+Stored pixels are uint8. *Nominal* units are the same for every teacher: mid-grey is 0 and the range from black to white
+is 1/0.225 wide, as that of images normalised for ImageNet is, so an image has about unit variance. Synthesis and
+augmentations work in them, and learning rates, noise and priors on images are stated in them; so a teacher that takes
+0..1, 0..255 or normalised images is inverted alike. Only what asks a network knows the units of that network.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +13,39 @@ from torch import Tensor
 
 from raydfkd.config.schema import ImageSpace
 
+NOMINAL = 0.225
+"""One nominal unit, as a share of the range from black to white."""
+BLACK, WHITE = -0.5 / NOMINAL, 0.5 / NOMINAL
+"""Both in nominal units."""
+
+
+def nominal_from_unit(images: Tensor) -> Tensor:
+    """Images in [0, 1] to nominal units."""
+    return (images - 0.5) / NOMINAL
+
+
+def nominal_from_uint8(images: Tensor) -> Tensor:
+    """Stored pixels to nominal float32."""
+    return nominal_from_unit(images.to(torch.float32) / 255)
+
+
+def nominal_to_uint8(images: Tensor) -> Tensor:
+    """Nominal images to the nearest stored pixels; what lies beyond black or white is clipped."""
+    return (images * NOMINAL + 0.5).mul(255).round().clamp(0, 255).to(torch.uint8)
+
 
 class PixelRange:
-    """The map of one image space on one device."""
+    """What a network takes: the units of one image space, on one device."""
 
     def __init__(self, space: ImageSpace, device: torch.device | str = "cpu") -> None:
         self._mean = torch.tensor(space.mean, device=device).view(1, -1, 1, 1)
         self._std = torch.tensor(space.std, device=device).view(1, -1, 1, 1)
+        self._scale, self._shift = NOMINAL / self._std, (0.5 - self._mean) / self._std
 
-    def normalize(self, unit_interval: Tensor) -> Tensor:
-        """[N, C, H, W] in [0, 1] to normalised."""
-        return (unit_interval - self._mean) / self._std
+    def from_nominal(self, images: Tensor) -> Tensor:
+        """Nominal images [N, C, H, W] to what the network takes."""
+        return torch.addcmul(self._shift, images, self._scale)
 
     def from_uint8(self, images: Tensor) -> Tensor:
-        """Stored pixels to normalised float32."""
-        return self.normalize(images.to(torch.float32) / 255)
-
-    def to_uint8(self, images: Tensor) -> Tensor:
-        """Normalised images to the nearest stored pixels; what lies outside [0, 1] is clipped."""
-        return (images * self._std + self._mean).mul(255).round().clamp(0, 255).to(torch.uint8)
-
-    @property
-    def bounds(self) -> tuple[Tensor, Tensor]:
-        """Normalised black and white, [1, C, 1, 1] each."""
-        return -self._mean / self._std, (1 - self._mean) / self._std
+        """Stored pixels to what the network takes, float32."""
+        return (images.to(torch.float32) / 255 - self._mean) / self._std

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from raydfkd.losses.objective import TERMS, Term, View
 from raydfkd.networks.batchnorm import LayerMoments
-from raydfkd.networks.observed import Need
+from raydfkd.networks.observed import Need, Tap
 
 
 @TERMS.register("bn_moments")
@@ -52,7 +52,7 @@ class BatchNormMoments(Term):
         self._first_layer_scale = first_layer_scale
 
     @property
-    def taps(self) -> frozenset[Need]:
+    def taps(self) -> frozenset[Tap]:
         """Moments of the batch or of each class."""
         return frozenset({Need.CLASS_MOMENTS if self._scope == "class" else Need.MOMENTS})
 

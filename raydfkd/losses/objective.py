@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from raydfkd.config.registry import Registry
 from raydfkd.config.schema import Ramp, TermSpec
 from raydfkd.errors import RecipeError
-from raydfkd.networks.observed import Need, Observation
+from raydfkd.networks.observed import Need, Observation, Tap
 
 BESIDE_TEACHER = MappingProxyType({Need.STUDENT: "the student", Need.LATENTS: "latents"})
 """Needs that something else than the teacher has to meet, and what they are called."""
@@ -23,13 +23,13 @@ class View:
     """One candidate batch as every term sees it: N images, K classes."""
 
     images: Tensor
-    """[N, C, H, W], teacher-normalised, differentiable."""
+    """[N, C, H, W], nominal units (``images.pixels``), differentiable."""
     targets: Tensor | None
     """[N] labels or [N, K] soft targets; None for unconditional methods."""
     teacher: Observation
     """What the teacher says of the images."""
     observe: Callable[[Tensor], Observation]
-    """The teacher again, for terms that make a second view of their own."""
+    """The teacher again, for terms that make a second view of their own, in nominal units too."""
     student: Observation | None = None
     """What the student says of the images, where a term needs it and there is one."""
     latents: Tensor | None = None
@@ -50,8 +50,8 @@ class Term(nn.Module):
     is_per_image: ClassVar[bool] = True
 
     @property
-    def taps(self) -> frozenset[Need]:
-        """What this instance reads; narrower or other than ``needs`` where options decide."""
+    def taps(self) -> frozenset[Tap]:
+        """What this instance reads; narrower or other than ``needs`` where options decide, such as a ``Layer``."""
         return self.needs
 
     def forward(self, view: View) -> Tensor:
@@ -86,9 +86,14 @@ class Objective(nn.Module):
         self._terms = nn.ModuleList([term for _, _, term in terms])  # no ModuleDict, which refuses names such as a.b
 
     @property
-    def needs(self) -> frozenset[Need]:
+    def needs(self) -> frozenset[Tap]:
         """Union over the terms; decides which taps are installed and whether a student is asked."""
         return frozenset().union(*(term.taps for term in self.terms.values()))
+
+    @property
+    def askers(self) -> dict[Tap, str]:
+        """For each need the recipe's term that has it, as messages name it."""
+        return {tap: f"synthesis.objective's {name}" for name, term in self.terms.items() for tap in term.taps}
 
     @property
     def terms(self) -> dict[str, Term]:
@@ -144,7 +149,7 @@ def build_objective(
     return Objective(terms)
 
 
-def needs_of(specs: Sequence[TermSpec]) -> frozenset[Need]:
+def needs_of(specs: Sequence[TermSpec]) -> frozenset[Tap]:
     """What the terms of a recipe read, whether or not it is on offer."""
     return frozenset().union(*(term.taps for _, _, term in _built(specs)))
 

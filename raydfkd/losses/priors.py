@@ -18,7 +18,8 @@ class TotalVariation(Term):
     released code of Yin et al. 2020 takes one norm over the whole batch, which grows with the square root of the
     batch size: its weight w at batch B corresponds to w * sqrt(B) here.
     ``l1``: sum over directions of the mean absolute difference. ``squared``: sum over directions of the mean squared
-    difference. In teacher-normalised units; in [0, inf).
+    difference. In nominal units (``images.pixels``), those of images normalised for ImageNet, in which published
+    weights are stated; in [0, inf).
 
     Args:
         norm: l2, l1 or squared.
@@ -50,7 +51,10 @@ class TotalVariation(Term):
 
 @TERMS.register("image_l2")
 class ImageL2(Term):
-    """L2 norm of each image, mean over images; teacher-normalised units, in [0, inf). Source: Yin et al. 2020."""
+    """L2 norm of each image, mean over images: its distance from mid-grey.
+
+    In nominal units (``images.pixels``), in [0, inf). Source: Yin et al. 2020.
+    """
 
     def forward(self, view: View) -> Tensor:
         """See the class."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+from typing_extensions import override
 
 from raydfkd.errors import RecipeError
 
@@ -24,6 +28,8 @@ class LayerMoments:
     var: Tensor
     running_mean: Tensor
     running_var: Tensor
+    layer: str = ""
+    """Path of the layer in its network."""
 
     def pooled(self) -> LayerMoments:
         """The moments of all groups together, exactly (groups are of one size): mean and var are [1, C]."""
@@ -31,38 +37,183 @@ class LayerMoments:
             return self
         mean = self.mean.mean(0, keepdim=True)
         var = self.var.mean(0, keepdim=True) + self.mean.var(0, correction=0, keepdim=True)
-        return LayerMoments(mean=mean, var=var, running_mean=self.running_mean, running_var=self.running_var)
+        return replace(self, mean=mean, var=var)
 
 
-def observe_batchnorm(module: nn.Module, found: list[ObservedBatchNorm]) -> nn.Module:
-    """Replace each BatchNorm layer of a frozen ``module``, in place, by an observing twin and add that to ``found``.
+class MomentsTrace:
+    """Where the BatchNorm layers of one network note their moments, in the order in which the forward pass meets them.
 
-    Modules rather than hooks, so that a compiled network with its moments is one graph.
-
-    Raises:
-        RecipeError: a layer that is derived from BatchNorm and does something else.
+    A layer is told by its running mean: each one of the network becomes a tensor that knows its layer, and whoever
+    normalises by it notes the moments of what is normalised: the layer itself, one derived from it, ``batch_norm``
+    called with its attributes, an exported graph. The modules stay what they are, with their types and hooks, and a
+    compiled network with its moments is one graph.
     """
-    if isinstance(module, _BatchNorm) and module.track_running_stats:
-        found.append(ObservedBatchNorm(module))
-        return found[-1] if type(module).forward is _BatchNorm.forward else _with_children(found[-1], module)
-    for name, child in module.named_children():
-        setattr(module, name, observe_batchnorm(child, found))
-    return module
+
+    def __init__(self) -> None:
+        self.groups = 1
+        """Equal, contiguous parts of the batch over each of which moments are taken."""
+        self.notes: list[LayerMoments] | None = None
+        """Moments of this forward pass; None where nobody asks, as when a checkpointed block is computed again."""
+
+    def attach(self, network: nn.Module) -> None:
+        """Put the layers of a frozen ``network`` on this trace, in place; again after it was moved to a device."""
+        for name, layer in layers_with_statistics(network):
+            mean = layer._buffers["running_mean"]
+            assert mean is not None
+            observed = mean.detach().as_subclass(_ObservedMean)
+            observed.layer = _Layer(name, self, observed.detach())
+            layer._buffers["running_mean"] = observed
+
+    def note(self, layer: _Layer, mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
+        """Add a layer's moments, where somebody asks."""
+        if self.notes is not None:
+            self.notes.append(
+                LayerMoments(layer=layer.name, mean=mean, var=var, running_mean=running_mean, running_var=running_var)
+            )
 
 
-def _with_children(observed: ObservedBatchNorm, norm: _BatchNorm) -> nn.Module:
-    """For layers such as timm's, whose normalisation is followed by an activation of their own."""
-    twin = nn.Sequential(observed, *norm.children())
-    sizes = {nn.BatchNorm2d: (3, 3), nn.BatchNorm3d: (3, 3, 3)}
-    positions = next((size for kind, size in sizes.items() if isinstance(norm, kind)), ())
-    probe = torch.linspace(-9, 9, 2 * norm.num_features).view(2, -1, *(1,) * len(positions)).expand(2, -1, *positions)
-    probe = probe.to(observed.scale.device)
-    if not torch.allclose(twin(probe), norm(probe), rtol=1e-3, atol=1e-3):
+def layers_with_statistics(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Name and module of every layer that has a running mean and variance, of torch's classes and of others'.
+
+    Those of InstanceNorm are left out, whose running variance is none of a batch, and TorchScript's, which cannot be
+    observed.
+    """
+    return [
+        (name, module)
+        for name, module in network.named_modules()
+        if not isinstance(module, (_InstanceNorm, torch.jit.ScriptModule))
+        and all(module._buffers.get(statistic) is not None for statistic in ("running_mean", "running_var"))
+    ]
+
+
+def normalize_by_kernel(layer: nn.Module, x: Tensor, y: Tensor) -> bool:
+    """Let ``layer``, which writes its normalisation out, call ``batch_norm``, in place, where that is the same.
+
+    Says whether it is: its output ``y`` of ``x`` is that of BatchNorm with its statistics, and then of its children, as
+    in torchvision's FrozenBatchNorm2d and in layers with an activation of their own.
+    """
+    fits = x.ndim > 1 and layer._buffers["running_mean"].shape == x.shape[1:2]  # type: ignore[union-attr]  # not None
+    if not fits or isinstance(layer, _BatchNorm):
+        return False
+    with torch.no_grad():
+        expected = _normalize_then_children(layer, x)
+        if expected.shape != y.shape or not torch.allclose(expected, y, rtol=1e-3, atol=1e-3):
+            return False
+    layer.forward = MethodType(_normalize_then_children, layer)
+    return True
+
+
+def _normalize_then_children(self: Any, x: Tensor) -> Tensor:
+    weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)
+    y = F.batch_norm(x, self.running_mean, self.running_var, weight, bias, False, 0.0, getattr(self, "eps", 1e-5))
+    for child in self.children():
+        y = child(y)
+    return y
+
+
+class _Layer:
+    """A BatchNorm layer as its running mean knows it."""
+
+    def __init__(self, name: str, trace: MomentsTrace, mean: Tensor) -> None:
+        self.name, self.trace, self.mean = name, trace, mean
+        self._key: tuple[Tensor | None, Tensor | None, Tensor, float] | None = None
+        self._affine: tuple[Tensor, Tensor] | None = None
+
+    def affine(
+        self, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """Scale and shift [C] of the normalisation; computed once, since nothing of a frozen layer changes."""
+        if torch.compiler.is_compiling():
+            return _affine_of(mean, var, weight, bias, eps)
+        key = (weight, bias, var, eps)
+        if self._affine is None or self._key is None or any(a is not b for a, b in zip(key, self._key, strict=True)):
+            self._key, self._affine = key, _affine_of(mean, var, weight, bias, eps)
+        return self._affine
+
+
+def _affine_of(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    scale = (torch.ones_like(var) if weight is None else weight) * (var + eps).rsqrt()
+    return scale, (torch.zeros_like(mean) if bias is None else bias) - mean * scale
+
+
+class _ObservedMean(Tensor):
+    """The running mean of a layer on a trace."""
+
+    layer: _Layer
+
+    @classmethod
+    @override
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is F.batch_norm:
+                return _batch_norm(*args, **options)
+            if func in (torch.batch_norm, torch.ops.aten.batch_norm.default):
+                return _batch_norm_by_position(*args, **options)
+            if func is torch.ops.aten._native_batch_norm_legit_no_training.default:
+                y = _native_batch_norm(*args, **options)
+                return y, y.new_empty(0), y.new_empty(0)
+            return func(*args, **options)  # what is computed of the mean is a tensor like any other
+
+
+def _batch_norm_by_position(  # noqa: PLR0913, PLR0917 - torch's signature
+    input: Tensor,  # noqa: A002 - torch's name
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _native_batch_norm(  # noqa: PLR0913, PLR0917 - torch's signature
+    input: Tensor,  # noqa: A002 - torch's name
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    return _batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+
+
+def _batch_norm(  # noqa: PLR0913, PLR0917 - torch's signature
+    input: Tensor,  # noqa: A002 - torch's name
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``F.batch_norm`` that notes the moments of its input with the layer of ``running_mean``."""
+    if not isinstance(running_mean, _ObservedMean):  # another argument has brought us here
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    layer = running_mean.layer
+    trace, stored = layer.trace, layer.mean
+    if input.shape[0] % trace.groups:
         raise RecipeError(
-            f"synthesis.objective has bn_moments, but the teacher's {type(norm).__name__} is no plain BatchNorm; "
-            "drop the term"
+            f"moments are wanted of each of {trace.groups} classes, but the layer {layer.name} gets {input.shape[0]} "
+            "rows; take those of the whole batch (scope: batch)"
         )
-    return twin
+    if training or any(value is not None and value.requires_grad for value in (weight, bias)):
+        var, mean = _moments_with_graph(input, trace.groups)
+        y = F.batch_norm(input, stored, running_var, weight, bias, training, momentum, eps)
+    else:
+        scale, shift = layer.affine(stored, running_var, weight, bias, eps)
+        y, mean, var = _NormalizeWithMoments.apply(input, scale, shift, trace.groups)
+    trace.note(layer, mean, var, stored, running_var)
+    return y
 
 
 class _NormalizeWithMoments(torch.autograd.Function):
@@ -144,13 +295,12 @@ def _moments_by_kernel(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
 def _moments_by_products(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Products with a row of ones where channels lie innermost, else a reduction of the contiguous positions first.
 
-    What is small is combined in float64, so that the subtraction of the squared mean keeps its digits.
+    Images are added up in float64, so that the subtraction of the squared mean keeps its digits.
     """
     if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1:
-        rows = x.permute(0, 2, 3, 1).reshape(groups, -1, x.shape[1])
-        ones = x.new_ones(groups, 1, rows.shape[1])
-        first = torch.bmm(ones, rows)[:, 0].double() / rows.shape[1]
-        second = torch.bmm(ones, rows.square())[:, 0].double() / rows.shape[1]
+        rows = x.permute(0, 2, 3, 1).flatten(1, 2)
+        first, second = (_sums(values).unflatten(0, (groups, -1)).mean(1) for values in (rows, rows.square()))
+        first, second = first / rows.shape[1], second / rows.shape[1]
     else:
         positions = x.flatten(2) if x.ndim > 2 else x.unsqueeze(2)
         first = positions.mean(2).double().unflatten(0, (groups, -1)).mean(1)
@@ -159,33 +309,14 @@ def _moments_by_products(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return (second - first.square()).clamp_min(0).float(), first.float()
 
 
-class ObservedBatchNorm(nn.Module):
-    """Stands where a frozen BatchNorm stood; appends the moments of its input to ``trace``, if there is one."""
+def _sums(rows: Tensor) -> Tensor:
+    """Sums over the positions of each image: [N, P, C] to [N, C] in float64."""
+    with torch.autocast("cpu", enabled=False):  # which would round the sums to bfloat16
+        return torch.bmm(rows.new_ones(len(rows), 1, rows.shape[1]), rows)[:, 0].double()
 
-    scale: Tensor
-    shift: Tensor
-    running_mean: Tensor
-    running_var: Tensor
 
-    def __init__(self, norm: _BatchNorm) -> None:
-        super().__init__()
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        weight = norm.weight if norm.affine else torch.ones_like(norm.running_var)
-        bias = norm.bias if norm.affine else torch.zeros_like(norm.running_mean)
-        scale = weight.detach() * (norm.running_var + norm.eps).rsqrt()
-        self.register_buffer("scale", scale)
-        self.register_buffer("shift", bias.detach() - norm.running_mean * scale)
-        self.register_buffer("running_mean", norm.running_mean.clone())
-        self.register_buffer("running_var", norm.running_var.clone())
-        self.groups = 1
-        self.trace: list[LayerMoments] | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x`` [N, C, ...] by the running statistics, and note its moments."""
-        y, mean, var = _NormalizeWithMoments.apply(x, self.scale, self.shift, self.groups)
-        if self.trace is not None:
-            self.trace.append(
-                LayerMoments(mean=mean, var=var, running_mean=self.running_mean, running_var=self.running_var)
-            )
-        return y  # type: ignore[no-any-return]  # autograd.Function.apply is untyped
+def _moments_with_graph(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """As ``_moments``, differentiated step by step: for layers whose weights depend on the images."""
+    positions = x.float().unflatten(0, (groups, -1))
+    var, mean = torch.var_mean(positions, [dim for dim in range(positions.ndim) if dim not in (0, 2)], correction=0)
+    return var, mean

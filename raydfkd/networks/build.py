@@ -2,102 +2,197 @@
 
 from __future__ import annotations
 
-import importlib
+import re
+from collections.abc import Callable
+from pathlib import PurePosixPath
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from raydfkd.config.registry import Registry
+from raydfkd.config.registry import Registry, import_callable
 from raydfkd.config.schema import ImageSpace, StudentSpec, TeacherSpec
-from raydfkd.errors import RecipeError, did_you_mean
+from raydfkd.errors import RecipeError, did_you_mean, one_line
+from raydfkd.networks.answers import AnswersLogits, NoLogitsError, logits_of, scale_of
+from raydfkd.networks.taps import wrapped
 
 NETWORKS: Registry[nn.Module] = Registry("network", ["raydfkd.networks.small"], member="forward")
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 """What networks raise on images of a size or channel count that they cannot take."""
 
+Factory = Callable[[], nn.Module]
+
 
 def build_network(spec: TeacherSpec | StudentSpec, teacher: TeacherSpec, *, where: str, seed: int) -> nn.Module:
-    """Build a network with weights drawn from ``seed`` and try it on two blank images of the teacher's image space.
+    """Build a network with weights drawn from ``seed`` and try it on two images of the teacher's image space.
+
+    It is on the CPU, in float32, and answers logits [N, K] whatever its author had it answer; :mod:`answers` says how.
 
     Raises:
-        RecipeError: unknown name, wrong options, an image size or class count that does not fit.
+        RecipeError: unknown name, wrong options, code that fails, an image size or class count that does not fit.
     """
+    factory = _factory_of(spec, teacher, where)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = _construct(spec, teacher, where)
-    _try(network, spec.network, teacher, where)
+        network = _plain(factory()).cpu().float()
+        images, answer, logits = _Trial(network, spec.network, teacher, where).run()
+        scale = scale_of(network, images, answer, logits)
+    network.register_forward_hook(AnswersLogits(classes=teacher.classes, scale=scale))
     return network
 
 
-def _construct(spec: TeacherSpec | StudentSpec, teacher: TeacherSpec, where: str) -> nn.Module:
-    family, colon, name = spec.network.partition(":")
+def _factory_of(spec: TeacherSpec | StudentSpec, teacher: TeacherSpec, where: str) -> Factory:
+    """What constructs the network; modules are imported here, before any random number is drawn for weights."""
+    name = _as_module(spec.network)
+    family, colon, member = name.partition(":")
     if not colon:
-        NETWORKS.get(spec.network, where=f"{where}.network")
-        return NETWORKS.build(
-            spec.network, spec.options, teacher.classes, teacher.image_space.channels, where=f"{where}.options"
-        )
+        _refuse_dots(name, where)
+        NETWORKS.get(name, where=f"{where}.network")
+        supplied = (teacher.classes, teacher.image_space.channels)
+        return lambda: NETWORKS.build(name, spec.options, *supplied, where=f"{where}.options")
     if family == "torchvision":
         from torchvision import models  # heavy, and only needed here
 
-        if name not in models.list_models():
+        if member not in models.list_models():
             raise RecipeError(
-                f"{where}.network: torchvision has no {name!r}; {did_you_mean(name, models.list_models())}"
+                f"{where}.network: torchvision has no {member!r}; {did_you_mean(member, models.list_models())}"
             )
-        return _call(lambda **options: models.get_model(name, **options), spec, where, num_classes=teacher.classes)
+        options = {"num_classes": teacher.classes, **spec.options}
+        return lambda: _call(lambda: models.get_model(member, **options), spec, where)
     try:
-        factory = getattr(importlib.import_module(family), name)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two: no absolute module name
-        raise RecipeError(f"{where}.network is {spec.network!r}, which cannot be imported: {error}") from error
-    return _call(factory, spec, where)
+        found = import_callable(name, where=f"{where}.network")
+    except SystemExit as error:  # a script that parses arguments when it is imported
+        raise RecipeError(
+            f"{where}.network is {name!r}, whose module ends the process ({error}) when imported"
+        ) from None
+    return lambda: _call(lambda: found(**spec.options), spec, where)
 
 
-def _call(factory: Any, spec: TeacherSpec | StudentSpec, where: str, **supplied: Any) -> nn.Module:
+def _as_module(name: str) -> str:
+    """``./models/nets.py:small`` as what it imports, ``models.nets:small``; anything else as it is."""
+    path, colon, member = name.partition(":")
+    if not colon or not path.endswith(".py"):
+        return name
+    parts = PurePosixPath(path).with_suffix("").parts
+    return name if path.startswith("/") or ".." in parts else f"{'.'.join(parts)}:{member}"
+
+
+def _refuse_dots(name: str, where: str) -> None:
+    module, dot, member = name.rpartition(".")
+    if dot and name not in NETWORKS.names():
+        raise RecipeError(
+            f"{where}.network is {name!r}, and no network has that name; one of your own is module:callable, "
+            f"such as {module}:{member}"
+        )
+
+
+def _call(factory: Callable[[], Any], spec: TeacherSpec | StudentSpec, where: str) -> nn.Module:
     try:
-        network = factory(**supplied, **spec.options)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RecipeError(f"{where}.options do not suit {spec.network}: {error}") from error
+        network = factory()
+    except RecipeError:
+        raise
+    except (Exception, SystemExit) as error:  # code of the user's may raise anything
+        reason = one_line(error)
+        if isinstance(error, TypeError) and _SIGNATURE.search(reason):
+            raise RecipeError(f"{where}.options do not suit {spec.network}: {reason}") from error
+        kind = "" if isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: "
+        given = f" with options {spec.options}" if spec.options else ""
+        raise RecipeError(f"{where}.network {spec.network} cannot be built{given}: {kind}{reason}") from error
+    if isinstance(network, torch.export.ExportedProgram):
+        return network.module()
     if not isinstance(network, nn.Module):
         raise RecipeError(f"{where}.network: {spec.network} returned {type(network).__name__}, not a torch.nn.Module")
     return network
 
 
-def _try(network: nn.Module, name: str, teacher: TeacherSpec, where: str) -> None:
-    space = teacher.image_space
-    try:
-        logits = _blank_logits(network, space)
-    except REFUSALS as error:
+_SIGNATURE = re.compile(r"unexpected keyword argument|missing \d+ required|positional argument|multiple values for")
+
+
+def _plain(network: nn.Module) -> nn.Module:
+    """The network that a wrapper for data parallelism holds, and that knows both of its modes or ignores them."""
+    network = wrapped(network)
+    if isinstance(network, torch.fx.GraphModule) and hasattr(network, "_guards_fn"):
+        for name in ("train", "eval"):  # an exported graph has the mode that it was exported in
+            setattr(network, name, MethodType(_keep_mode, network))
+    return network
+
+
+def _keep_mode(self: nn.Module, mode: bool = False) -> nn.Module:
+    return self
+
+
+class _Trial:
+    """Runs a network on two images and explains what goes wrong."""
+
+    def __init__(self, network: nn.Module, name: str, teacher: TeacherSpec, where: str) -> None:
+        self._network, self._teacher = network, teacher
+        self._name = f"{where}.network {name}"
+
+    def run(self) -> tuple[Tensor, Any, Tensor]:
+        """Two images, the answer to them, and the logits [2, K] in it.
+
+        Raises:
+            RecipeError: there is none, or it holds none.
+        """
+        space, classes = self._teacher.image_space, self._teacher.classes
+        try:
+            images = self._images(space.height, space.width, 2)
+            answer = self._answer(images)
+        except Exception as error:  # noqa: BLE001 - code of the user's may raise anything
+            raise self._refusal(space, error) from error
+        try:
+            return images, answer, logits_of(answer, classes, images=2)
+        except NoLogitsError as error:
+            single = "; for two classes one number an image will do" if str(error) == "[2, 1]" else ""
+            raise RecipeError(
+                f"teacher.classes is {classes}, but {self._name} answers {error} for 2 images; "
+                f"it must be [2, {classes}]{single}"
+            ) from None
+
+    def _images(self, height: int, width: int, count: int) -> Tensor:
+        shape = (count, self._teacher.image_space.channels, height, width)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+    def _answer(self, images: Tensor) -> Any:
+        training = self._network.training
+        self._network.eval()
+        try:
+            with torch.no_grad():
+                return self._network(images.clone())
+        finally:
+            self._network.train(training)
+
+    def _works(self, height: int, width: int, images: int = 2) -> bool:
+        try:
+            logits_of(self._answer(self._images(height, width, images)), self._teacher.classes, images=images)
+        except Exception:  # noqa: BLE001 - code of the user's may raise anything
+            return False
+        return True
+
+    def _refusal(self, space: ImageSpace, error: Exception) -> RecipeError:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        sizes = [size for size in (28, 32, 64, 96, 112, 128, 224, 256, 299) if _takes(network, space, size)]
-        remedy = f"sizes that work: {', '.join(map(str, sizes))}" if sizes else "check channels and network"
-        raise RecipeError(
-            f"teacher.image_space.size is {space.size_text}, but {where}.network {name} cannot take {space.channels}x"
-            f"{space.height}x{space.width} images ({reason}); {remedy}"
-        ) from None
-    if not isinstance(logits, Tensor) or logits.shape != (2, teacher.classes):
-        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise RecipeError(
-            f"teacher.classes is {teacher.classes}, but {where}.network {name} answers {shape} for 2 images; "
-            f"it must be [2, {teacher.classes}]"
-        )
-
-
-def _blank_logits(network: nn.Module, space: ImageSpace, size: int | None = None) -> Any:
-    training = network.training
-    network.eval()
-    try:
-        with torch.no_grad():
-            return network(torch.zeros(2, space.channels, size or space.height, size or space.width))
-    finally:
-        network.train(training)
-
-
-def _takes(network: nn.Module, space: ImageSpace, size: int) -> bool:
-    try:
-        _blank_logits(network, space, size)
-    except REFUSALS:
-        return False
-    return True
+        shape = f"{space.channels}x{space.height}x{space.width}"
+        sizes = [size for size in (28, 32, 64, 96, 112, 128, 224, 256, 299) if self._works(size, size)]
+        if sizes:
+            return RecipeError(
+                f"teacher.image_space.size is {space.size_text}, but {self._name} cannot take {shape} images "
+                f"({reason}); sizes that work: {', '.join(map(str, sizes))}"
+            )
+        counts = [
+            count for count in (1, 4, 8, 16, 32, 64, 100, 128, 256) if self._works(space.height, space.width, count)
+        ]
+        if counts:
+            return RecipeError(
+                f"{self._name} takes batches of {counts[0]} images, but not of 2 ({reason}); its forward must not fix "
+                "the size of the batch"
+            )
+        if not isinstance(error, REFUSALS) or isinstance(error, (NotImplementedError, TypeError)):
+            return RecipeError(
+                f"{self._name} cannot be called with images [2, {shape.replace('x', ', ')}] alone "
+                f"({type(error).__name__}: {reason}); give one whose forward takes them"
+            )
+        return RecipeError(f"{self._name} cannot take {shape} images ({reason}); check channels and network")
 
 
 def count_parameters(network: nn.Module) -> int:

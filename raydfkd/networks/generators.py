@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional as F
+from typing_extensions import override
 
 from raydfkd.config.registry import Registry
 from raydfkd.config.schema import Count, ImageSpace, Positive
@@ -90,8 +91,8 @@ class StackedGenerators(nn.Module):
         if form == "grouped" and not can_group(generators[0]):
             raise ValueError("form is 'grouped', but this generator has layers that cannot be; use auto, loop or vmap")
 
+    @override
     def forward(self, latents: Tensor) -> Tensor:
-        """See the class."""
         parameters = dict(zip(self._names, self.stacked, strict=True))
         form = self._form
         if form == "auto":

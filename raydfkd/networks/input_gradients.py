@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,10 @@ class Convolution:
     def __call__(self, x: Tensor) -> Tensor:
         """Maps [N, I, H, W] to maps [N, O, h, w]."""
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def to(self, dtype: torch.dtype) -> Convolution:
+        """The same with weights of ``dtype``."""
+        return replace(self, weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
 
 
 InputGradient = Callable[[Convolution, Tensor, tuple[int, int]], Tensor]
@@ -140,11 +144,12 @@ def _conv2d(
     groups: int = 1,
 ) -> Tensor:
     is_plain = input.ndim == 4 and input.device.type == "cpu" and not isinstance(padding, str)
-    if is_plain and input.requires_grad and not weight.requires_grad and torch.is_grad_enabled():
+    is_frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    if is_plain and is_frozen and input.requires_grad and torch.is_grad_enabled() and not _is_checkpointed():
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
         convolution = Convolution(
-            weight=weight.to(dtype),
-            bias=None if bias is None else bias.to(dtype),
+            weight=weight,
+            bias=bias,
             stride=_pair(stride),
             padding=_pair(padding),
             dilation=_pair(dilation),
@@ -152,8 +157,14 @@ def _conv2d(
         )
         gradient = choose(convolution, dtype)
         if gradient is not None:
-            return _Convolve.apply(input.to(dtype), convolution, gradient)  # type: ignore[no-any-return]  # untyped
+            own = convolution.to(dtype)
+            return _Convolve.apply(input.to(dtype), own, gradient)  # type: ignore[no-any-return]  # untyped
     return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _is_checkpointed() -> bool:
+    """Whether what is saved here is computed again in the backward pass: outside the mode, by the library's own way."""
+    return not torch.compiler.is_compiling() and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
 
@@ -14,8 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from raydfkd.errors import RecipeError
-from raydfkd.networks.batchnorm import LayerMoments, ObservedBatchNorm, observe_batchnorm
+from raydfkd.networks.answers import logits_of
+from raydfkd.networks.batchnorm import LayerMoments, MomentsTrace, layers_with_statistics, normalize_by_kernel
 from raydfkd.networks.input_gradients import FastInputGradients
+from raydfkd.networks.layout import lay_channels_last
+from raydfkd.networks.taps import find_head, layer_at, tap_input, tap_output
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +28,7 @@ class Need(Enum):
     """What a term reads beyond images, targets and the teacher's logits."""
 
     FEATURES = "features"
-    """Input of the teacher's last linear layer."""
+    """Input of the linear layer that makes the teacher's logits."""
     MOMENTS = "moments"
     """BatchNorm statistics of the whole batch beside those that training stored."""
     CLASS_MOMENTS = "class_moments"
@@ -33,6 +37,18 @@ class Need(Enum):
     """The student's logits."""
     LATENTS = "latents"
     """Latents that a generator made the images from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The output of one layer of the network: a need that names it by its path."""
+
+    path: str
+    """As ``named_modules`` has it, such as ``body.2.1``."""
+
+
+Tap = Need | Layer
+"""One thing to read of a network."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +61,8 @@ class Observation:
     """[N, D]."""
     moments: tuple[LayerMoments, ...] = ()
     """One entry a BatchNorm layer, in the order in which the forward pass meets them."""
+    layers: Mapping[str, Tensor] = field(default_factory=dict)
+    """Outputs of the layers asked for, by their paths."""
 
 
 class ObservedNetwork:
@@ -54,50 +72,73 @@ class ObservedNetwork:
     computes the gradient of its input. A live one (a student) is used as it is; ``batchnorm`` says whether it
     normalises by its running statistics or by those of the batch.
 
+    Where a layer lies is found by running the network on two random images: at once where ``image_shape`` is given,
+    else before the first images. The network must answer there as it did without taps. A frozen network that writes to
+    its input gets a copy of it.
+
     ``compiled`` makes one graph of the network and its taps wherever gradients are wanted, anew for each shape of
     images and number of groups; where that fails it is logged once and the network goes on uncompiled.
+
+    Args:
+        module: the network.
+        taps: what to read of it; a mapping says for messages who needs each, such as a recipe key.
+        frozen: see above.
+        batchnorm: of a live network.
+        precision: of its convolutions.
+        compiled: see above.
+        image_shape: channels, height and width of its images.
+        name: what it is called in messages.
+
+    Raises:
+        RecipeError: the network has not what a tap reads, or it cannot be read with its gradient.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one value for each sentence above
         self,
         module: nn.Module,
         *,
-        taps: frozenset[Need] = frozenset(),
+        taps: Collection[Tap] | Mapping[Tap, str] = frozenset(),
         frozen: bool,
         batchnorm: Literal["running", "batch"] = "running",
         precision: torch.dtype = torch.float32,
         compiled: bool = False,
+        image_shape: tuple[int, int, int] | None = None,
+        name: str = "teacher",
     ) -> None:
-        self._module = copy.deepcopy(module).eval().requires_grad_(False) if frozen else module
+        self._taps = dict(taps) if isinstance(taps, Mapping) else dict.fromkeys(taps, "what is asked for")
+        self._module = frozen_copy(module) if frozen else module
         self._is_frozen = frozen
         self._batchnorm = batchnorm
         self._precision = precision
-        self._observed: list[ObservedBatchNorm] = []
-        self._features: list[Tensor] = []
-        wants_moments = bool(taps & {Need.MOMENTS, Need.CLASS_MOMENTS})
-        assert frozen or not wants_moments, "moments are taken of a frozen network"
-        if wants_moments:
-            self._module = observe_batchnorm(self._module, self._observed)
-        if frozen:
-            self._module.to(memory_format=torch.channels_last)
-        if wants_moments and not self._observed:
+        self._name = name
+        self._moments_tap = next((tap for tap in (Need.CLASS_MOMENTS, Need.MOMENTS) if tap in self._taps), None)
+        assert frozen or self._moments_tap is None, "moments are taken of a frozen network"
+        if self._moments_tap is not None and not layers_with_statistics(self._module):
             raise RecipeError(
-                "synthesis.objective has bn_moments, but the teacher has no BatchNorm layer to match; drop the term"
+                f"{self._who(self._moments_tap)} needs BatchNorm layers with stored statistics, but the {name} has none"
+                f"{_why_none(self._module)}; drop it"
             )
-        if Need.FEATURES in taps:
-            last = [layer for layer in self._module.modules() if isinstance(layer, nn.Linear)]
-            if not last:
-                raise RecipeError(
-                    "synthesis.objective has activation, but the teacher has no final linear layer; drop the term"
-                )
-            last[-1].register_forward_pre_hook(lambda _, inputs: self._features.append(inputs[0]))
-        self._compiled: Callable[[Tensor], Any] | None = None
+        self._trace = MomentsTrace()
+        self._features: list[Tensor] = []
+        self._features_call = -1
+        self._layers: dict[str, Tensor] = {}
+        for tap in self._taps:
+            if isinstance(tap, Layer):
+                layer = layer_at(self._module, tap.path, name=name, who=self._who(tap))
+                tap_output(layer, tap.path, self._layers, who=self._who(tap))
+        self._is_prepared = False
+        self._writes_to_input: bool | None = None if frozen else False
+        self._network: Callable[[Tensor], Any] = self._module
         if compiled:
-            self._compiled = torch.compile(self._module, fullgraph=True, dynamic=False)
+            self._network = torch.compile(self._module, fullgraph=True, dynamic=False)
+        if image_shape is not None:
+            self._prepare(image_shape)
 
     def to(self, device: torch.device) -> ObservedNetwork:
         """Move to ``device``, in place; one without bfloat16 computes in float32 instead."""
         self._module.to(device)
+        if self._is_prepared and self._moments_tap is not None:
+            self._trace.attach(self._module)
         if self._precision == torch.bfloat16 and not _has_bfloat16(device):
             logger.warning("%s has no bfloat16; computing in float32", device)
             self._precision = torch.float32
@@ -105,38 +146,181 @@ class ObservedNetwork:
 
     def __call__(self, images: Tensor, *, groups: int = 1) -> Observation:
         """Observe ``images`` [N, C, H, W]; moments are taken over ``groups`` equal, contiguous parts of the batch."""
+        if not self._is_prepared:
+            self._prepare(images.shape[1:])
         device = images.device.type
         gradients = FastInputGradients() if self._is_frozen and device == "cpu" else nullcontext()
         with self._batchnorm_mode(), gradients, self.precision(device):
-            logits, trace = self._run(images, groups)
-        return Observation(
-            logits=logits.float(),
-            features=self._features[-1].flatten(1).float() if self._features else None,
-            moments=tuple(trace),
-        )
+            observation = self._run(images, groups)
+        if images.requires_grad and torch.is_grad_enabled():
+            self._refuse_without_gradient(observation)
+        return observation
 
     def precision(self, device: str) -> torch.autocast:
         """The arithmetic that the network computes in on ``device``, for what computes along with it."""
         return torch.autocast(device, self._precision, self._precision != torch.float32)
 
-    def _run(self, images: Tensor, groups: int) -> tuple[Tensor, list[LayerMoments]]:
-        if self._compiled is not None and torch.is_grad_enabled():
+    def _run(self, images: Tensor, groups: int) -> Observation:
+        if self._network is not self._module and torch.is_grad_enabled():
             try:
-                return self._trace(self._compiled, images, groups)
+                return self._observe(self._network, images, groups)
             except torch._dynamo.exc.TorchDynamoException as error:
                 reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                logger.warning("the teacher cannot be compiled (%s); going on without", reason)
-                self._compiled = None
-        return self._trace(self._module, images, groups)
+                logger.warning("the %s cannot be compiled (%s); going on without", self._name, reason)
+                self._network = self._module
+        return self._observe(self._module, images, groups)
 
-    def _trace(
-        self, network: Callable[[Tensor], Any], images: Tensor, groups: int
-    ) -> tuple[Tensor, list[LayerMoments]]:
-        trace: list[LayerMoments] = []
-        for layer in self._observed:
-            layer.groups, layer.trace = groups, trace
+    def _observe(self, network: Callable[[Tensor], Any], images: Tensor, groups: int) -> Observation:
+        notes: list[LayerMoments] = []
+        self._trace.groups, self._trace.notes = groups, notes
         self._features.clear()
-        return network(images), trace
+        self._layers.clear()
+        try:
+            logits = logits_of(self._ask(network, images))
+        finally:
+            self._trace.notes = None
+        observation = Observation(
+            logits=logits.float(),
+            features=self._features[self._features_call].flatten(1).float() if self._features else None,
+            moments=tuple(notes),
+            layers={path: output.float() for path, output in self._layers.items()},
+        )
+        self._features.clear()
+        self._layers.clear()
+        return observation
+
+    def _ask(self, network: Callable[[Tensor], Any], images: Tensor) -> Any:
+        if self._writes_to_input is False:
+            return network(images)
+        given = images.clone()
+        answer = network(given)
+        if self._writes_to_input is None:
+            self._writes_to_input = not torch.equal(given, images)
+        return answer
+
+    def _prepare(self, image_shape: tuple[int, ...] | torch.Size) -> None:
+        """Find what the taps read by running the network on two random images, and install them."""
+        self._is_prepared = True
+        if Need.FEATURES in self._taps or self._moments_tap is not None:
+            generator = torch.Generator().manual_seed(0)
+            device = next((weight.device for weight in self._module.parameters()), torch.device("cpu"))
+            images = torch.randn(2, *image_shape, generator=generator).to(device)
+            forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+            with forked, torch.autocast(device.type, enabled=False), torch.enable_grad():
+                if Need.FEATURES in self._taps:
+                    self._tap_features(images)
+                if self._moments_tap is not None:
+                    self._tap_moments(images)
+        if self._is_frozen:
+            lay_channels_last(self._module)
+
+    def _tap_features(self, images: Tensor) -> None:
+        trial = self._module if self._is_frozen else frozen_copy(self._module)
+        head = find_head(trial, images)
+        if head is None:
+            raise RecipeError(
+                f"{self._who(Need.FEATURES)} needs the input of a final linear layer, but no linear layer makes the "
+                f"logits of the {self._name}; drop it"
+            )
+        self._features_call = head.call
+        tap_input(self._module.get_submodule(head.path), self._features)
+
+    def _tap_moments(self, images: Tensor) -> None:
+        pair = images.clone().requires_grad_()
+        layers = dict(layers_with_statistics(self._module))
+        calls: Counter[str] = Counter()
+        last: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def counting(path: str) -> Callable[[nn.Module, Any, Any], None]:
+            def count(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+                calls[path] += 1
+                if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+                    last[path] = inputs[0].detach().clone(), output.detach().clone()
+
+            return count
+
+        hooks = [layer.register_forward_hook(counting(path)) for path, layer in layers.items()]
+        expected = self._answer(pair)
+        for hook in hooks:
+            hook.remove()
+        self._trace.attach(self._module)
+        noted = Counter(one.layer for one in self._try_out(pair).moments)
+        missed = [path for path in layers if noted[path] < calls[path]]
+        written_out = [path for path in missed if path in last and normalize_by_kernel(layers[path], *last[path])]
+        found = self._try_out(pair)
+        self._refuse_missed(layers, [path for path in missed if path not in written_out], found)
+        if not _is_close(found.logits, expected):
+            raise RecipeError(
+                f"{self._who(self._moments_tap)} needs the moments of BatchNorm layers, but the {self._name} answers "
+                "otherwise while they are taken; drop it"
+            )
+        self._refuse_without_gradient(found)
+        if self._moments_tap is Need.CLASS_MOMENTS:
+            self._refuse_mixed_rows(images)
+
+    def _answer(self, images: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return logits_of(self._module(images.clone())).detach().float()
+
+    def _try_out(self, images: Tensor, groups: int = 1) -> Observation:
+        torch.manual_seed(0)
+        return self._observe(self._module, images, groups)
+
+    def _refuse_missed(self, layers: Mapping[str, nn.Module], missed: list[str], found: Observation) -> None:
+        who = self._who(self._moments_tap)
+        if missed:
+            layer = layers[missed[0]]
+            kind = type(layer).__name__
+            others = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
+            raise RecipeError(
+                f"{who} needs the moments of BatchNorm layers, but the {self._name}'s {missed[0]}{others} is a {kind} "
+                "that does not normalise by batch_norm; make it a torch.nn.BatchNorm layer or drop it"
+            )
+        if not found.moments:
+            raise RecipeError(
+                f"{who} needs BatchNorm layers with stored statistics, but none of the {len(layers)} of the "
+                f"{self._name} ({next(iter(layers))}, ...) takes part in its answer; drop it"
+            )
+
+    def _refuse_mixed_rows(self, images: Tensor) -> None:
+        """Refuse a network in which the moments of a class would be those of several.
+
+        Where rows are in the order of the images, two images that change places take their moments along, and these
+        are not alike.
+        """
+        pair = images[:2] * torch.tensor([1.0, 3.0], device=images.device).view(2, 1, 1, 1)
+        found, swapped = (self._try_out(batch, groups=2).moments for batch in (pair, pair.flip(0)))
+        for first, second in zip(found, swapped, strict=True):
+            is_blended = _is_close(first.mean[0], first.mean[1]) and _is_close(first.var[0], first.var[1])
+            is_dead = not first.var.any()
+            is_swapped = _is_close(first.mean.flip(0), second.mean) and _is_close(first.var.flip(0), second.var)
+            if not is_swapped or (is_blended and not is_dead):
+                raise RecipeError(
+                    f"{self._who(Need.CLASS_MOMENTS)} needs moments of each class, but the rows that the "
+                    f"{self._name}'s layer {first.layer} gets are not in the order of the images; take those of the "
+                    "whole batch (scope: batch)"
+                )
+
+    def _refuse_without_gradient(self, found: Observation) -> None:
+        """Refuse what was read where no gradient passes, which would be a constant of the objective."""
+        if self._moments_tap is not None:
+            blind = [one.layer for one in found.moments if not one.mean.requires_grad]
+            if blind:
+                raise RecipeError(f"{self._who(self._moments_tap)} {self._without_gradient(blind[0])}")
+        if found.features is not None and not found.features.requires_grad:
+            raise RecipeError(f"{self._who(Need.FEATURES)} {self._without_gradient('head')}")
+        for path, output in found.layers.items():
+            if not output.requires_grad:
+                raise RecipeError(f"{self._who(Layer(path))} {self._without_gradient(path)}")
+
+    def _without_gradient(self, path: str) -> str:
+        return (
+            f"needs the gradient of what the {self._name}'s layer {path} gets, and there is none: it is called under "
+            "no_grad or torch.utils.checkpoint with use_reentrant=True; take use_reentrant=False"
+        )
+
+    def _who(self, tap: Tap | None) -> str:
+        return self._taps[tap] if tap is not None else ""
 
     @contextmanager
     def _batchnorm_mode(self) -> Iterator[None]:
@@ -148,6 +332,25 @@ class ObservedNetwork:
             yield
         finally:
             self._module.train()
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A copy in eval mode whose weights take no gradient."""
+    frozen = copy.deepcopy(module).eval()
+    for parameter in frozen.parameters():  # TorchScript modules have no requires_grad_, and copies that are no leaves
+        parameter.detach_().requires_grad_(False)
+    return frozen
+
+
+def _why_none(network: nn.Module) -> str:
+    kinds = {type(layer).__name__ for layer in network.modules() if isinstance(layer, torch.jit.ScriptModule)}
+    return " that can be seen, because it is a TorchScript module" if kinds else ""
+
+
+def _is_close(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same to rounding; what is not finite is somebody else's concern."""
+    scale = other.norm()
+    return not scale.isfinite() or bool((one - other).norm() <= 1e-3 * scale + 1e-5)
 
 
 def _has_bfloat16(device: torch.device) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
+import logging
 from collections.abc import Mapping
 
 import fsspec
@@ -11,7 +11,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from raydfkd.errors import RecipeError
+from raydfkd.errors import RecipeError, one_line
+from raydfkd.networks.state_files import NO_WEIGHTS, Match, match_state, read_states
+
+logger = logging.getLogger(__name__)
 
 
 def weights_exist(uri: str, *, where: str) -> bool:
@@ -24,66 +27,106 @@ def weights_exist(uri: str, *, where: str) -> bool:
         return True
     try:
         filesystem, path = fsspec.url_to_fs(uri)
-        return bool(filesystem.exists(path))
+        if filesystem.exists(path):
+            return True
+        if uri.startswith(("http://", "https://")):  # whose every failure reads as a missing file
+            filesystem.cat_file(path, start=0, end=1)
+    except FileNotFoundError:
+        return False
     except Exception as error:  # every file system has errors of its own; here they become the user's line
         raise _unreadable(uri, error, where) from None
+    return False
 
 
 def load_weights(network: nn.Module, uri: str, *, where: str) -> str:
     """Load a state dict into ``network``; return the SHA-256 of the file. Nothing is ever unpickled but tensors.
 
+    A checkpoint that holds the state dict among other things, or under the names of a wrapper, is taken for what is
+    meant, and the log says so. A network that its own code has loaded is ``random``.
+
     Raises:
-        RecipeError: no such file, not weights, or weights of another network.
+        RecipeError: no such file, not weights, weights of another network, or numbers that are not finite.
     """
     if uri == "random":
+        _refuse_not_finite(network, uri, where)
         return hashlib.sha256(save_bytes(network)).hexdigest()
+    content = _read(uri, where)
+    match = match_state(read_states(content, f"{where} is {uri!r}"), network, f"{where} is {uri!r}")
+    _load(network, match, uri, where)
+    _refuse_not_finite(network, uri, where)
+    if match.notice:
+        logger.info("%s: %s", where, match.notice)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _read(uri: str, where: str) -> bytes:
     try:
-        with fsspec.open(uri, "rb") as file:
-            content: bytes = file.read()
+        filesystem, path = fsspec.url_to_fs(uri)
+        content: bytes = filesystem.cat_file(path)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise RecipeError(
             f"{where} is {uri!r}: no such file; give trained weights, or teacher.train to train them"
         ) from None
     except Exception as error:  # every file system has errors of its own; here they become the user's line
         raise _unreadable(uri, error, where) from None
-    state = _parse_weights(content, uri, where)
-    own = network.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    reshaped = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
-    if missing or unexpected or reshaped:
-        problem = (
-            f"{missing[0]} is missing" if missing else
-            f"{unexpected[0]} is not in the network" if unexpected else
-            f"{min(reshaped)} is {list(state[min(reshaped)].shape)}, the network's {list(own[min(reshaped)].shape)}"
-        )  # fmt: skip
-        raise RecipeError(f"{where} is {uri!r}: weights of another network ({problem}); check network and options")
-    network.load_state_dict(dict(state))
-    return hashlib.sha256(content).hexdigest()
+    return content
 
 
 def _unreadable(uri: str, error: Exception, where: str) -> RecipeError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return RecipeError(f"{where} is {uri!r}: cannot be read ({reason}); give a file that this machine can read")
-
-
-def _parse_weights(content: bytes, uri: str, where: str) -> Mapping[str, Tensor]:
-    refusal = RecipeError(
-        f"{where} is {uri!r}: not a state dict of tensors; give a .safetensors file or torch.save(net.state_dict())"
+    protocol, separator, _ = uri.partition("://")
+    is_cloud = separator and protocol not in ("file", "http", "https")
+    hint = (
+        "; transfer_set.storage_options do not count here: credentials and endpoint come from the environment "
+        "(for s3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
+        if is_cloud and not isinstance(error, ValueError)  # which is that of an unknown protocol
+        else ""
     )
+    return RecipeError(
+        f"{where} is {uri!r}: cannot be read ({one_line(error)}){hint}; give a file that this machine can read"
+    )
+
+
+def _load(network: nn.Module, match: Match, uri: str, where: str) -> None:
+    """Load what was matched, or leave ``network`` as it was; torch decides what must be there."""
+    before = {key: value.clone() for key, value in network.state_dict().items()}
     try:
-        if uri.endswith(".safetensors"):
-            return safetensors.torch.load(content)
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception:  # any parser's complaint means the same to the user
-        raise refusal from None
-    if not isinstance(state, dict):
-        raise refusal
-    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
-        raise refusal
-    return state
+        missing, unexpected = network.load_state_dict(dict(match.state), strict=False)
+    except (RuntimeError, ValueError, KeyError) as error:
+        problem = match.problem or one_line(error)
+    else:
+        missing = [key for key in missing if not key.endswith(NO_WEIGHTS) and not _is_shared(key, network, match.state)]
+        if not missing and not unexpected:
+            return
+        problem = f"{min(missing)} is missing" if missing else f"{min(unexpected)} is not in the network"
+    network.load_state_dict(before)
+    raise RecipeError(f"{where} is {uri!r}: weights of another network ({problem}); check network and options")
+
+
+def _is_shared(key: str, network: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    """Whether the tensor ``key`` has come under another name that it goes by, as files without copies have it."""
+    own = network.state_dict()
+    return any(other != key and own[other].data_ptr() == own[key].data_ptr() for other in state if other in own)
+
+
+def _refuse_not_finite(network: nn.Module, uri: str, where: str) -> None:
+    """Refuse NaN anywhere, and infinity in weights and statistics; masks may be infinite."""
+    weights = {name for name, _ in network.named_parameters()}
+    for key, value in network.state_dict().items():
+        if not value.is_floating_point():
+            continue
+        is_mask = key not in weights and not key.endswith(("running_mean", "running_var"))
+        if bool(value.isnan().any()) or (not is_mask and not bool(value.isfinite().all())):
+            count = int((~value.isfinite()).sum())
+            raise RecipeError(
+                f"{where} is {uri!r}: {count} of the {value.numel()} values of {key} are not finite; "
+                "give weights of a training that went well"
+            )
 
 
 def save_bytes(network: nn.Module, metadata: Mapping[str, str] | None = None) -> bytes:
-    """The network's state dict as a safetensors file."""
-    state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    """The network's state dict as a safetensors file; a tensor with two names is in it twice."""
+    state = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in network.state_dict().items()
+    }
     return safetensors.torch.save(state, dict(metadata or {}))

@@ -16,6 +16,7 @@ from raydfkd.images.augment import build_augmentations
 from raydfkd.images.real_data import RealData, open_real_data
 from raydfkd.job import open_job, transfer_set_of
 from raydfkd.networks.build import build_network, count_parameters
+from raydfkd.networks.probe import probe_student, probe_teacher
 from raydfkd.networks.teacher import Teacher, build_teacher, open_teacher
 from raydfkd.networks.weights import weights_exist
 from raydfkd.runner.teach import check_teaching
@@ -34,6 +35,8 @@ class Prepared:
     """None where it has to be taught first."""
     data: RealData | None
     """What judges, and teaches."""
+    notes: tuple[str, ...]
+    """What the user should know of teacher and student, a line each."""
 
 
 def check(recipe: Recipe) -> Prepared:
@@ -51,6 +54,7 @@ def check(recipe: Recipe) -> Prepared:
     student = build_network(recipe.student, recipe.teacher, where="student", seed=0)
     if not count_parameters(student):
         raise RecipeError(f"student.network {recipe.student.network} has no weights to train; give another")
+    notes = probe_student(student, recipe.teacher, recipe.distill.batch_size)
     _check_synthesis(recipe, network, student)
     _check_training(recipe)
     pick_device(recipe.runtime.device)
@@ -59,10 +63,11 @@ def check(recipe: Recipe) -> Prepared:
     teacher = None
     if recipe.teacher.train is None or weights_exist(recipe.teacher.weights, where="teacher.weights"):
         teacher = open_teacher(recipe, network)
+        notes += probe_teacher(teacher.module, recipe.teacher)
         open_job(recipe, teacher).transfer_set.check()
     else:
         check_teaching(recipe)
-    return Prepared(recipe=recipe, network=network, teacher=teacher, data=data)
+    return Prepared(recipe=recipe, network=network, teacher=teacher, data=data, notes=tuple(notes))
 
 
 def _check_synthesis(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> None:

@@ -23,11 +23,12 @@ from raydfkd.errors import RecipeError
 from raydfkd.images.real_data import RealData, Split
 from raydfkd.job import Job, SynthesisOutcome, open_job
 from raydfkd.networks.build import build_network, count_parameters
+from raydfkd.networks.teacher import Teacher
 from raydfkd.networks.weights import load_weights, weights_exist
 from raydfkd.report.metrics import MetricsLog, read_metrics, run_stats
 from raydfkd.report.page import write_pictures, write_report
 from raydfkd.report.provenance import command_line, versions
-from raydfkd.runner.check import check
+from raydfkd.runner.check import Prepared, check
 from raydfkd.runner.events import Events, Listener, MetricsWriter, Plan
 from raydfkd.runner.executor import executor_of
 from raydfkd.runner.gallery import gallery
@@ -104,7 +105,7 @@ def run(recipe: Recipe, *, console: Console | None = None) -> Result:
     """
     prepared = check(recipe)
     with listening(recipe, console) as events:
-        teacher = prepared.teacher or teach(recipe, events, prepared.network)
+        teacher = _teacher(prepared, events)
         events.say("teacher", "from here on no real image is read")
         job = open_job(recipe, teacher)
         announce(job, events)
@@ -136,7 +137,7 @@ def synthesize_job(recipe: Recipe, *, console: Console | None = None) -> Synthes
     """
     prepared = check(recipe)
     with listening(recipe, console) as events:
-        teacher = prepared.teacher or teach(recipe, events, prepared.network)
+        teacher = _teacher(prepared, events)
         job = open_job(recipe, teacher)
         if len(job.phases) > 1 or not job.units:
             raise RecipeError("the images are made against the student, who is trained beside them; use run")
@@ -160,7 +161,7 @@ def distill(recipe: Recipe, images: TransferSet | None = None, *, console: Conso
     """
     prepared = check(recipe)
     with listening(recipe, console) as events:
-        teacher = prepared.teacher or teach(recipe, events, prepared.network)
+        teacher = _teacher(prepared, events)
         job = open_job(recipe, teacher)
         if images is not None and images.digest != job.digest:
             raise RecipeError("images are of another recipe or teacher; distil with the recipe that made them")
@@ -225,6 +226,14 @@ def listening(recipe: Recipe, console: Console | None, *others: Listener) -> Ite
     metrics = MetricsWriter(MetricsLog(folder / METRICS, fresh=False))
     with Display(console or Console(quiet=True)) as display:
         yield Events(metrics, display, *others)
+
+
+def _teacher(prepared: Prepared, events: Events) -> Teacher:
+    """The teacher that was opened, or one that is taught now; says what the user should know of it."""
+    teacher = prepared.teacher or teach(prepared.recipe, events, prepared.network)
+    for note in prepared.notes:
+        events.say("note", note)
+    return teacher
 
 
 def announce(job: Job, events: Events) -> None:

@@ -14,8 +14,9 @@ from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
 from raydfkd.distillation.evaluate import judge, predict
 from raydfkd.errors import RecipeError
 from raydfkd.images.augment import build_augmentations
-from raydfkd.images.pixels import PixelRange
+from raydfkd.images.pixels import PixelRange, nominal_from_uint8
 from raydfkd.images.real_data import RealData, open_real_data
+from raydfkd.networks.layout import lay_channels_last
 from raydfkd.networks.observed import ObservedNetwork
 from raydfkd.networks.teacher import Teacher, build_teacher, taught_teacher
 from raydfkd.networks.weights import save_bytes
@@ -81,7 +82,8 @@ def train_on_real_data(
     """
     spec = recipe.teacher.train
     assert spec is not None, "checked before work begins"
-    network.to(device).train().to(memory_format=torch.channels_last)
+    network.to(device).train()
+    lay_channels_last(network)
     observed = ObservedNetwork(network, frozen=False, batchnorm="batch", precision=getattr(torch, spec.precision))
     observed.to(device)
     augment = build_augmentations(spec.augment, where="teacher.train.augment")
@@ -95,9 +97,11 @@ def train_on_real_data(
         keep_freed_memory()
     with cpu_threads(spec.threads):
         for epoch in range(spec.epochs):
+            progress = epoch / spec.epochs
             total = torch.zeros((), device=device)
             for rows in torch.randperm(len(split.labels), generator=rng).tensor_split(per_epoch):
-                images = augment(pixels.from_uint8(split.images[rows].to(device)), rng)
+                bare = nominal_from_uint8(split.images[rows].to(device))
+                images = pixels.from_nominal(augment(bare, rng, progress=progress))
                 loss = F.cross_entropy(observed(images).logits, split.labels[rows].to(device))
                 optimizer.zero_grad()
                 loss.backward()

@@ -16,6 +16,7 @@ from uuid import uuid4
 
 import fsspec
 from fsspec.utils import get_protocol
+from typing_extensions import override
 
 from raydfkd.store.errors import is_missing_bucket
 
@@ -38,22 +39,22 @@ class Folder(Protocol):
     """What a kind of file system has to do for ``Store``; what reads or deletes may raise FileNotFoundError."""
 
     def put(self, path: str, data: bytes) -> None:
-        """See Store."""
+        """Write a file, replacing one of the same name."""
 
     def put_new(self, path: str, data: bytes) -> bool:
-        """See Store."""
+        """Write a file unless there is one of that name; True for the one writer that did."""
         ...
 
     def get(self, path: str) -> bytes:
-        """See Store."""
+        """Read a file whole."""
         ...
 
     def view(self, path: str) -> bytes | mmap.mmap:
-        """See Store."""
+        """Read a file that is never changed, mapped into memory where that can be."""
         ...
 
     def exists(self, path: str) -> bool:
-        """See Store."""
+        """Whether there is a file of that name."""
         ...
 
     def entries(self, prefix: str) -> list[Entry]:
@@ -69,26 +70,26 @@ class Folder(Protocol):
         ...
 
     def delete(self, path: str) -> None:
-        """See Store."""
+        """Remove a file."""
 
     def nearest(self) -> Folder:
         """This folder, or the innermost one above it that exists where folders have to be made."""
         ...
 
 
-class LocalFolder:
+class LocalFolder(Folder):
     """Files, each written beside its name and then moved or linked to it."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
+    @override
     def put(self, path: str, data: bytes) -> None:
-        """See Store."""
         with self._written(path, data) as temporary:
             os.replace(temporary, self._root / path)
 
+    @override
     def put_new(self, path: str, data: bytes) -> bool:
-        """See Store."""
         with self._written(path, data) as temporary:
             try:
                 os.link(temporary, self._root / path)
@@ -96,23 +97,23 @@ class LocalFolder:
                 return False
             return True
 
+    @override
     def get(self, path: str) -> bytes:
-        """See Store."""
         return (self._root / path).read_bytes()
 
+    @override
     def view(self, path: str) -> bytes | mmap.mmap:
-        """See Store."""
         with (self._root / path).open("rb") as file:
             if not os.fstat(file.fileno()).st_size:
                 return b""  # which cannot be mapped
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
+    @override
     def exists(self, path: str) -> bool:
-        """See Store."""
         return (self._root / path).is_file()
 
+    @override
     def entries(self, prefix: str) -> list[Entry]:
-        """Files directly under a folder."""
         found = []
         with os.scandir(self._root / prefix) as files:
             for file in files:
@@ -122,21 +123,22 @@ class LocalFolder:
                         found.append(Entry(path=file.name, bytes=stat.st_size, modified=stat.st_mtime))
         return found
 
+    @override
     def names(self, prefix: str) -> list[str]:
         """Names of the files directly under a folder; unlike ``entries`` without a look at each."""
         with os.scandir(self._root / prefix) as files:
             return [file.name for file in files if file.is_file()]
 
+    @override
     def modified(self, path: str) -> float:
-        """When a file was written, by the clock of the disk that has it."""
         return (self._root / path).stat().st_mtime
 
+    @override
     def delete(self, path: str) -> None:
-        """See Store."""
         (self._root / path).unlink()
 
+    @override
     def nearest(self) -> LocalFolder:
-        """See Folder."""
         folder = next(folder for folder in (self._root, *self._root.parents) if folder.exists())
         if not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{folder} is a file")
@@ -158,7 +160,7 @@ class LocalFolder:
             temporary.unlink(missing_ok=True)
 
 
-class ObjectFolder:
+class ObjectFolder(Folder):
     """Objects under a URI of fsspec's."""
 
     def __init__(self, uri: str, storage_options: Mapping[str, object]) -> None:
@@ -166,13 +168,13 @@ class ObjectFolder:
         self._storage_options = storage_options
         self._create_lock = _MEMORY_LOCK if get_protocol(uri) == "memory" else contextlib.nullcontext()
 
+    @override
     def put(self, path: str, data: bytes) -> None:
-        """See Store."""
         fs, key = self._open(path)
         fs.pipe_file(key, data)
 
+    @override
     def put_new(self, path: str, data: bytes) -> bool:
-        """See Store."""
         fs, key = self._open(path)
         try:
             with self._create_lock:  # fsspec's memory file system looks first and creates then
@@ -183,18 +185,18 @@ class ObjectFolder:
             raise
         return True
 
+    @override
     def get(self, path: str) -> bytes:
-        """See Store."""
         fs, key = self._open(path)
         data: bytes = fs.cat_file(key)
         return data
 
+    @override
     def view(self, path: str) -> bytes:
-        """See Store."""
         return self.get(path)
 
+    @override
     def exists(self, path: str) -> bool:
-        """See Store."""
         fs, key = self._open(path)
         fs.invalidate_cache()  # s3fs would answer from an earlier listing
         try:
@@ -205,42 +207,39 @@ class ObjectFolder:
             return False
         return True
 
+    @override
     def entries(self, prefix: str) -> list[Entry]:
-        """Objects directly under a folder."""
         return [
             Entry(path=name, bytes=int(entry["size"]), modified=_modified(entry))
-            for name, entry in self._listed(prefix, "file")
+            for name, entry in self._listed(prefix)
         ]
 
+    @override
     def names(self, prefix: str) -> list[str]:
-        """Names of the objects directly under a folder."""
-        return [name for name, _ in self._listed(prefix, "file")]
+        return [name for name, _ in self._listed(prefix)]
 
-    def folders(self, prefix: str) -> list[str]:
-        """Names of the folders directly under a folder."""
-        return [name for name, _ in self._listed(prefix, "directory")]
-
+    @override
     def modified(self, path: str) -> float | None:
         """When an object was written, by the server's clock."""
         fs, key = self._open(path)
         fs.invalidate_cache()
         return _modified(fs.info(key, refresh=True))
 
+    @override
     def delete(self, path: str) -> None:
-        """See Store."""
         fs, key = self._open(path)
         fs.rm_file(key)
 
+    @override
     def nearest(self) -> ObjectFolder:
-        """See Folder."""
         return self
 
-    def _listed(self, prefix: str, kind: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    def _listed(self, prefix: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         fs, key = self._open(prefix)
         fs.invalidate_cache()
         for entry in fs.ls(key.rstrip("/"), detail=True, refresh=True):
             name = entry["name"].rpartition("/")[2]
-            if entry["type"] == kind and name:  # some S3 servers keep an object that stands for the folder itself
+            if entry["type"] == "file" and name:  # some S3 servers keep an object that stands for the folder itself
                 yield name, entry
 
     def _open(self, path: str) -> tuple[fsspec.AbstractFileSystem, str]:

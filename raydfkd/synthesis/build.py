@@ -76,7 +76,8 @@ def build_synthesizer(
     ).to(device)
     observed = ObservedNetwork(
         teacher,
-        taps=objective.needs,
+        taps=objective.askers,
+        image_shape=recipe.teacher.image_space.shape,
         frozen=True,
         precision=getattr(torch, spec.precision),
         compiled=device.type == "cuda" if spec.compile == "auto" else spec.compile,

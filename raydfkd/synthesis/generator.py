@@ -93,7 +93,7 @@ class GeneratorSynthesizer:
             latent_lr=None if renewal is None else renewal.latent_lr,
             form=form,
         )
-        StackedGenerators([self._design.build(setting, {})], form=form)
+        StackedGenerators([self._design.build(setting)], form=form)
 
     def training(
         self,
@@ -101,6 +101,7 @@ class GeneratorSynthesizer:
         *,
         steps: int | None = None,
         parallel: Callable[[nn.Module], nn.Module] = lambda stack: stack,
+        rank: int = 0,
     ) -> GeneratorTraining:
         """Fresh generators for ``request`` whose steps the caller makes: what an online source holds.
 
@@ -108,10 +109,10 @@ class GeneratorSynthesizer:
             request: classes and seeds; how many images it asks for does not matter.
             steps: after which schedules have run their course; those of the recipe unless given.
             parallel: wraps the stack for data parallelism.
+            rank: of this process; it draws other latents than the others.
         """
-        return GeneratorTraining(
-            self._setting, self._design, request, steps=self._steps if steps is None else steps, parallel=parallel
-        )
+        steps = self._steps if steps is None else steps
+        return GeneratorTraining(self._setting, self._design, request, steps=steps, parallel=parallel, rank=rank)
 
     def produce(self, request: Request, log: Log, hook: StepHook = NO_HOOK) -> Iterator[SyntheticBatch]:
         """Train the unit's generators and stream their images.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 from raydfkd.config.schema import PluginSpec
 from raydfkd.data.batches import SyntheticBatch
+from raydfkd.images.pixels import nominal_from_unit
 from raydfkd.losses.objective import ObjectiveValue
 from raydfkd.networks.generators import GENERATORS, StackedGenerators, StackForm
-from raydfkd.seeds import derive_seed, rng_from
+from raydfkd.seeds import derive_seed, rng_from, seeded
 from raydfkd.synthesis.judge import AskStudent
 from raydfkd.synthesis.synthesizer import Setting
 from raydfkd.units import Request
@@ -39,11 +41,11 @@ class GeneratorDesign:
     form: StackForm = "auto"
     """How the stack is executed."""
 
-    def build(self, setting: Setting, changes: Mapping[str, Any]) -> Any:
-        """One fresh generator, with ``changes`` to its options."""
-        return GENERATORS.build(
-            self.generator.kind, self.generator.options | dict(changes), setting.space, where="synthesis.generator"
-        )
+    def build(self, setting: Setting, seed: int = 0, **changes: Any) -> Any:
+        """One generator with weights drawn from ``seed``, with ``changes`` to its options."""
+        options = self.generator.options | changes
+        with seeded(seed):
+            return GENERATORS.build(self.generator.kind, options, setting.space, where="synthesis.generator")
 
 
 class GeneratorTraining:
@@ -61,6 +63,7 @@ class GeneratorTraining:
         request: classes and seeds; how many images it asks for does not matter here.
         steps: after which schedules have run their course; training may go on.
         parallel: wraps the stack for data parallelism, where several processes train one.
+        rank: of this process; it draws other latents than the others.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class GeneratorTraining:
         *,
         steps: int,
         parallel: Callable[[nn.Module], nn.Module] = lambda stack: stack,
+        rank: int = 0,
     ) -> None:
         is_conditional = setting.targets.is_conditional
         self._setting = setting
@@ -85,14 +89,16 @@ class GeneratorTraining:
         """Steps that were made."""
         seeds = request.class_seeds if is_conditional and not design.conditional else request.class_seeds[:1]
         self._codes: Tensor | None = None  # [classes, classes]: what a conditional generator is told of each class
-        self._latent = cast("int", design.build(setting, {}).latent)
+        self._latent = cast("int", design.build(setting).latent)
         if design.conditional:
             # As long as a latent vector is on average, so that neither drowns the other.
             self._codes = torch.eye(len(request.classes)) * math.sqrt(self._latent)
-        self._rngs = [rng_from(seed) for seed in seeds]
-        self._augmenting = rng_from(request.seed)
+        # Not from the seeds of the weights, or the first latents would be functions of the first layer's weights.
+        self._rngs = [rng_from(derive_seed(seed, "latents", rank)) for seed in seeds]
+        self._augmenting = rng_from(derive_seed(request.seed, "augment", rank))
+        self._seed, self._rank = request.seed, rank
         self._targets = self._targets_of(self.batch_per_class)
-        self._stack = self._fresh_stack(seeds)
+        self._stack = self._fresh_stack([derive_seed(seed, "weights") for seed in seeds])
         self._forward = parallel(self._stack)
         self._objective = torch.zeros(())
         self._student: AskStudent | None = None
@@ -110,16 +116,17 @@ class GeneratorTraining:
         """Make one step; terms that ask the student ask ``student``, the judge's own unless given."""
         judge = self._setting.judge
         self._student = student
-        latents = self._latents()
-        images = judge.pixels.normalize(self._images(self._forward, latents))
         progress = min(1.0, self.step / self._steps)
-        seen = self._setting.augment(images, self._augmenting, progress=progress)
-        _, value = judge(
-            seen, self._targets, latents.flatten(0, 1), groups=self.groups, progress=progress, student=student
-        )
-        self._optimizer.zero_grad()
-        # Terms are means over images; the sum over classes keeps a class's gradient free of its neighbours.
-        (value.total * self.groups).backward()
+        with self._own_random_numbers("step"):
+            latents = self._latents()
+            images = self._images(self._forward, latents)
+            seen = self._setting.augment(images, self._augmenting, progress=progress)
+            _, value = judge(
+                seen, self._targets, latents.flatten(0, 1), groups=self.groups, progress=progress, student=student
+            )
+            self._optimizer.zero_grad()
+            # Terms are means over images; the sum over classes keeps a class's gradient free of its neighbours.
+            (value.total * self.groups).backward()
         self._optimizer.step()
         self._objective = value.total.detach()
         self.step += 1
@@ -146,7 +153,8 @@ class GeneratorTraining:
             self._turn = (self._turn + surplus) % self.groups
             images, targets = images[rows.flatten()], None if targets is None else targets[rows.flatten()]
         judge = self._setting.judge
-        return judge.keep(judge.pixels.normalize(images), targets, self._objective.item(), student=self._student)
+        with self._own_random_numbers("sample"):
+            return judge.keep(images, targets, self._objective.item(), student=self._student)
 
     @torch.no_grad()
     def renew(self, keep: float) -> None:
@@ -183,6 +191,10 @@ class GeneratorTraining:
         self._objective = state["objective"]
         self.step, self._turn = state["step"], state["turn"]
 
+    def _own_random_numbers(self, purpose: str) -> AbstractContextManager[None]:
+        """For networks that draw global ones (dropout, terms of the user's)."""
+        return seeded(derive_seed(self._seed, purpose, self.step, self._rank), self._setting.device)
+
     def _restart(self) -> None:
         """A new optimiser, and new latents where they are trained."""
         groups: list[dict[str, Any]] = [{"params": list(self._stack.parameters())}]
@@ -193,11 +205,7 @@ class GeneratorTraining:
 
     def _fresh_stack(self, seeds: Sequence[int]) -> StackedGenerators:
         beside = {} if self._codes is None else {"latent": self._latent + len(self._codes)}
-        generators = []
-        for seed in seeds:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                generators.append(self._design.build(self._setting, beside))
+        generators = [self._design.build(self._setting, seed, **beside) for seed in seeds]
         return StackedGenerators(generators, form=self._design.form).to(self._setting.device)
 
     def _targets_of(self, images_per_class: int) -> Tensor | None:
@@ -220,7 +228,7 @@ class GeneratorTraining:
         )
 
     def _images(self, stack: nn.Module, latents: Tensor) -> Tensor:
-        """Images [P * N, C, H, W] in [0, 1], made in the arithmetic of the teacher."""
+        """Nominal images [P * N, C, H, W], made in the arithmetic of the teacher."""
         with self._setting.judge.teacher.precision(self._setting.device.type):
             images: Tensor = stack(latents)
-        return images.float()
+        return nominal_from_unit(images.float())

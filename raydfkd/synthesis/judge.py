@@ -1,4 +1,4 @@
-"""The one place where images meet teacher, student and objective."""
+"""The only place where images meet teacher, student and objective."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from raydfkd.data.batches import SyntheticBatch
-from raydfkd.images.pixels import PixelRange
+from raydfkd.images.pixels import PixelRange, nominal_to_uint8
 from raydfkd.losses.objective import Objective, ObjectiveValue, View
 from raydfkd.networks.observed import Need, Observation, ObservedNetwork
 
@@ -55,7 +55,7 @@ class Judge:
         progress: float = 1.0,
         student: AskStudent | None = None,
     ) -> tuple[View, ObjectiveValue]:
-        """Evaluate the objective on normalised ``images`` that hold ``groups`` classes one after another.
+        """Evaluate the objective on nominal ``images`` that hold ``groups`` classes one after another.
 
         ``progress`` is the share of the steps that are made. Terms that ask the student ask ``student``, the judge's
         own unless given.
@@ -63,15 +63,17 @@ class Judge:
         ask = student or self.student
         by_class = Need.CLASS_MOMENTS in self.objective.needs
 
-        def observe(batch: Tensor) -> Observation:
+        def ask_teacher(batch: Tensor) -> Observation:
             return self.teacher(batch, groups=groups if by_class else 1)
+
+        seen = self.pixels.from_nominal(images)
 
         view = View(
             images=images,
             targets=targets,
-            teacher=observe(images),
-            observe=observe,
-            student=None if ask is None else ask(images),
+            teacher=ask_teacher(seen),
+            observe=lambda batch: ask_teacher(self.pixels.from_nominal(batch)),
+            student=None if ask is None else ask(seen),
             latents=latents,
             progress=progress,
         )
@@ -81,8 +83,8 @@ class Judge:
     def keep(
         self, images: Tensor, targets: Tensor | None, objective: float, *, student: AskStudent | None = None
     ) -> SyntheticBatch:
-        """Turn normalised ``images`` into stored pixels and ask the teacher about exactly those."""
-        stored = self.pixels.to_uint8(images)
+        """Turn nominal ``images`` into stored pixels and ask the teacher about exactly those."""
+        stored = nominal_to_uint8(images)
         logits = self.teacher(self.pixels.from_uint8(stored)).logits
         labels = targets if targets is not None and targets.ndim == 1 else logits.argmax(1)
         return SyntheticBatch(

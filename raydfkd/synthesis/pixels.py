@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,8 +17,9 @@ from torch.nn import functional as F
 from raydfkd.config.schema import BelowOne, Count, Positive, PositiveFloat, Spec
 from raydfkd.data.batches import SyntheticBatch
 from raydfkd.devices import is_out_of_memory
+from raydfkd.images.pixels import BLACK, WHITE
 from raydfkd.networks.optimizers import warmup_cosine
-from raydfkd.seeds import rng_at, rng_from
+from raydfkd.seeds import derive_seed, rng_at, rng_from, seeded
 from raydfkd.synthesis.checkpoint import NO_HOOK, StepHook
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Log, Progress, Setting
 from raydfkd.units import Request
@@ -57,6 +59,8 @@ class _Start:
 class _Course:
     """How far a unit has come."""
 
+    seed: int
+    """What networks draw in a step follows from it and the step."""
     noise: list[torch.Generator]
     """What the start of each class's images is drawn from."""
     augmenting: torch.Generator
@@ -77,7 +81,11 @@ class _Course:
     def begin(cls, request: Request) -> _Course:
         augmenting = rng_from(request.seed)
         noise = [rng_from(seed) for seed in request.class_seeds]
-        return cls(noise=noise, augmenting=augmenting, before=augmenting.get_state())
+        return cls(seed=request.seed, noise=noise, augmenting=augmenting, before=augmenting.get_state())
+
+    def own_random_numbers(self, purpose: str, device: torch.device) -> AbstractContextManager[None]:
+        """For networks that draw global ones (dropout, terms of the user's)."""
+        return seeded(derive_seed(self.seed, purpose, self.num_begun, self.step), device)
 
     def forget_images(self) -> None:
         self.images, self.step, self.optimizer = None, 0, None
@@ -96,9 +104,10 @@ class _Course:
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> _Course:
+    def from_state(cls, state: Mapping[str, Any], seed: int, device: torch.device) -> _Course:
         waiting = [_Start(noise=noise, targets=targets, groups=groups) for noise, targets, groups in state["waiting"]]
         return cls(
+            seed=seed,
             noise=[rng_at(position) for position in state["noise"]],
             augmenting=rng_at(state["augmenting"]),
             num_begun=state["num_begun"],
@@ -114,6 +123,10 @@ class _Course:
 class PixelSynthesizer:
     """Optimises a batch of images from noise, in stages of growing resolution; the last iterate is kept.
 
+    The noise is Gaussian around mid-grey, of 0.225 of the range from black to white: unit noise in nominal units (see
+    ``images.pixels``), in which pixels are optimised whatever the teacher takes, so that every image space is treated
+    as one normalised for ImageNet.
+
     Each stage has a fresh Adam, a warm-up and a cosine to zero. Augmentations apply to what the teacher sees; the
     terms judge that view. Source: Yin et al. 2020, settings 0 and 1 of the released code; unlike there, "best"
     iterates are not kept, because losses of different steps are of different views.
@@ -121,9 +134,9 @@ class PixelSynthesizer:
     A batch that the device has no memory for is halved until it fits; moments are then matched over each half.
 
     Args:
-        batch_size: images optimised together, equally many of each class of the unit.
+        batch_size: images optimised together at most, equally many of each class; a unit's are shared out evenly.
         stages: steps and pooling of each stage, in order.
-        lr: Adam's peak learning rate, in normalised pixel units.
+        lr: Adam's peak learning rate in nominal units, of which black and white are 4.44 apart: 0.1 is 5.7 grey levels.
         betas: Adam's.
         warmup: steps of linear warm-up in each stage.
         clip: keep pixels within black and white after each step.
@@ -160,7 +173,9 @@ class PixelSynthesizer:
     def produce(self, request: Request, log: Log, hook: StepHook = NO_HOOK) -> Iterator[SyntheticBatch]:
         """Stream batches that together hold ``request.images_per_class`` images of each class."""
         saved = hook.resumed()
-        course = _Course.begin(request) if saved is None else _Course.from_state(saved, self._setting.device)
+        course = (
+            _Course.begin(request) if saved is None else _Course.from_state(saved, request.seed, self._setting.device)
+        )
         while course.waiting or course.num_begun < request.images_per_class:
             if not course.waiting:
                 course.waiting.append(self._next_batch(request, course))
@@ -176,7 +191,9 @@ class PixelSynthesizer:
 
     def _next_batch(self, request: Request, course: _Course) -> _Start:
         per_batch = max(1, self._batch_size // len(request.classes))
-        count = min(per_batch, request.images_per_class - course.num_begun)
+        left = request.images_per_class - course.num_begun
+        # Shared out evenly: moments of a last batch that is a small rest would be matched over a few images.
+        count = math.ceil(left / math.ceil(left / per_batch))
         course.num_begun += count
         shape = (count, *self._setting.space.shape)
         images = torch.cat([torch.randn(shape, generator=rng) for rng in course.noise])
@@ -214,7 +231,8 @@ class PixelSynthesizer:
             if course.step < first + stage.steps:
                 total = self._run(stage, first, course, targets, log, hook)
             first += stage.steps
-        kept = self._setting.judge.keep(course.images.detach(), targets, total.item())
+        with course.own_random_numbers("keep", device):
+            kept = self._setting.judge.keep(course.images.detach(), targets, total.item())
         course.forget_images()
         return kept
 
@@ -222,32 +240,33 @@ class PixelSynthesizer:
         self, stage: Stage, first: int, course: _Course, targets: Tensor | None, log: Log, hook: StepHook
     ) -> Tensor:
         """The steps of ``stage`` that are left, where ``first`` come before it; returns the objective at the last."""
-        judge, images, groups = self._setting.judge, course.images, course.waiting[-1].groups
+        judge, device = self._setting.judge, self._setting.device
+        images, groups = course.images, course.waiting[-1].groups
         assert images is not None, "there is something to optimise"
         optimizer = torch.optim.Adam([images], lr=self._lr, betas=self._betas, fused=True)
         if course.step > first:
             assert course.optimizer is not None, "a state within a stage has the stage's optimiser"
             optimizer.load_state_dict(course.optimizer)
-        low, high = judge.pixels.bounds
-        progress = Progress(log, steps=first + stage.steps)
+        report = Progress(log, steps=first + stage.steps)
         total = torch.zeros(())
         for step in range(course.step - first, stage.steps):
             hook(partial(course.state_dict, optimizer))
             for group in optimizer.param_groups:
                 group["lr"] = self._lr * warmup_cosine(step, steps=stage.steps, warmup=self._warmup)
             seen = F.avg_pool2d(images, stage.pool) if stage.pool > 1 else images
-            made = course.step / self._steps
-            seen = self._setting.augment(seen, course.augmenting, progress=made)
-            _, value = judge(seen, targets, groups=groups, progress=made)
-            optimizer.zero_grad()
-            # Terms are means over images; the sum over classes keeps a class's gradient free of its neighbours.
-            (value.total * groups).backward()
+            progress = course.step / self._steps
+            with course.own_random_numbers("step", device):
+                view = self._setting.augment(seen, course.augmenting, progress=progress)
+                _, value = judge(view, targets, groups=groups, progress=progress)
+                optimizer.zero_grad()
+                # Terms are means over images; the sum over classes keeps a class's gradient free of its neighbours.
+                (value.total * groups).backward()
             optimizer.step()
             if self._clip:
                 with torch.no_grad():
-                    images.clamp_(low, high)
+                    images.clamp_(BLACK, WHITE)
             course.step += 1
-            progress(course.step, value)
+            report(course.step, value)
             total = value.total
         return total
 

@@ -262,7 +262,8 @@ def test_images_are_judged_by_the_version_that_is_recorded_beside_them(store):
     StudentPublisher(store).publish(500, published.state_dict())
     feed.refresh()
     _, value = judge(images, None)
-    torch.testing.assert_close(value.total, -(published(images) - batchnorm_teacher()(images)).abs().mean())
+    seen = PixelRange(SPACE).from_nominal(images)
+    torch.testing.assert_close(value.total, -(published(seen) - batchnorm_teacher()(seen)).abs().mean())
     assert judge.keep(images.detach(), None, 0.0).student_version == 500
 
 

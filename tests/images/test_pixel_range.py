@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from raydfkd.config.schema import ImageSpace
-from raydfkd.images.pixels import PixelRange
+from raydfkd.images.pixels import (
+    BLACK,
+    WHITE,
+    PixelRange,
+    nominal_from_uint8,
+    nominal_from_unit,
+    nominal_to_uint8,
+)
 
 SPACES = {
     "identity": ImageSpace(channels=1, size=16, mean=(0.0,), std=(1.0,)),
@@ -23,9 +30,9 @@ def space(request):
     return SPACES[request.param]
 
 
-def test_every_stored_pixel_survives_normalising_and_storing_again(space):
-    pixels, stored = PixelRange(space), every_byte(space.channels)
-    assert torch.equal(pixels.to_uint8(pixels.from_uint8(stored)), stored)
+def test_every_stored_pixel_survives_nominal_units():
+    stored = every_byte(3)
+    assert torch.equal(nominal_to_uint8(nominal_from_uint8(stored)), stored)
 
 
 def test_normalising_subtracts_the_mean_and_divides_by_the_deviation(space):
@@ -38,22 +45,23 @@ def test_normalising_subtracts_the_mean_and_divides_by_the_deviation(space):
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6 / min(space.std))
 
 
-def test_bounds_are_normalised_black_and_white(space):
-    pixels = PixelRange(space)
-    black, white = pixels.bounds
-    assert black.shape == white.shape == (1, space.channels, 1, 1)
-    seen = pixels.from_uint8(every_byte(space.channels))
-    torch.testing.assert_close(seen.amin((0, 2, 3)), black.flatten())
-    torch.testing.assert_close(seen.amax((0, 2, 3)), white.flatten())
+def test_network_gets_the_same_from_stored_pixels_and_from_nominal_ones(space):
+    pixels, stored = PixelRange(space), every_byte(space.channels)
+    found = pixels.from_nominal(nominal_from_uint8(stored))
+    torch.testing.assert_close(found, pixels.from_uint8(stored), rtol=1e-5, atol=1e-6 / min(space.std))
 
 
-def test_images_beyond_the_bounds_are_stored_black_and_white(space):
-    black, white = PixelRange(space).bounds
-    outside = torch.cat([black - 5 * (white - black), white + 5 * (white - black)])
-    assert PixelRange(space).to_uint8(outside)[:, 0].flatten().tolist() == [0, 255]
+def test_black_and_white_are_equally_far_from_mid_grey_which_is_zero():
+    found = nominal_from_uint8(torch.tensor([0, 255], dtype=torch.uint8))
+    torch.testing.assert_close(found, torch.tensor([BLACK, WHITE]))
+    assert nominal_from_unit(torch.tensor(0.5)) == 0
+    assert (-BLACK, pytest.approx(1 / 0.225)) == (WHITE, WHITE - BLACK)
+
+
+def test_images_beyond_black_and_white_are_stored_black_and_white():
+    assert nominal_to_uint8(torch.tensor([5 * BLACK, 5 * WHITE])).tolist() == [0, 255]
 
 
 def test_image_is_stored_as_the_nearest_pixels():
-    pixels = PixelRange(SPACES["identity"])
-    between = torch.tensor([10.4, 10.6, 254.4, 254.6]).view(4, 1, 1, 1) / 255
-    assert pixels.to_uint8(between).flatten().tolist() == [10, 11, 254, 255]
+    between = nominal_from_unit(torch.tensor([10.4, 10.6, 254.4, 254.6]) / 255)
+    assert nominal_to_uint8(between).tolist() == [10, 11, 254, 255]

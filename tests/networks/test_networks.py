@@ -40,7 +40,30 @@ class Tuple(Picky):
 
 def nothing(): return {"not": "a network"}
 def broken(): raise ValueError("it rains")
+def own_weights(): return torch.load("weights_that_are_not_there.pt")
+def missing_package(): import einops_that_is_not
+def wrong_key(): return {}["depth"]
+def quits(): raise SystemExit(2)
 text = "text"
+
+def parallel(): return nn.DataParallel(Picky())
+def of_precision(kind): return getattr(Picky(), kind)()
+def lazy(): return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+
+class FixedBatch(Picky):
+    def forward(self, images):
+        return self.head(self.body(images.view(64, 1024)))
+
+class Hints(Picky):
+    def forward(self, batch):
+        return super().forward(batch["img"])
+
+class NoForward(nn.Module):
+    pass
+
+class TwoArguments(Picky):
+    def forward(self, images, mode):
+        return super().forward(images)
 """
 
 
@@ -184,7 +207,7 @@ def test_network_can_be_any_callable_of_the_users():
         ("no_such_module:Net", "which cannot be imported: No module named 'no_such_module'"),
         ("users_networks:Nut", "which cannot be imported: module 'users_networks' has no attribute 'Nut'"),
         (":Net", "which cannot be imported: Empty module name"),
-        (".users_networks:Net", "which cannot be imported: the 'package' argument is required"),
+        (".users_networks:Net", "which cannot be imported: "),
     ],
 )
 def test_callable_that_is_not_there_is_refused(network, message):
@@ -202,16 +225,85 @@ def test_callable_that_returns_no_network_is_refused():
 @pytest.mark.parametrize(
     ("network", "options", "reason"),
     [
-        ("users_networks:Picky", {"hiden": 3}, "unexpected keyword argument 'hiden'"),
-        ("users_networks:Picky", {"hidden": -1}, "negative dimension"),
+        ("users_networks:Picky", {"hidden": -1}, "with options {'hidden': -1}: Trying to create tensor with negative"),
         ("users_networks:broken", {}, "it rains"),
-        ("users_networks:text", {}, "'str' object is not callable"),
+        ("users_networks:own_weights", {}, "FileNotFoundError: [Errno 2] No such file"),
+        ("users_networks:missing_package", {}, "ModuleNotFoundError: No module named 'einops_that_is_not'"),
+        ("users_networks:wrong_key", {}, "KeyError: 'depth'"),
+        ("users_networks:quits", {}, "SystemExit: 2"),
     ],
 )
-def test_callable_that_raises_is_refused_with_its_reason(network, options, reason):
+def test_callable_that_raises_anything_is_refused_with_its_reason(network, options, reason):
     message = refusal(build, network, **options)
-    assert message.startswith(f"teacher.options do not suit {network}: ")
+    assert message.startswith(f"teacher.network {network} cannot be built")
     assert reason in message
+
+
+@pytest.mark.usefixtures("users_module")
+@pytest.mark.parametrize("options", [{"hiden": 3}, {"hidden": 3, "width": 4}])
+def test_options_are_blamed_for_what_the_callable_does_not_take(options):
+    message = refusal(build, "users_networks:Picky", **options)
+    assert message.startswith("teacher.options do not suit users_networks:Picky: ")
+    assert "unexpected keyword argument" in message
+
+
+@pytest.mark.usefixtures("users_module")
+def test_network_that_is_no_callable_is_refused():
+    assert refusal(build, "users_networks:text") == (
+        "teacher.network is 'users_networks:text', which is no class or function but str"
+    )
+
+
+@pytest.mark.usefixtures("users_module")
+@pytest.mark.parametrize("network", ["./users_networks.py:Picky", "users_networks.py:Picky"])
+def test_path_to_a_module_is_taken_for_the_module(network):
+    assert build(network).body.out_features == 4
+
+
+def test_own_network_with_a_dot_for_the_colon_is_answered_with_the_colon():
+    assert refusal(build, "nets.small") == (
+        "teacher.network is 'nets.small', and no network has that name; one of your own is module:callable, such as "
+        "nets:small"
+    )
+
+
+@pytest.mark.usefixtures("users_module")
+def test_module_that_ends_the_process_when_imported_is_refused(tmp_path):
+    (tmp_path / "users_script.py").write_text("import sys; sys.exit(2)")
+    assert refusal(build, "users_script:Net").startswith("teacher.network is 'users_script:Net', whose module ends")
+
+
+@pytest.mark.usefixtures("users_module")
+def test_weights_do_not_depend_on_whether_the_module_was_imported_before(tmp_path):
+    (tmp_path / "users_greedy.py").write_text(
+        "import torch\ntorch.rand(100)\ndef net(): return torch.nn.Sequential(torch.nn.Flatten(), "
+        "torch.nn.Linear(1024, 10))"
+    )
+    first, second = build("users_greedy:net"), build("users_greedy:net")
+    assert torch.equal(first[1].weight, second[1].weight)
+
+
+@pytest.mark.usefixtures("users_module")
+def test_weights_of_lazy_layers_follow_from_the_seed_too():
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    one, same, other = (build("users_networks:lazy", seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(one[1].weight, same[1].weight)
+    assert not torch.equal(one[1].weight, other[1].weight)
+
+
+@pytest.mark.usefixtures("users_module")
+@pytest.mark.parametrize("kind", ["half", "bfloat16", "double"])
+def test_network_of_another_precision_is_taken_in_float32(kind):
+    network = build("users_networks:of_precision", kind=kind)
+    assert network(torch.zeros(2, 1, 32, 32)).dtype == torch.float32
+    assert {weight.dtype for weight in network.parameters()} == {torch.float32}
+
+
+@pytest.mark.usefixtures("users_module")
+def test_network_in_a_wrapper_for_data_parallelism_is_taken_out_of_it():
+    assert build("users_networks:parallel").body.out_features == 4
 
 
 # What networks can take
@@ -244,12 +336,28 @@ def test_student_that_does_not_fit_is_blamed_by_its_own_key():
 
 @pytest.mark.usefixtures("users_module")
 @pytest.mark.parametrize(
-    ("network", "classes", "answer"), [("users_networks:Picky", 7, r"\[2, 10\]"), ("users_networks:pair", 10, "tuple")]
+    ("network", "classes", "answer"),
+    [("users_networks:Picky", 7, r"\[2, 10\]"), ("users_networks:pair", 7, r"tuple of \[2, 10\]")],
 )
 def test_network_that_answers_something_else_than_the_classes_is_refused(network, classes, answer):
     message = refusal(build, network, classes=classes)
     expected = rf"teacher.classes is {classes}, but teacher.network {network} answers {answer} for 2 images; "
     assert re.match(expected + rf"it must be \[2, {classes}\]", message)
+
+
+@pytest.mark.usefixtures("users_module")
+def test_batch_size_that_a_network_fixes_is_named():
+    message = refusal(build, "users_networks:FixedBatch")
+    assert message.startswith("teacher.network users_networks:FixedBatch takes batches of 64 images, but not of 2 (")
+    assert message.endswith("its forward must not fix the size of the batch")
+
+
+@pytest.mark.usefixtures("users_module")
+@pytest.mark.parametrize("network", ["Hints", "NoForward", "TwoArguments"])
+def test_network_that_is_called_with_something_else_than_images_is_refused(network):
+    message = refusal(build, f"users_networks:{network}")
+    assert message.startswith(f"teacher.network users_networks:{network} cannot be called with images [2, 1, 32, 32] ")
+    assert "sizes" not in message
 
 
 # Weights
@@ -308,7 +416,8 @@ def test_code_in_a_file_of_weights_never_runs(tmp_path, suffix, form):
     else:
         torch.save({**build("convnet").state_dict(), "extra": Bomb(crater)}, path)
     message = refusal(load_weights, build("convnet"), str(path), where="teacher.weights")
-    assert message.startswith(f"teacher.weights is '{path}': not a state dict of tensors; give a .safetensors file")
+    assert message.startswith(f"teacher.weights is '{path}': not a state dict of tensors")
+    assert "mkdir" in message
     assert not crater.exists()
     if form == "pickle":
         pickle.loads(path.read_bytes())

@@ -99,8 +99,9 @@ def test_pooling_one_group_changes_nothing():
     assert one.pooled() is one
 
 
-def test_variance_keeps_its_digits_beside_a_mean_ten_times_the_deviation():
-    x = 10 + torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_variance_keeps_its_digits_beside_a_mean_ten_times_the_deviation(layout):
+    x = 10 + torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=layout)
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(768, 2)).eval()
     (found,) = ObservedNetwork(network, taps=MOMENTS, frozen=True)(x).moments
     var, _ = var_mean(x.double())
@@ -284,16 +285,13 @@ def test_only_what_was_asked_for_is_observed(teacher):
     assert seen.moments == ()
 
 
-def test_teacher_without_a_linear_layer_has_no_features():
-    network = nn.Sequential(nn.Conv2d(1, CLASSES, 8), nn.Flatten())
-    with pytest.raises(RecipeError, match="no final linear layer"):
-        ObservedNetwork(network, taps=frozenset({Need.FEATURES}), frozen=True)
-
-
 @pytest.mark.parametrize("network", [PlainNet(), nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False))])
 def test_teacher_without_stored_moments_cannot_be_asked_for_them(network):
-    with pytest.raises(RecipeError, match="no BatchNorm layer"):
-        ObservedNetwork(network, taps=MOMENTS, frozen=True)
+    with pytest.raises(RecipeError) as error:
+        ObservedNetwork(network, taps={Need.MOMENTS: "the term x"}, frozen=True)
+    assert str(error.value) == (
+        "the term x needs BatchNorm layers with stored statistics, but the teacher has none; drop it"
+    )
 
 
 def test_bfloat16_gives_float32_answers_and_moments_close_to_those_of_float32(teacher):
@@ -345,20 +343,8 @@ class NormThenRelu(nn.BatchNorm2d):
         return self.activation(super().forward(x))
 
 
-class DoublingNorm(nn.BatchNorm2d):
-    """Derived from BatchNorm, and something else."""
-
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
 def test_activation_inside_a_batchnorm_layer_stays():
     network, images = network_with(NormThenRelu(5)), toy_images(6)
     seen = ObservedNetwork(network, taps=MOMENTS, frozen=True)(images)
     torch.testing.assert_close(seen.logits, network(images), rtol=1e-4, atol=1e-5)
     assert len(seen.moments) == 1
-
-
-def test_layer_that_is_derived_from_batchnorm_and_does_something_else_is_refused():
-    with pytest.raises(RecipeError, match="DoublingNorm is no plain BatchNorm"):
-        ObservedNetwork(network_with(DoublingNorm(5)), taps=MOMENTS, frozen=True)

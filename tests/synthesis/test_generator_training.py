@@ -5,8 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from toy import CLASSES, batchnorm_teacher, joined, toy_recipe, unit_of
+from toy import (
+    CLASSES,
+    SPACE,
+    SYNTHESIZERS_UNDER_TEST,
+    assert_same_rows,
+    batchnorm_teacher,
+    joined,
+    toy_recipe,
+    unit_of,
+)
 
+from raydfkd.networks.generators import ConvGenerator
 from raydfkd.networks.small import ConvNet
 from raydfkd.networks.teacher import open_teacher
 from raydfkd.synthesis.build import build_synthesizer
@@ -151,3 +161,41 @@ def test_unit_is_what_its_training_yields_when_the_steps_are_made_by_hand(tmp_pa
     for _ in range(6):
         training.update()
     assert torch.equal(training.sample(4).images, joined(list(synthesizer.produce(request, lambda _: None))).images)
+
+
+def test_latents_have_nothing_to_do_with_the_weights(tmp_path):
+    """Drawn from one seed, the first latents would be functions of the first layer's weights."""
+    training = training_of(tmp_path, *DFAD)
+    (latents,) = training._rngs
+    with torch.random.fork_rng():
+        torch.manual_seed(latents.initial_seed())
+        twin = ConvGenerator(SPACE, latent=4, width=4, doublings=1)
+    assert not torch.equal(training.state_dict()["stack"]["stacked.0"][0], twin[0].weight)
+
+
+def test_process_of_another_rank_has_the_same_weights_and_other_latents(tmp_path):
+    one, other = (training_of(tmp_path, *DFAD, rank=rank) for rank in (0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(one._stack.parameters(), other._stack.parameters(), strict=True))
+    assert not torch.equal(one.sample(6).images, other.sample(6).images)
+
+
+class Random(ConvNet):
+    """Draws global random numbers in eval mode too, as ``F.dropout`` without ``training=`` does."""
+
+    def forward(self, images):
+        return super().forward(torch.nn.functional.dropout(images, 0.3))
+
+
+@pytest.mark.parametrize("synthesizer", SYNTHESIZERS_UNDER_TEST)
+def test_network_that_draws_random_numbers_does_not_make_another_set_each_time(tmp_path, synthesizer):
+    made = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        recipe = toy_recipe(tmp_path, synthesizer=synthesizer)
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            teacher = Random(CLASSES, 1, widths=(8, 12)).eval()
+        made.append(
+            joined(list(build_synthesizer(recipe, teacher, CPU).produce(unit_of((0, 1), 3).request, lambda _: None)))
+        )
+    assert_same_rows(*made)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import os
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import aiohttp
@@ -19,6 +17,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
+from raydfkd.distributed.ray_internals import has_token, quieten, show_token
 from raydfkd.distributed.submit.entrypoint import Entrypoint
 from raydfkd.distributed.submit.working_dir import EXCLUDES
 from raydfkd.errors import RecipeError
@@ -103,17 +102,11 @@ def connect(address: str | None) -> JobServer:
     if not found.startswith(("http://", "https://")):
         raise RecipeError(f"--address is {found!r}; give the cluster's dashboard, such as http://head:8265")
     os.environ["RAY_API_SERVER_ADDRESS"] = found  # which Ray's client takes in place of its argument
-    if "RAY_AUTH_MODE" not in os.environ and _has_token():
-        os.environ["RAY_AUTH_MODE"] = "token"  # or the client would not send the one that is there
-    for client in ("dashboard_sdk", "job.sdk"):  # which tell their own steps, at levels of their own
-        logging.getLogger(f"ray.dashboard.modules.{client}").setLevel(logging.ERROR)
+    quieten()
+    if has_token():
+        show_token()
     with _in_one_line(found):
         return JobServer(_ImpatientClient(found), found)
-
-
-def _has_token() -> bool:
-    named = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-    return any(name in os.environ for name in named) or Path("~/.ray/auth_token").expanduser().is_file()
 
 
 class _ImpatientClient(JobSubmissionClient):

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE, get_runtime_env_default_excludes
-from ray._private.runtime_env import packaging
-
+from raydfkd.distributed.ray_internals import walk_package
 from raydfkd.errors import RecipeError
 
 EXCLUDES = ("/runs", "/build", "/dist", "*.egg-info", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis")
@@ -32,10 +28,7 @@ class Package:
 
 
 def package_of(folder: Path) -> Package:
-    """What Ray would send of ``folder``; reads no file but .gitignore and .rayignore.
-
-    The walk is Ray's own, private as it is: any other would in the end disagree with what is sent.
-    """
+    """What Ray would send of ``folder``; reads no file but .gitignore and .rayignore."""
     sizes: dict[str, int] = {}
 
     def note(path: Path) -> None:
@@ -43,9 +36,7 @@ def package_of(folder: Path) -> Package:
             sizes[str(path.relative_to(top))] = path.stat().st_size
 
     top = folder.absolute()
-    excludes = [packaging._get_excludes(top, [*get_runtime_env_default_excludes(), *EXCLUDES])]
-    with_gitignore = os.environ.get(RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
-    packaging._dir_travel(top, excludes, note, include_gitignore=with_gitignore, logger=logging.getLogger(__name__))
+    walk_package(top, EXCLUDES, note)
     entries: Counter[str] = Counter()
     for name, size in sizes.items():
         entries[name.partition("/")[0]] += size
