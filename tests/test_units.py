@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from raydfkd.seeds import derive_seed
-from raydfkd.units import UnitQueue, plan_units
+from raydfkd.units import Phase, UnitQueue, plan_phases, plan_units
 
 unhurried = settings(max_examples=50, deadline=None)  # other sessions share the machine
 
@@ -153,6 +153,39 @@ def bytes_per_unit(pack):
         return tracemalloc.get_traced_memory()[0] / len(units)
     finally:
         tracemalloc.stop()
+
+
+# Phases
+
+
+def phases_of(*, repeats, rounds, steps):
+    units = plan(images=4 * repeats)
+    return units, plan_phases(units, repeats=repeats, rounds=rounds, steps=steps)
+
+
+def test_one_round_is_one_phase_that_follows_the_newest_student():
+    units, phases = phases_of(repeats=3, rounds=1, steps=7)
+    assert phases == (Phase(units=units, until_step=7, student_version="newest"),)
+
+
+@unhurried
+@given(rounds=st.integers(2, 4), each=st.integers(1, 3), steps=st.integers(4, 50))
+def test_phases_share_out_whole_repeats_and_the_steps_and_look_back_at_the_phase_before(rounds, each, steps):
+    units, phases = phases_of(repeats=rounds * each, rounds=rounds, steps=steps)
+    assert len(phases) == rounds
+    for number, phase in enumerate(phases):
+        made_before = phases[number - 1].units if number else ()
+        assert phase.units[: len(made_before)] == made_before, "those of earlier phases are included"
+        repeats = {unit.repeat for unit in phase.units[len(made_before) :]}
+        assert repeats == set(range(number * each, (number + 1) * each))
+        assert phase.student_version == (phases[number - 1].until_step if number else None)
+    ends = [phase.until_step for phase in phases]
+    assert ends == sorted(set(ends)), "each phase makes a step at least"
+    assert (phases[-1].units, ends[-1]) == (units, steps)
+
+
+def test_plan_without_units_is_a_phase_of_steps_alone():
+    assert plan_phases((), repeats=0, rounds=1, steps=9) == (Phase(units=(), until_step=9),)
 
 
 # Queue
