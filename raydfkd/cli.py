@@ -15,7 +15,7 @@ from raydfkd.commands import run as running
 from raydfkd.commands import storage
 from raydfkd.commands.bench import bench
 from raydfkd.commands.output import DONE, INCOMPLETE, INTERRUPTED, WRONG_INPUT, complain
-from raydfkd.errors import RecipeError
+from raydfkd.errors import RecipeError, StudentDivergedError
 
 app = typer.Typer(
     name="raydfkd",
@@ -56,6 +56,9 @@ def main() -> None:
         for line in error.lines:
             complain(line)
         sys.exit(WRONG_INPUT)
+    except StudentDivergedError as error:
+        complain(str(error))
+        sys.exit(INCOMPLETE)
     except OSError as error:
         from raydfkd.store.errors import StoreError
 

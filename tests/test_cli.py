@@ -315,6 +315,28 @@ def test_part_that_cannot_take_images_of_that_shape_is_named(raydfkd, overrides,
     assert message in answer.err
 
 
+def test_nothing_that_is_made_is_called_tilde(raydfkd, monkeypatch):
+    home = raydfkd.folder / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    for overrides in (
+        ["run_dir=~/a"],
+        ["run_dir=b", "transfer_set.uri=~/b/set", "teacher.weights=~/b/teacher.safetensors"],
+    ):
+        answer = raydfkd("run", "toy.yaml", "--on", "local", *sets(*overrides))
+        assert answer.code == 0, answer.err
+    assert raydfkd("run", "toy.yaml", "--on", "local", "--run-dir", "~/c").code == 0
+    for name in ("a", "c"):
+        assert {"report.html", "report.json", "metrics.jsonl", "student.safetensors", "transfer_set"} <= {
+            path.name for path in (home / name).iterdir()
+        }
+    assert {path.name for path in (home / "b").iterdir()} == {"set", "teacher.safetensors"}
+    judged = raydfkd("evaluate", "toy.yaml", "--run-dir", "~/a", "--student", "~/c/student.safetensors", "--json")
+    assert judged.code == 0, judged.err
+    assert raydfkd("bench", "quality", "toy.yaml", "--out", "~/q", *sets("teacher.network=nosuch")).code == 2
+    assert not [path for path in raydfkd.folder.rglob("*") if path.name.startswith("~")]
+
+
 def test_run_dir_option_moves_everything(raydfkd):
     assert raydfkd.runner(command="teach").code == 2, "teach has no --on"
     assert raydfkd("teach", "toy.yaml", "--run-dir", "elsewhere").code == 0
@@ -346,15 +368,65 @@ def test_check_prints_json_which_is_a_recipe_too(raydfkd):
     assert load_recipe(raydfkd.folder / "resolved.yaml") == load_recipe(raydfkd.folder / "toy.yaml")
 
 
-NO_CODE = "# sound: 2 units, 40 images; networks and files were not looked at"
+NO_CODE = (
+    "# sound: 2 units, 40 images; networks, code of yours, weights, names of classes, real data, stores and the device "
+    "were not looked at"
+)
 
 
 def test_check_without_code_prints_the_same_and_says_what_it_did_not_look_at(raydfkd):
     answer = raydfkd("check", "toy.yaml", "--no-code")
     assert (answer.code, answer.err) == (0, "")
-    *resolved, sound = raydfkd("check", "toy.yaml").out.splitlines()
+    *resolved, networks, sound = raydfkd("check", "toy.yaml").out.splitlines()
+    assert networks.startswith("# student of ")
     assert answer.out.splitlines() == [*resolved, NO_CODE]
     assert sound == NO_CODE.partition(";")[0]
+
+
+def test_check_says_how_much_there_will_be_of_what(raydfkd):
+    lines = raydfkd("check", "toy.yaml").out.splitlines()[-3:-1]
+    student, teacher = 1 * 9 * 4 + 2 * 4 + 10 * 5, 1 * 9 * 4 + 2 * 4 + 4 * 9 * 8 + 2 * 8 + 10 * 9
+    assert lines == [
+        f"# 10 classes, 40 images of 1x8x8: {40 * (64 + 20 + 28) / 1024:.3g} KiB of pixels and logits",
+        f"# student of {student} parameters, teacher of {teacher}: the student is {student / teacher:.1%} of it",
+    ]
+
+
+def test_check_counts_the_classes_that_were_chosen(raydfkd):
+    some = sets("transfer_set.classes=[3, 5]", "transfer_set.unit.classes=2", "transfer_set.encoding=png")
+    line = raydfkd("check", "toy.yaml", *some).out.splitlines()[-3]
+    assert line.startswith("# 2 classes, 8 images of 1x8x8: ")
+    assert line.endswith(" of pixels and logits before they are png, which takes less")
+
+
+def test_check_says_that_a_student_is_larger_than_its_teacher(raydfkd):
+    answer = raydfkd("check", "toy.yaml", *sets("student.options.widths=[40, 40]"))
+    assert answer.code == 0
+    assert "times as large as what it is to replace" in answer.out.splitlines()[-2]
+
+
+def test_check_finds_independent_mistakes_at_once(raydfkd, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    mistakes = ["runtime.device=cuda", "teacher.class_names=nowhere.txt", "teacher.weights=nowhere.pt", NO_TRAINING]
+    answer = raydfkd("check", "toy.yaml", *sets(*mistakes))
+    assert answer.code == 2
+    assert [line.partition(" ")[0] for line in answer.err.splitlines()] == [
+        "teacher.class_names",
+        "runtime.device",
+        "teacher.weights",
+    ]
+
+
+def test_device_of_another_machine_is_named_with_the_way_to_check_a_recipe_for_it(raydfkd, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    before = raydfkd.files()
+    refusal = "runtime.device is 'cuda', but this machine has no CUDA device; use auto or cpu"
+    answer = raydfkd("check", "toy.yaml", *sets("runtime.device=cuda"))
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err == f"{refusal}, or check with --no-code what is for another machine\n"
+    assert raydfkd("run", "toy.yaml", *sets("runtime.device=cuda")).err == f"{refusal}\n"
+    assert raydfkd.files() == before
+    assert raydfkd("check", "toy.yaml", "--no-code", *sets("runtime.device=cuda")).code == 0
 
 
 def test_check_without_code_prints_the_same_json(raydfkd):
@@ -392,7 +464,8 @@ def test_show_lists_one_family(raydfkd, family):
     lines = raydfkd("show", family).out.splitlines()
     assert lines[0] == family
     beside = {form for form, _ in BESIDE.get(family, ())}
-    assert {line.split()[0] for line in lines[1:] if line[2] != " "} == {*shipped(FAMILIES[family]), *beside}
+    own = [line for line in lines[1:] if line.startswith("  ") and line[2] != " "]
+    assert {line.split()[0] for line in own} == {*shipped(FAMILIES[family]), *beside}
 
 
 def test_show_says_that_a_network_may_be_code_and_how_to_look_at_a_recipe_without_running_it(raydfkd):
@@ -639,10 +712,6 @@ WRONG = {
     "file in the way of the run": (
         ["run_dir=file", "transfer_set.uri=elsewhere", "teacher.weights=random"],
         "run_dir is {folder}/file: cannot be written ({folder}/file is a file); give a URI this machine can write to",
-    ),
-    "device that is not there": (
-        ["runtime.device=cuda"],
-        "runtime.device is 'cuda', but this machine has no CUDA device; use auto or cpu",
     ),
     "unknown placeholder": (
         ["transfer_set.uri=${run_dri}/set"],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -52,20 +54,22 @@ def raw_pyarrow(folder: Path, batch: SyntheticBatch, batch_size: int, pin: bool)
     return one_pass
 
 
-def mosaicml_streaming(folder: Path, batch: SyntheticBatch, batch_size: int, pin: bool) -> Pass:
-    """MosaicML Streaming: MDS shards of arrays, its default shuffle, in this process."""
+def mosaicml_streaming(folder: Path, batch: SyntheticBatch, batch_size: int, pin: bool, *, workers: int = 0) -> Pass:
+    """MosaicML Streaming: MDS shards of arrays, its default shuffle; ``workers`` processes, or this one."""
     streaming: Any = import_module("streaming")
     shape = ",".join(map(str, batch.images.shape[1:]))
     with streaming.MDSWriter(out=str(folder), columns={"image": f"ndarray:uint8:{shape}", "label": "int"}) as writer:
         for image, label in zip(batch.images.numpy(), batch.labels.tolist(), strict=True):
             writer.write({"image": image, "label": label})
     dataset = streaming.StreamingDataset(local=str(folder), shuffle=True, batch_size=batch_size)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=batch_size, pin_memory=pin)
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=batch_size, pin_memory=pin, num_workers=workers, persistent_workers=workers > 0
+    )
     return lambda: _count(batch["image"] for batch in loader)
 
 
-def litdata(folder: Path, batch: SyntheticBatch, batch_size: int, pin: bool) -> Pass:
-    """LitData: chunks of 64 MB of arrays, its shuffle, in this process."""
+def litdata(folder: Path, batch: SyntheticBatch, batch_size: int, pin: bool, *, workers: int = 0) -> Pass:
+    """LitData: chunks of 64 MB of arrays, its shuffle; ``workers`` processes, or this one."""
     library: Any = import_module("litdata")
     cache = import_module("litdata.streaming.cache").Cache(str(folder), chunk_bytes="64MB")
     for index, (image, label) in enumerate(zip(batch.images.numpy(), batch.labels.tolist(), strict=True)):
@@ -73,14 +77,26 @@ def litdata(folder: Path, batch: SyntheticBatch, batch_size: int, pin: bool) -> 
     cache.done()
     cache.merge()
     dataset = library.StreamingDataset(str(folder), shuffle=True)
-    loader = library.StreamingDataLoader(dataset, batch_size=batch_size, pin_memory=pin)
+    loader = library.StreamingDataLoader(
+        dataset, batch_size=batch_size, pin_memory=pin, num_workers=workers, persistent_workers=workers > 0
+    )
     return lambda: _count(batch["image"] for batch in loader)
 
 
+def ray_data(folder: Path, batch: SyntheticBatch, batch_size: int, pin: bool) -> Pass:
+    """Ray Data, in a Ray of its own."""
+    feeder: Feeder = import_module("raydfkd.bench.ray_data").ray_data
+    return feeder(folder, batch, batch_size, pin)
+
+
+WORKERS = os.cpu_count() or 1
+"""Processes that the loaders with workers have, as many as there are cores; ours reads on threads of this process."""
 FEEDERS: Mapping[str, Feeder] = {
     "raw pyarrow": raw_pyarrow,
-    "MosaicML Streaming": mosaicml_streaming,
-    "LitData": litdata,
+    "MosaicML Streaming, no worker": mosaicml_streaming,
+    f"MosaicML Streaming, {WORKERS} workers": partial(mosaicml_streaming, workers=WORKERS),
+    "LitData, no worker": litdata,
+    f"LitData, {WORKERS} workers": partial(litdata, workers=WORKERS),
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional as F
 
-from raydfkd.bench.table import Row, alternate
+from raydfkd.bench.table import Row, Spread, alternate
 from raydfkd.data.batches import SyntheticBatch
 from raydfkd.data.encodings import Encoding, EncodingKind
 from raydfkd.data.transfer_set import TransferSet
@@ -40,7 +40,7 @@ def bench_overlap(*, rounds: int = 3, device: str = "auto", batch_s: float = 0.4
                     case=f"overlap {size} px {kind}",
                     device=device_name(target),
                     rows_per_s=round(speed),
-                    idle_share=round(idle, 4),
+                    idle_share=idle,
                 )
 
 
@@ -59,7 +59,7 @@ def natural_batch(count: int, size: int, device: torch.device) -> SyntheticBatch
 
 def _idle_share(
     batch: SyntheticBatch, kind: EncodingKind, work: Callable[[], object], rounds: int
-) -> tuple[float, float]:
+) -> tuple[Spread, float]:
     """The share, and images per second with the sink."""
     with tempfile.TemporaryDirectory() as folder:
         transfer_set = TransferSet(folder, digest="bench", encoding=Encoding(kind=kind))
@@ -81,8 +81,9 @@ def _idle_share(
                 work()
             return BATCHES * len(batch)
 
-        speed, _, ratio = alternate(with_sink, without, rounds=rounds)
-    return max(0.0, 1 - ratio), speed
+        speed, ratio = alternate(with_sink, without, rounds=rounds)
+    shares = [max(0.0, 1 - value) for value in (ratio.high, ratio.median, ratio.low)]
+    return Spread(low=shares[0], median=shares[1], high=shares[2]), speed
 
 
 def _busy(device: torch.device, seconds: float) -> Callable[[], None]:

@@ -64,14 +64,14 @@ def _measure(
     published = published_loop(teacher, images, targets, lr=0.1)
     fair = fair_loop(teacher, images, targets, lr=0.1, precision=precision)
     theirs = [_round_of(loop, steps // THEIR_SHARE, device) for loop in (published, fair)]
-    speed, [(_, ratio_published), (_, ratio_fair)] = alternate_all(ours, theirs, rounds=rounds)
+    speed, [ratio_published, ratio_fair] = alternate_all(ours, theirs, rounds=rounds)
     least = ceilings.least_seconds(cost_of_step(teacher, images, precision=precision))
     return Row(
         case=f"synthesis {name} batch {request.count}",
         device=device_name(device),
         steps_per_s=round(speed, 3),
-        ratio_published=round(ratio_published, 3),
-        ratio_fair=round(ratio_fair, 3),
+        ratio_published=ratio_published,
+        ratio_fair=ratio_fair,
         share_of_ceiling=round(least * speed, 3),
         note=f"ours and fair in {recipe.synthesis.precision}",
     )

@@ -6,64 +6,87 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """A figure that every round has one of."""
+
+    median: float
+    low: float
+    """The least."""
+    high: float
+    """The greatest."""
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """That of the rounds' values."""
+        return cls(median=statistics.median(values), low=min(values), high=max(values))
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}-{self.high:.2f})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One measurement; a field that does not apply is None and left out."""
+    """One measurement; a field that does not apply is None and left out.
+
+    A ratio is our speed over another's in alternating rounds, pair by pair, which drift cannot bend.
+    """
 
     case: str
     device: str
     steps_per_s: float | None = None
     rows_per_s: float | None = None
-    ratio_published: float | None = None
-    """Our speed over that of the loop as published, median of alternating rounds."""
-    ratio_fair: float | None = None
-    """Our speed over that of the same loop without what costs nothing to avoid, likewise."""
+    ratio_published: Spread | None = None
+    """To the loop as published."""
+    ratio_fair: Spread | None = None
+    """To the same loop without what costs nothing to avoid."""
     share_of_ceiling: float | None = None
     """The least time that this device could need for our step, over the time that it took; see ``ceilings``."""
-    idle_share: float | None = None
+    idle_share: Spread | None = None
     """Share of its time that the device waits."""
-    ratio_raw: float | None = None
-    """Our speed over that of the raw library, median of alternating rounds."""
+    ratio_raw: Spread | None = None
+    """To the raw library."""
     note: str = ""
 
-    def to_json(self) -> str:
-        """One object on one line."""
-        return json.dumps({key: value for key, value in asdict(self).items() if value not in (None, "")})
+    def to_json(self, **about: str) -> str:
+        """One object on one line, with ``about`` in it; a spread is its median, its extremes are ``..._range``."""
+        plain: dict[str, object] = {**about}
+        for key, value in self.shown().items():
+            if isinstance(value, Spread):
+                plain |= {key: round(value.median, 4), f"{key}_range": [round(value.low, 4), round(value.high, 4)]}
+            else:
+                plain[key] = value
+        return json.dumps(plain)
+
+    def shown(self) -> dict[str, object]:
+        """The fields that apply."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {key: value for key, value in values.items() if value not in (None, "")}
 
 
-def alternate(ours: Callable[[], int], theirs: Callable[[], int], *, rounds: int) -> tuple[float, float, float]:
+def alternate(ours: Callable[[], int], theirs: Callable[[], int], *, rounds: int) -> tuple[float, Spread]:
     """Run both in turn, ``rounds`` times after one warm-up; each returns how many steps it made.
 
     Returns:
-        Our median rate per second, theirs, and the median of the ratios pair by pair, which drift cannot bend.
+        Our median rate per second, and our ratio to theirs.
     """
-    speed, [(their_speed, ratio)] = alternate_all(ours, [theirs], rounds=rounds)
-    return speed, their_speed, ratio
+    speed, [ratio] = alternate_all(ours, [theirs], rounds=rounds)
+    return speed, ratio
 
 
 def alternate_all(
     ours: Callable[[], int], theirs: Sequence[Callable[[], int]], *, rounds: int
-) -> tuple[float, list[tuple[float, float]]]:
-    """As ``alternate`` with several others.
-
-    Returns:
-        Our median rate per second, then for each of the others its own and the median ratio of ours to it.
-    """
+) -> tuple[float, list[Spread]]:
+    """As ``alternate`` with several others: our median rate per second, and our ratio to each of them."""
     works = [ours, *theirs]
     for work in works:
         work()
     rates = [[_rate(work) for work in works] for _ in range(rounds)]
-    others = [
-        (
-            statistics.median(rate[index] for rate in rates),
-            statistics.median(rate[0] / rate[index] for rate in rates),
-        )
-        for index in range(1, len(works))
-    ]
-    return statistics.median(rate[0] for rate in rates), others
+    ratios = [Spread.of([rate[0] / rate[index] for rate in rates]) for index in range(1, len(works))]
+    return statistics.median(rate[0] for rate in rates), ratios
 
 
 def _rate(work: Callable[[], int]) -> float:
@@ -73,8 +96,8 @@ def _rate(work: Callable[[], int]) -> float:
 
 def table(rows: Sequence[Row]) -> str:
     """Rows as aligned text, columns that no row has left out."""
-    columns = [key for key in asdict(rows[0]) if any(asdict(row)[key] not in (None, "") for row in rows)]
-    cells = [columns, *([_cell(asdict(row)[key]) for key in columns] for row in rows)]
+    columns = [field.name for field in fields(Row) if any(field.name in row.shown() for row in rows)]
+    cells = [columns, *([_cell(row.shown().get(key)) for key in columns] for row in rows)]
     widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells

@@ -16,8 +16,10 @@ from raydfkd.commands.output import DONE
 if TYPE_CHECKING:
     from raydfkd.bench.table import Row
 
-bench = typer.Typer(help="Measure speed against published loops and raw libraries.", no_args_is_help=True)
-Rounds = Annotated[int, typer.Option(min=1, help="Alternating rounds; the median counts.")]
+bench = typer.Typer(
+    help="Measure speed against published loops and raw libraries, and accuracy for a budget.", no_args_is_help=True
+)
+Rounds = Annotated[int, typer.Option(min=1, help="Alternating rounds; median and range are shown.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
@@ -28,10 +30,10 @@ def bench_synthesis(
     device: Device = "auto",
     case: Annotated[list[str] | None, typer.Option(help="Only this case; may be repeated.")] = None,
 ) -> int:
-    """Steps per second of pixel synthesis against the loop as published and a fair one."""
+    """Steps per second of pixel synthesis, against the loop as published and a fair one."""
     from raydfkd.bench.synthesis import bench_synthesis as measure
 
-    return _print_rows(measure(rounds=rounds, device=device, cases=tuple(case or ())), is_json=as_json)
+    return _print_rows(measure(rounds=rounds, device=device, cases=tuple(case or ())), device, is_json=as_json)
 
 
 @bench.command("shards")
@@ -40,40 +42,36 @@ def bench_shards(
     rounds: Rounds = 7,
     with_ray: Annotated[bool, typer.Option(help="Ray Data too, which takes minutes.")] = True,
 ) -> int:
-    """Rows per second of the transfer set against raw pyarrow and other readers."""
-    from raydfkd.bench.feeders import FEEDERS
+    """Rows per second of the transfer set, against raw pyarrow and other readers."""
+    from raydfkd.bench.feeders import FEEDERS, ray_data
     from raydfkd.bench.shards import bench_shards as measure
 
-    feeders = dict(FEEDERS)
-    if with_ray:
-        from raydfkd.bench.ray_data import ray_data
-
-        feeders["Ray Data"] = ray_data
-    return _print_rows(measure(rounds=rounds, feeders=feeders), is_json=as_json)
+    feeders = {**FEEDERS, "Ray Data": ray_data} if with_ray else FEEDERS
+    return _print_rows(measure(rounds=rounds, feeders=feeders), "cpu", is_json=as_json)
 
 
 @bench.command("generators")
 def bench_generators(as_json: AsJson = False, rounds: Rounds = 5, device: Device = "auto") -> int:
-    """Training steps of many generators as one stack against one by one."""
+    """Training steps of many generators as one stack, against one by one."""
     from raydfkd.bench.generators import bench_generators as measure
 
-    return _print_rows(measure(rounds=rounds, device=device), is_json=as_json)
+    return _print_rows(measure(rounds=rounds, device=device), device, is_json=as_json)
 
 
 @bench.command("overlap")
 def bench_overlap(as_json: AsJson = False, rounds: Rounds = 3, device: Device = "auto") -> int:
-    """Share of its time that a device waits for shards to be encoded, written and committed."""
+    """Share of its time that a device waits for images to be stored."""
     from raydfkd.bench.overlap import bench_overlap as measure
 
-    return _print_rows(measure(rounds=rounds, device=device), is_json=as_json)
+    return _print_rows(measure(rounds=rounds, device=device), device, is_json=as_json)
 
 
 @bench.command("student")
 def bench_student(as_json: AsJson = False, rounds: Rounds = 5, device: Device = "auto") -> int:
-    """Images per second of a student's training from the transfer set against the same from memory."""
+    """Images per second of a student's training from disk, against the same from memory."""
     from raydfkd.bench.student import bench_student as measure
 
-    return _print_rows(measure(rounds=rounds, device=device), is_json=as_json)
+    return _print_rows(measure(rounds=rounds, device=device), device, is_json=as_json)
 
 
 @bench.command("quality")
@@ -89,7 +87,11 @@ def bench_quality(  # noqa: PLR0913 - one option each
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> int:
-    """Student accuracy for a budget of device-seconds, synthesis and training together."""
+    """Student accuracy for a budget of device-seconds, all work together.
+
+    A recipe, an engine, a teacher or a device that has changed since is measured anew; the digest says so.
+    """
+    from raydfkd.bench.engine import measured_with
     from raydfkd.bench.quality import Cell, markdown
     from raydfkd.bench.quality import bench_quality as measure
 
@@ -103,23 +105,26 @@ def bench_quality(  # noqa: PLR0913 - one option each
         for seconds in sorted(budget or [60.0])
     ]
     found = []
-    for result in measure(cells, out, at_once=at_once):
+    for result in measure(cells, out.expanduser(), at_once=at_once):
         found.append(result)
-        line = json.dumps(asdict(result)) if as_json else f"{result.student_top1:.1%}   {result.command}"
+        line = (
+            json.dumps(asdict(result)) if as_json else f"{result.student_top1:.1%}   {result.digest}   {result.command}"
+        )
         typer.echo(line, err=not as_json)
     if not as_json:
-        typer.echo(markdown(found))
+        typer.echo(f"{measured_with('auto')}\n\n{markdown(found)}")
     return DONE
 
 
-def _print_rows(rows: Iterable[Row], *, is_json: bool) -> int:
+def _print_rows(rows: Iterable[Row], device: str, *, is_json: bool) -> int:
+    from raydfkd.bench.engine import engine, measured_with
     from raydfkd.bench.table import table
 
     found = []
     for row in rows:
         found.append(row)
         if is_json:
-            typer.echo(row.to_json())
+            typer.echo(row.to_json(**engine()))
     if not is_json:
-        typer.echo(table(found))
+        typer.echo(f"{measured_with(device)}\n\n{table(found)}")
     return DONE

@@ -2,63 +2,235 @@
 
 from __future__ import annotations
 
-import importlib.resources
+import inspect
 import textwrap
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_origin
 
+from pydantic import BaseModel
+
+from raydfkd.config.describe import (
+    OptionDoc,
+    describe_option,
+    flatten,
+    options_of,
+    sections_in,
+)
 from raydfkd.config.families import BESIDE, REGISTRIES, family
-from raydfkd.config.load import packaged_recipes
-from raydfkd.config.registry import Registry
-from raydfkd.errors import RecipeError, did_you_mean
+from raydfkd.config.load import packaged_jobs, packaged_path, packaged_recipes
+from raydfkd.config.recipe import Recipe
+from raydfkd.config.registry import import_callable, options_model
+from raydfkd.errors import RecipeError, close_to, did_you_mean
+
+HINT = (
+    "`raydfkd show NAME` explains each of these, and any option or value of a recipe: "
+    "show transfer_set, show distill.source.kind, show growing, show torchvision:resnet50"
+)
 
 
 def show(name: str | None) -> Iterator[str]:
-    """Lines that explain everything, a family, a plug-in or a recipe.
+    """Lines that explain a recipe, a job, a section, an option, a value, a family or a plug-in; or list them all.
 
     Raises:
         RecipeError: no such name.
     """
-    if name in packaged_recipes():
-        yield _recipe_text(str(name)).rstrip()
-        return
-    if name is None or name == "recipes":
-        yield "recipes"
-        for recipe in packaged_recipes():
-            yield f"  {recipe:28} {_recipe_text(recipe).partition(chr(10))[0].lstrip('# ')}"
-        if name is not None:
-            return
-    chosen = [key for key in REGISTRIES if name in (None, key)]
-    if chosen:
-        for key in chosen:
-            yield from ("", key) if name is None else (key,)
-            for plugin in family(key).names():
-                yield from _plugin(family(key), plugin)
-            for form, meaning in BESIDE[key]:
-                yield f"  {form:28} {meaning}"
-        return
-    found = [key for key in REGISTRIES if name in family(key).names()]
+    if name is None:
+        yield from _index()
+    elif (path := packaged_path(name)) is not None:
+        yield path.read_text(encoding="utf-8").rstrip()
+    elif name in ("recipes", "jobs"):
+        yield from _recipes(name)
+    elif ":" in name:
+        yield from _callable(name)
+    else:
+        yield from _explained(name)
+
+
+def _index() -> Iterator[str]:
+    for group in ("recipes", "jobs"):
+        yield from (*_recipes(group), "")
+    yield "sections of a recipe"
+    for key, model in _sections().items():
+        yield f"  {key:28} {_first_line(model.__doc__)}"
+    for key in REGISTRIES:
+        yield from ("", key)
+        for plugin in family(key).names():
+            yield f"  {plugin:28} {_first_line(family(key).describe(plugin)[0])}"
+        for form, meaning in BESIDE[key]:
+            yield f"  {form:28} {meaning}"
+    yield from ("", HINT)
+
+
+def _recipes(group: str) -> Iterator[str]:
+    yield group
+    for name in packaged_recipes() if group == "recipes" else packaged_jobs():
+        path = packaged_path(name)
+        assert path is not None, "it is one of the packaged ones"
+        yield f"  {name:28} {path.read_text(encoding='utf-8').partition(chr(10))[0].lstrip('# ')}"
+
+
+def _explained(name: str) -> Iterator[str]:
+    """Whatever has that name. Plug-ins take the import of torch: only where the schema does not know the name."""
+    sections = [key for key, model in _sections().items() if _is_called(key, name) or _is_class(model, name)]
+    options = _options()
+    found = [line for key in sections for line in _section(key, _sections()[key])]
+    if name in REGISTRIES:
+        found += _family(name)
+    elif not sections and name not in options:
+        found += [line for key in REGISTRIES if name in family(key).names() for line in _plugin(key, name, whole=True)]
+        found += _inside_plugins(name)
+        options |= _plugin_options()
+    named = [key for key in options if _is_called(key, name) and key not in sections]
+    chosen = [key for key, option in options.items() if name in option.choices]
+    found += [f"{key:30} {options[key]}" for key in dict.fromkeys([*named, *chosen])]
+    section, _, last = name.rpartition(".")
+    if not found and section.partition(".")[0] in _sections():  # the option of a plug-in by its place in a recipe
+        own = {key: option for key, option in _plugin_options().items() if _is_called(key, last)}
+        found += [*_inside_plugins(last), *(f"{key:30} {option}" for key, option in own.items())]
+        found = found or list(_explained(last))
     if not found:
-        known = [
-            *packaged_recipes(),
-            "recipes",
-            *REGISTRIES,
-            *(plugin for key in REGISTRIES for plugin in family(key).names()),
-        ]
-        raise RecipeError(f"there is nothing called {name!r}; {did_you_mean(str(name), known)}")
-    for key in found:
-        yield from _plugin(family(key), str(name), whole=True)
+        meant = close_to(name, _names(options))
+        remedy = f"did you mean {meant}?" if meant else "`raydfkd show` lists what there is"
+        raise RecipeError(f"there is nothing called {name!r}; {remedy}")
+    yield from found
 
 
-def _plugin(registry: Registry[Any], name: str, *, whole: bool = False) -> Iterator[str]:
-    doc, options = registry.describe(name)
-    first, _, rest = doc.partition("\n")
+def _inside_plugins(name: str) -> list[str]:
+    """Sections of that name inside the options of plug-ins, each once."""
+    inside = {model: key for key, model in _plugin_sections() if _is_called(key, name) or _is_class(model, name)}
+    return [line for model, key in inside.items() for line in _section(key, model)]
+
+
+def _names(options: dict[str, OptionDoc]) -> set[str]:
+    """Everything that can be asked for by one word."""
+    plugins = {plugin for key in REGISTRIES for plugin in family(key).names()}
+    words = {key.rpartition(".")[2] for key in (*_sections(), *options)}
+    values = {value for option in options.values() for value in option.choices}
+    return {*packaged_recipes(), *packaged_jobs(), "recipes", "jobs", *REGISTRIES, *plugins, *words, *values}
+
+
+def _is_called(key: str, name: str) -> bool:
+    """Whether a dotted key ends in ``name``; entries of lists have any number."""
+    return f".{key}".endswith(f".{name}") or f".{key.replace('.0.', '.')}".endswith(f".{name}")
+
+
+def _is_class(model: type[BaseModel], name: str) -> bool:
+    return name.lower() in (model.__name__.lower(), model.__name__.lower().removesuffix("spec"))
+
+
+def _sections() -> dict[str, type[BaseModel]]:
+    return {"recipe": Recipe, **dict(sections_in(Recipe))}
+
+
+def _options() -> dict[str, OptionDoc]:
+    """Every option of the schema by its dotted key."""
+    return {
+        f"{key}.{option.name}".removeprefix("recipe."): option
+        for key, model in _sections().items()
+        for option in options_of(model)
+    }
+
+
+def _plugin_options() -> dict[str, OptionDoc]:
+    """Every option of every plug-in, and of the sections in them, by the plug-in's name and its own."""
+    own = {
+        f"{plugin}.{option.name}": option
+        for key in REGISTRIES
+        for plugin in family(key).names()
+        for option in family(key).describe(plugin)[1]
+    }
+    inside = {f"{key}.{option.name}": option for key, model in _plugin_sections() for option in options_of(model)}
+    return own | inside
+
+
+def _plugin_sections() -> Iterator[tuple[str, type[BaseModel]]]:
+    for key in REGISTRIES:
+        for plugin in family(key).names():
+            factory = family(key).get(plugin, where=key)
+            yield from sections_in(options_model(factory), f"{plugin}.")
+
+
+def _section(key: str, model: type[BaseModel]) -> Iterator[str]:
+    """A section with its options, and those of the sections in it; of the recipe itself only its own."""
+    yield f"{key:30} {' '.join((model.__doc__ or '').split())}"
+    yield from _section_options(model, "", nested=model is not Recipe)
+
+
+def _section_options(model: type[BaseModel], where: str, *, nested: bool) -> Iterator[str]:
+    inner = dict(sections_in(model))
+    for option in options_of(model):
+        field = model.model_fields[option.name]
+        key = f"{where}{option.name}"
+        if option.name not in inner:
+            yield f"  {key:28} {option}"
+            continue
+        need = "required" if field.is_required() else "null unless given" if field.default is None else "optional"
+        is_list = any(get_origin(leaf) is tuple for leaf in flatten(field.annotation))
+        yield f"  {key:28} {option.meaning} [{'list of sections' if is_list else 'section'}, {need}]"
+        if nested:
+            yield from _section_options(inner[option.name], f"{key}.", nested=True)
+
+
+def _family(key: str) -> Iterator[str]:
+    yield key
+    for plugin in family(key).names():
+        yield from _plugin(key, plugin)
+    for form, meaning in BESIDE[key]:
+        yield f"  {form:28} {meaning}"
+
+
+def _plugin(key: str, name: str, *, whole: bool = False) -> Iterator[str]:
+    doc, options = family(key).describe(name)
+    yield from _described(name, doc, options, whole=whole)
+
+
+def _described(name: str, doc: str, options: list[OptionDoc], *, whole: bool) -> Iterator[str]:
+    first, _, rest = doc.replace("``", "`").partition("\n")
     yield f"  {name:28} {first}"
     if whole and rest.strip():
         yield textwrap.indent(rest.strip("\n"), "    ")
     for option in options:
-        yield f"    {option.name:26} {option.meaning} [{option.type}, default {option.default}]"
+        yield f"    {option.name:26} {option}"
 
 
-def _recipe_text(name: str) -> str:
-    return (importlib.resources.files("raydfkd") / "recipes" / f"{name}.yaml").read_text()
+def _callable(name: str) -> Iterator[str]:
+    """A network of torchvision, or code of the user's, with what can be given as options."""
+    package, _, attribute = name.partition(":")
+    if package != "torchvision":
+        factory = import_callable(name, where="show")
+        doc = (inspect.getdoc(factory) or "(it has no docstring)").partition("Args:")[0].strip()
+        yield from _described(name, doc, _keywords(factory), whole=True)
+        return
+    from torchvision import models
+
+    if attribute not in models.list_models():
+        raise RecipeError(f"torchvision has no {attribute!r}; {did_you_mean(attribute, models.list_models())}")
+    builder = models.get_model_builder(attribute)
+    made = inspect.signature(builder, eval_str=True).return_annotation
+    options = {option.name: option for part in (made, builder) for option in _keywords(part)}
+    given = [option for option in options.values() if option.default != "required" and option.name != "num_classes"]
+    doc = f"Network of torchvision with teacher.classes outputs.\n{inspect.getdoc(builder) or ''}".partition("Args:")[0]
+    yield from _described(name, doc.strip(), given, whole=True)
+    yield "  Such options go under `teacher.options` or `student.options`; they are torchvision's, which explains them."
+
+
+def _keywords(factory: Any) -> list[OptionDoc]:
+    """What can be given to a callable by name, and has a default or must be; without what takes any number."""
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):
+        return []
+    return [
+        describe_option(
+            parameter.name,
+            parameter.annotation if parameter.annotation is not parameter.empty else Any,
+            ... if parameter.default is parameter.empty else parameter.default,
+            "",
+        )
+        for parameter in parameters
+        if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+
+
+def _first_line(doc: str | None) -> str:
+    return " ".join((doc or "").partition("\n\n")[0].split())

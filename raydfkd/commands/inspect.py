@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-import yaml
 
+from raydfkd.commands.completion import complete_name
 from raydfkd.commands.options import AsJson, Overrides, RunDir, Source, allow_code, load, read
 from raydfkd.commands.output import DONE, console_for, print_summary
+from raydfkd.config.recipe import Recipe
 from raydfkd.config.static_check import static_check
+from raydfkd.errors import Mistakes, RecipeError
+
+if TYPE_CHECKING:
+    from raydfkd.runner.check import Prepared
+
+NOT_LOOKED_AT = "networks, code of yours, weights, names of classes, real data, stores and the device"
+BYTES_BESIDE = 28
+"""Of a row of the set beside its pixels and logits: label, seed, unit, position, objective, version of the student."""
 
 
 def check(
@@ -26,27 +35,91 @@ def check(
     """Validate a recipe and print it resolved; nothing is made."""
     plan = read(recipe, overrides, run_dir)
     static_check(plan)
+    found = _size_of_set(plan)
     if not no_code:
         allow_code()
-        from raydfkd.runner.check import check as build_everything
-
-        build_everything(plan)
+        prepared = _check_everything(plan)
+        found += [*_sizes_of_networks(prepared), *prepared.notes]
     if as_json:
         typer.echo(json.dumps(plan.shown()))
         return DONE
+    typer.echo(plan.to_yaml().rstrip())
+    for line in found:
+        typer.echo(f"# {line}")
     units = plan.plan()
-    size = f"{len(units)} units, {sum(unit.request.count for unit in units):,} images"
-    typer.echo(yaml.safe_dump(plan.shown(), sort_keys=False, default_flow_style=None).rstrip())
-    typer.echo(f"# sound: {size}" + ("; networks and files were not looked at" if no_code else ""))
+    sound = f"# sound: {len(units)} units, {sum(unit.request.count for unit in units):,} images"
+    typer.echo(f"{sound}; {NOT_LOOKED_AT} were not looked at" if no_code else sound)
     return DONE
 
 
+def _check_everything(plan: Recipe) -> Prepared:
+    """What a run would refuse; a device that only the machine of the run has hides none of the other mistakes."""
+    from raydfkd.devices import pick_device
+    from raydfkd.runner.check import check as build_everything
+
+    mistakes = Mistakes()
+    with mistakes.gathered():
+        _ = plan.class_names
+    try:
+        pick_device(plan.runtime.device)
+    except RecipeError as error:
+        with mistakes.gathered():
+            raise RecipeError(f"{error}, or check with --no-code what is for another machine") from None
+        plan = plan.model_copy(update={"runtime": plan.runtime.model_copy(update={"device": "cpu"})})
+    with mistakes.gathered():
+        prepared = build_everything(plan)
+    mistakes.complain()
+    return prepared
+
+
+def _size_of_set(plan: Recipe) -> list[str]:
+    """How much there will be of what."""
+    channels, height, width = plan.teacher.image_space.shape
+    images = len(plan.classes) * plan.transfer_set.images_per_class
+    row = channels * height * width + 2 * plan.teacher.classes + BYTES_BESIDE
+    kind = plan.transfer_set.encoding.kind
+    stored = "" if kind == "raw" else f" before they are {kind}, which takes less"
+    return [
+        f"{len(plan.classes):,} classes, {images:,} images of {channels}x{height}x{width}: "
+        f"{_in_bytes(images * row)} of pixels and logits{stored}"
+    ]
+
+
+def _sizes_of_networks(prepared: Prepared) -> list[str]:
+    from raydfkd.networks.build import count_parameters
+
+    student, teacher = count_parameters(prepared.student), count_parameters(prepared.network)
+    said = f"student of {student:,} parameters, teacher of {teacher:,}"
+    if not teacher:
+        return [said]
+    if student > teacher:
+        return [f"{said}: the student is {student / teacher:.3g} times as large as what it is to replace"]
+    return [f"{said}: the student is {student / teacher:.1%} of it"]
+
+
+def _in_bytes(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB"
+
+
 def show(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A family, a plug-in or a recipe.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[NAME]",
+            help="A recipe, job, section, option, value, family or plug-in.",
+            autocompletion=complete_name,
+        ),
+    ] = None,
 ) -> int:
-    """List recipes and plug-ins with their options, or explain one of them."""
+    """List recipes, sections and plug-ins, or explain one of them, an option or a value."""
     from raydfkd.commands.catalog import show as catalog
 
+    if name is not None and ":" in name:
+        allow_code()
     for line in catalog(name):
         typer.echo(line)
     return DONE

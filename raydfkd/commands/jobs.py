@@ -51,7 +51,7 @@ def submit(  # noqa: PLR0913 - one option each
     as_json: AsJson = False,
 ) -> int:
     """Run a recipe on a Ray cluster, from here; it goes on when this command ends."""
-    plan = read(recipe, overrides, run_dir)
+    plan, working_dir = read(recipe, overrides, run_dir), working_dir.expanduser()
     entrypoint = plan_entrypoint(
         recipe,
         plan,

@@ -8,14 +8,25 @@ from typing import Annotated
 
 import typer
 
+from raydfkd.commands.completion import complete_override, complete_recipe
 from raydfkd.config.load import load_recipe
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.static_check import static_check
 from raydfkd.errors import RecipeError, did_you_mean
 
-Source = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a packaged recipe.")]
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A recipe file, or the name of a packaged recipe or job (`raydfkd show`).",
+        autocompletion=complete_recipe,
+    ),
+]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, e.g. --set seed=1.")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change the recipe, e.g. --set seed=1.", autocompletion=complete_override
+    ),
 ]
 RunDir = Annotated[str | None, typer.Option(help="Folder of reports, student and checkpoints.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]

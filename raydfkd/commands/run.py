@@ -9,6 +9,7 @@ import typer
 
 from raydfkd.commands.options import AsJson, On, Overrides, RunDir, Source, allow_code, load, read
 from raydfkd.commands.output import DONE, INCOMPLETE, complain, console_for, print_summary
+from raydfkd.config.load import expand_home
 from raydfkd.errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def evaluate(
     from raydfkd.runner.run import evaluate as judge
 
     chosen: Literal["test", "validation"] = "test" if split == "test" else "validation"
-    judged = judge(plan, student, split=chosen)
+    judged = judge(plan, expand_home(student) if student else None, split=chosen)
     if as_json:
         typer.echo(json.dumps(judged))
         return DONE

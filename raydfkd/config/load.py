@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from raydfkd.config.describe import model_in
 from raydfkd.config.recipe import SECRET, Recipe
-from raydfkd.config.registry import explain, keys_of, model_in
+from raydfkd.config.registry import explain, keys_of
 from raydfkd.config.schema import TeacherSpec, TransferSetSpec
 from raydfkd.errors import RecipeError, did_you_mean
 

@@ -51,7 +51,7 @@ class Recipe(Spec):
     """Rounds of synthesis and training one after the other: from the second on, images are made against the student
     that the rounds before have trained."""
     transfer_set: TransferSetSpec
-    """Where they go and how many."""
+    """Where the images go, and how many of them."""
     distill: DistillSpec
     """How the student is trained."""
     runtime: RuntimeSpec = RuntimeSpec()

@@ -10,26 +10,17 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, get_args, get_origin
+from typing import Any, Generic, TypeVar, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
+from raydfkd.config.describe import OptionDoc, annotation_of, describe_option, flatten, model_in
 from raydfkd.config.schema import Family, PluginSpec
 from raydfkd.errors import RecipeError, close_to, did_you_mean, one_line
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OptionDoc:
-    """One option of a plug-in, as ``raydfkd show`` prints it."""
-
-    name: str
-    type: str
-    default: str
-    meaning: str
 
 
 class Registry(Generic[T]):
@@ -85,7 +76,7 @@ class Registry(Generic[T]):
         Raises:
             RecipeError: unknown name or option, or an option of the wrong type or out of its range.
         """
-        model = _options_model(self.get(name, where=where))
+        model = options_model(self.get(name, where=where))
         try:
             value = model.model_validate_json(json.dumps(_completed(options, model)), strict=True)
         except ValidationError as error:
@@ -96,7 +87,7 @@ class Registry(Generic[T]):
         self, name: str, options: Mapping[str, Any], *, where: str, elsewhere: Iterable[str] = ()
     ) -> Iterator[Chosen]:
         """The plug-ins that ``options``, which are checked first, choose inside this one."""
-        model = _options_model(self.get(name, where=where))
+        model = options_model(self.get(name, where=where))
         checked = self.check(name, options, where=where, elsewhere=elsewhere)
         yield from chosen_in(model, checked, where)
 
@@ -129,13 +120,10 @@ class Registry(Generic[T]):
         doc = inspect.getdoc(factory) or ""
         meanings = meanings_of(doc)
         options = [
-            OptionDoc(
-                name=parameter.name,
-                type=str(parameter.annotation),
-                default="required" if parameter.default is parameter.empty else _as_json(parameter.default),
-                meaning=meanings.get(parameter.name, ""),
+            describe_option(
+                option, annotation_of(field), ... if field.is_required() else field.default, meanings.get(option, "")
             )
-            for parameter in _keyword_only(factory)
+            for option, field in options_model(factory).model_fields.items()
         ]
         return doc.partition("Args:")[0].strip(), options
 
@@ -165,7 +153,7 @@ def _chosen(value: Any, annotation: Any, where: str) -> Iterator[Chosen]:
         for index, item in enumerate(value):
             yield from _chosen(item, annotation, f"{where}[{index}]")
     elif isinstance(value, PluginSpec):
-        family = next((leaf.name for leaf in _flatten(annotation) if isinstance(leaf, Family)), None)
+        family = next((leaf.name for leaf in flatten(annotation) if isinstance(leaf, Family)), None)
         assert family is not None, f"{where} has an annotation that names its family"
         yield Chosen(family=family, name=value.kind, options=value.options, where=where)
     elif isinstance(value, BaseModel):
@@ -201,7 +189,7 @@ def _keyword_only(factory: Callable[..., Any]) -> list[inspect.Parameter]:
     return [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
 
 
-def _options_model(factory: Callable[..., Any]) -> type[BaseModel]:
+def options_model(factory: Callable[..., Any]) -> type[BaseModel]:
     """What options in a recipe are validated with."""
     initializer = factory.__init__ if inspect.isclass(factory) else factory
     namespace = getattr(initializer, "__globals__", {})
@@ -229,10 +217,6 @@ def _evaluated(annotation: Any, namespace: dict[str, Any]) -> Any:
     if annotation is inspect.Parameter.empty:
         return Any
     return eval(annotation, namespace) if isinstance(annotation, str) else annotation
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(value, default=lambda spec: spec.model_dump(mode="json"))
 
 
 def explain(error: ValidationError, where: str, model: type[BaseModel], *, elsewhere: Iterable[str] = ()) -> list[str]:
@@ -291,7 +275,7 @@ def _path(loc: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
         field = inside.model_fields.get(str(part)) if inside is not None else None
         if field is not None:
             inside = model_in(field.annotation)
-            is_free = any(get_origin(leaf) is dict for leaf in _flatten(field.annotation))
+            is_free = any(get_origin(leaf) is dict for leaf in flatten(field.annotation))
         elif not isinstance(part, int) and not is_free:
             is_unknown_key = inside is not None and index == len(loc) - 1 and not part.startswith("tagged-")
             if not is_unknown_key:
@@ -333,7 +317,7 @@ def keys_of(model: type[BaseModel], where: str = "") -> Iterator[str]:
         yield f"{where}{name}"
         inner = model_in(field.annotation)
         if inner is not None:
-            is_list = any(get_origin(leaf) is tuple for leaf in _flatten(field.annotation))
+            is_list = any(get_origin(leaf) is tuple for leaf in flatten(field.annotation))
             yield from keys_of(inner, f"{where}{name}.0." if is_list else f"{where}{name}.")
 
 
@@ -343,15 +327,3 @@ def _known_keys(model: type[BaseModel], path: list[str]) -> list[str]:
         field = model.model_fields.get(part)
         model = model_in(field.annotation if field else None) or model
     return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def model_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that an annotation allows, alone, in a list or as one of several forms."""
-    leaves = (leaf for leaf in _flatten(annotation) if inspect.isclass(leaf) and issubclass(leaf, BaseModel))
-    return next(leaves, None)
-
-
-def _flatten(annotation: Any) -> list[Any]:
-    """An annotation with everything inside it, metadata of ``Annotated`` included."""
-    inner = annotation if isinstance(annotation, tuple) else get_args(annotation)
-    return [annotation, *(leaf for argument in inner for leaf in _flatten(argument))]

@@ -229,7 +229,7 @@ class StudentSpec(Spec):
 
 
 class SynthesisSpec(Spec):
-    """How images are made; keys beyond these are options of the synthesizer."""
+    """How images are made; keys beyond these are options of the synthesizer (`raydfkd show synthesizers`)."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -386,7 +386,7 @@ class DistillSpec(Spec):
 
 
 class Range(Spec):
-    """An elastic number of workers."""
+    """An elastic number of workers, from `min` to `max`."""
 
     min: Count = 1
     """Workers at least: synthesis keeps that many when it runs out of units, training waits for that many."""

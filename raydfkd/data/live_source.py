@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import torch
+
 from raydfkd.config.schema import Count, Positive
 from raydfkd.data.sources import SOURCES, Feed, StudentBatch
 from raydfkd.errors import RecipeError
@@ -48,7 +50,8 @@ class LiveSource:
             self._generator.reseed(derive_seed(self._feed.seed, "live", self._step, ranks.rank))
             if self._step % self._student_steps == 0:
                 for _ in range(self._generator_steps):
-                    self._generator.update()
+                    with torch.enable_grad():  # who asks for a batch may want no gradients of its own
+                        self._generator.update()
             batch = self._generator.sample(count)
             self._step += 1
             yield StudentBatch(

@@ -18,10 +18,11 @@ import grpc
 import ray
 import ray._raylet
 from ray._common.utils import get_default_ray_temp_dir
-from ray._private import grpc_utils, services, state, utils, worker
+from ray._private import grpc_utils, state, utils, worker
 from ray._private.authentication import authentication_token_setup
 from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE, get_runtime_env_default_excludes
 from ray._private.runtime_env import packaging
+from ray._private.services import psutil  # type: ignore[attr-defined]  # Ray brings it along
 from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.train.v2._internal.exceptions import (
@@ -35,7 +36,6 @@ from ray.train.v2._internal.execution.failure_handling import DefaultFailurePoli
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 
-psutil: Any = services.psutil  # type: ignore[attr-defined]  # Ray brings its own
 
 __all__ = [
     "CHECKPOINT_MANAGER_SNAPSHOT_FILENAME",

@@ -16,8 +16,10 @@ from raydfkd.networks.answers import logits_of
 
 def wrapped(network: nn.Module) -> nn.Module:
     """The network that a wrapper for data parallelism holds; itself where there is none."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    return wrapped(network.get_submodule("module")) if isinstance(network, parallel) else network
+    if not isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return network
+    inner: nn.Module = network.module
+    return wrapped(inner)
 
 
 def layer_at(network: nn.Module, path: str, *, name: str, who: str) -> nn.Module:

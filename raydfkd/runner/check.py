@@ -31,6 +31,8 @@ class Prepared:
     recipe: Recipe
     network: nn.Module
     """The teacher's network; its weights are fresh where there is no ``teacher``."""
+    student: nn.Module
+    """Before training, with weights of no particular seed."""
     teacher: Teacher | None
     """None where it has to be taught first."""
     data: RealData | None
@@ -67,7 +69,7 @@ def check(recipe: Recipe) -> Prepared:
         open_job(recipe, teacher).transfer_set.check()
     else:
         check_teaching(recipe)
-    return Prepared(recipe=recipe, network=network, teacher=teacher, data=data, notes=tuple(notes))
+    return Prepared(recipe=recipe, network=network, student=student, teacher=teacher, data=data, notes=tuple(notes))
 
 
 def _check_synthesis(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> None:

@@ -25,9 +25,12 @@ def small_teacher():
 
 def test_rows_of_the_synthesis_benchmark_carry_the_names_that_scripts_rely_on():
     (row,) = (json.loads(row.to_json()) for row in bench_synthesis(rounds=1, device="cpu", cases=("convnet-32",)))
-    assert row.keys() == {"case", "device", "steps_per_s", "ratio_published", "ratio_fair", "share_of_ceiling", "note"}
+    assert row.keys() == {
+        *("case", "device", "steps_per_s", "ratio_published", "ratio_published_range"),
+        *("ratio_fair", "ratio_fair_range", "share_of_ceiling", "note"),
+    }
     assert row["case"] == "synthesis convnet-32 batch 100"
-    assert min(row[name] for name in row.keys() - {"case", "device", "note"}) > 0
+    assert min(row[name] for name in ("steps_per_s", "ratio_published", "ratio_fair", "share_of_ceiling")) > 0
 
 
 def test_case_whose_package_is_missing_is_skipped_with_one_line(monkeypatch, caplog):
@@ -109,10 +112,17 @@ def test_ceilings_of_this_machine_are_plausible():
     assert 1e8 < found.bytes_per_s < 1e13
 
 
-def test_ratio_is_the_median_over_pairs(monkeypatch):
+def test_ratio_is_the_median_over_pairs_with_the_least_and_the_greatest(monkeypatch):
     clock = iter([0, 1, 1, 2, 2, 3, 3, 5, 5, 6, 6, 16])  # seconds of three pairs: 1 and 1, 1 and 2, 1 and 10
     monkeypatch.setattr("raydfkd.bench.table.time.perf_counter", lambda: next(clock))
-    assert alternate(lambda: 10, lambda: 10, rounds=3) == pytest.approx((10, 5, 2))
+    speed, ratio = alternate(lambda: 10, lambda: 10, rounds=3)
+    assert speed == pytest.approx(10)
+    assert (ratio.median, ratio.low, ratio.high) == pytest.approx((2, 1, 10))
+    row = Row(case="a", device="cpu", ratio_raw=ratio)
+    assert json.loads(row.to_json(torch="2")) == {
+        **{"case": "a", "device": "cpu", "ratio_raw": 2.0, "ratio_raw_range": [1.0, 10.0], "torch": "2"}
+    }
+    assert table([row]).splitlines()[1].endswith("  2.00 (1.00-10.00)")
 
 
 def test_table_leaves_out_columns_that_no_row_has():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from raydfkd.bench import overlap, shards, student
-from raydfkd.bench.feeders import FEEDERS, litdata, mosaicml_streaming, raw_pyarrow
+from raydfkd.bench.feeders import FEEDERS, WORKERS, raw_pyarrow
 from raydfkd.bench.overlap import bench_overlap, natural_batch
 from raydfkd.bench.shards import bench_shards, random_batch
 from raydfkd.bench.student import StudentCase, bench_student
@@ -44,11 +44,17 @@ def test_feeder_that_is_not_installed_is_skipped_and_says_what_to_install():
 
 @pytest.mark.parametrize("name", FEEDERS)
 def test_feeder_goes_over_every_row_in_every_pass(name, tmp_path):
-    package = {mosaicml_streaming: "streaming", litdata: "litdata"}.get(FEEDERS[name])
+    package = {"MosaicML": "streaming", "LitData": "litdata"}.get(name.split(maxsplit=1)[0].rstrip(","))
     if package:
         pytest.importorskip(package)
     one_pass = FEEDERS[name](tmp_path, random_batch(20, 8), 8, False)
     assert [one_pass(), one_pass()] == [20, 20]
+
+
+def test_loaders_are_measured_without_workers_and_with_some():
+    names = [name for name in FEEDERS if name != "raw pyarrow"]
+    assert [name.partition(", ")[0] for name in names] == ["MosaicML Streaming"] * 2 + ["LitData"] * 2
+    assert all(any(word in name for name in names) for word in ("no worker", f"{WORKERS} workers"))
 
 
 def test_overlap_is_measured_for_every_encoding(monkeypatch):

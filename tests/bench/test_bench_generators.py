@@ -48,6 +48,6 @@ def test_every_measured_architecture_makes_images_of_its_size_and_can_be_grouped
 def test_rows_of_the_generators_benchmark_name_the_pack(monkeypatch):
     monkeypatch.setattr(generators, "CASES", {"tiny": TINY})
     (row,) = [json.loads(row.to_json()) for row in bench_generators(rounds=1, device="cpu")]
-    assert row.keys() == {"case", "device", "steps_per_s", "ratio_fair", "note"}
+    assert row.keys() == {"case", "device", "steps_per_s", "ratio_fair", "ratio_fair_range", "note"}
     assert row["case"] == "generators tiny, 3 x 2"
     assert row["steps_per_s"] > 0

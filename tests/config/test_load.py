@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+import raydfkd
+from raydfkd.config.describe import model_in
 from raydfkd.config.load import expand_home, load_recipe, packaged_jobs, packaged_path, packaged_recipes
 from raydfkd.config.recipe import Recipe
-from raydfkd.config.registry import keys_of, model_in
+from raydfkd.config.registry import keys_of
 from raydfkd.config.schema import PluginSpec, Range, RuntimeSpec
 from raydfkd.config.static_check import static_check
 from raydfkd.errors import RecipeError, differences
@@ -35,6 +38,15 @@ def test_packaged_jobs_are_the_files_of_the_folder_jobs():
     assert packaged_jobs() == sorted(path.stem for path in JOBS.glob("*.yaml"))
     for name in packaged_jobs():
         assert packaged_path(name).read_bytes() == (JOBS / f"{name}.yaml").read_bytes()
+
+
+def test_recipes_jobs_and_the_page_are_in_a_wheel():
+    package = Path(raydfkd.__file__).parent
+    patterns = tomllib.loads((package.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    packed = {path for pattern in patterns["raydfkd"] for path in package.glob(pattern)}
+    data = {path for path in package.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    jobs = {package / "recipes/jobs" / path.name for path in JOBS.glob("*.yaml")}
+    assert packed == data | jobs
 
 
 def test_no_job_is_called_like_a_recipe():

@@ -7,7 +7,8 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 from toy import FAMILIES
 
-from raydfkd.config.registry import OptionDoc, Registry
+from raydfkd.config.describe import OptionDoc
+from raydfkd.config.registry import Registry
 from raydfkd.errors import RecipeError, did_you_mean
 
 

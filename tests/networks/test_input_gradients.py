@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from raydfkd.networks.input_gradients import (
     Convolution,
@@ -121,3 +122,44 @@ def test_layer_that_learns_gets_the_gradient_of_its_weights():
     with FastInputGradients():
         layer(torch.randn(2, 3, 8, 8, requires_grad=True)).sum().backward()
     assert layer.weight.grad is not None
+
+
+def test_bias_that_depends_on_the_images_keeps_its_gradient():
+    torch.manual_seed(0)
+    stem, images = nn.Conv2d(3, 4, 3).requires_grad_(False), torch.randn(2, 3, 8, 8, requires_grad=True)
+
+    def answer(x):
+        return F.conv2d(x, stem.weight, x.mean((0, 2, 3)).sum() + stem.bias).square().sum()
+
+    (expected,) = torch.autograd.grad(answer(images), images)
+    with FastInputGradients():
+        value = answer(images)
+    torch.testing.assert_close(torch.autograd.grad(value, images)[0], expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(3, 4, 3), nn.Conv2d(3, 3, 3, stride=2, groups=3)], ids=["stem", "strided depthwise"]
+)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_convolution_that_is_computed_again_in_the_backward_pass_has_its_gradient(layer, use_reentrant, precision):
+    layer.requires_grad_(False)
+    images = torch.randn(2, 3, 8, 8, requires_grad=True)
+    with FastInputGradients(), torch.autocast("cpu", torch.bfloat16, precision == torch.bfloat16):
+        value = checkpoint(lambda x: layer(x).square(), images, use_reentrant=use_reentrant).sum()
+    (expected,) = torch.autograd.grad(layer(images).square().sum(), images)
+    (found,) = torch.autograd.grad(value, images) if not use_reentrant else (_backward(value, images),)
+    assert (found - expected).norm() / expected.norm() < (1e-5 if precision == torch.float32 else 0.05)
+
+
+def _backward(value, images):
+    value.backward()
+    return images.grad
+
+
+def test_weights_are_cast_only_for_a_convolution_that_goes_its_own_way():
+    layer, images = nn.Conv2d(8, 8, 3).requires_grad_(False), torch.randn(2, 8, 8, 8, requires_grad=True)
+    with torch.profiler.profile() as profile, FastInputGradients(), torch.autocast("cpu", torch.bfloat16):
+        layer(images), layer(images)
+    casts = [event.count for event in profile.key_averages() if event.key == "aten::_to_copy"]
+    assert sum(casts) <= 5, "once a call of weight and bias, and once of the images, which autocast keeps"

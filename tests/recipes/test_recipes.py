@@ -15,7 +15,7 @@ NO_DATA = ["real_data=null", "teacher.train=null", "teacher.weights=random"]
 HERE = ["runtime.executor=local", "runtime.device=cpu"]
 SHORT = {
     "generator": ["synthesis.steps=2", "synthesis.batch_per_class=2", "synthesis.emissions=1"],
-    "pixels": ["synthesis.stages=[{pool: 2, steps: 2}, {steps: 2}]", "synthesis.batch_size=20"],
+    "pixels": ["synthesis.stages=[{steps: 2}, {steps: 2}]", "synthesis.batch_size=20"],
 }
 """What makes each synthesizer quick."""
 

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import raydfkd
+from raydfkd.bench.engine import code_digest, engine, measured_with
+from raydfkd.errors import RecipeError
+
+
+def test_engine_is_known_by_the_content_of_its_files_and_not_by_where_or_when_they_are(tmp_path, monkeypatch):
+    before = code_digest()
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(Path(raydfkd.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(raydfkd, "__file__", str(copy / "__init__.py"))
+    found = []
+    for source in (None, "# a change\n"):
+        if source is not None:
+            with (copy / "losses" / "moments.py").open("a") as file:
+                file.write(source)
+        code_digest.cache_clear()
+        found.append(code_digest())
+    code_digest.cache_clear()
+    assert found[0] == before != found[1]
+
+
+def test_line_above_a_table_says_versions_and_device():
+    assert measured_with("cpu").startswith(f"raydfkd {raydfkd.__version__}+{code_digest()}, torch ")
+    assert measured_with("cpu").endswith(" CPU")
+    assert set(engine()) == {"raydfkd", "torch"}
+
+
+def test_line_above_a_table_refuses_a_device_that_is_not_there():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(RecipeError, match="cuda"):
+        measured_with("cuda")
