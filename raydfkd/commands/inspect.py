@@ -81,10 +81,10 @@ def _size_of_set(plan: Recipe) -> list[str]:
 
 
 def _sizes_of_networks(plan: Recipe) -> list[str]:
-    from raydfkd.networks.build import build_network, count_parameters
+    from raydfkd.networks.build import planned_parameters
 
-    student = count_parameters(build_network(plan.student, plan.teacher, where="student", seed=0))
-    teacher = count_parameters(build_network(plan.teacher, plan.teacher, where="teacher", seed=0))
+    student = planned_parameters(plan.student, plan.teacher, where="student")
+    teacher = planned_parameters(plan.teacher, plan.teacher, where="teacher")
     said = f"student of {student:,} parameters, teacher of {teacher:,}"
     if not teacher:
         return [said]

@@ -100,6 +100,13 @@ def _takes(network: nn.Module, space: ImageSpace, size: int) -> bool:
     return True
 
 
+def planned_parameters(spec: TeacherSpec | StudentSpec, teacher: TeacherSpec, *, where: str) -> int:
+    """Number of weights of a network that can be built; those of this package and of torchvision take no memory."""
+    is_ours = ":" not in spec.network or (spec.network.startswith("torchvision:") and "weights" not in spec.options)
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if is_ours else "cpu"):
+        return count_parameters(_construct(spec, teacher, where))
+
+
 def count_parameters(network: nn.Module) -> int:
     """Number of weights."""
     return sum(parameter.numel() for parameter in network.parameters())

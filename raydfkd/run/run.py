@@ -51,7 +51,7 @@ def announce(job: Job, monitor: Monitor) -> None:
     )
     monitor.say(
         "plan",
-        f"{recipe.teacher.classes} classes, {job.planned_images:,} images in {len(job.units)} units, "
+        f"{len(recipe.classes):,} classes, {job.planned_images:,} images in {len(job.units)} units, "
         f"student of {student:,} parameters",
     )
     if done.commits:

@@ -12,7 +12,7 @@ from torch import nn
 
 from raydfkd.config.schema import ImageSpace, TeacherSpec
 from raydfkd.errors import RecipeError
-from raydfkd.networks.build import build_network, count_parameters
+from raydfkd.networks.build import build_network, count_parameters, planned_parameters
 from raydfkd.networks.weights import load_weights, save_bytes, weights_exist
 
 SMALL = {"convnet": {"widths": [4, 8]}, "resnet_small": {"depth": 8, "width": 4}, "lenet5": {"shrink": 2}}
@@ -369,3 +369,12 @@ def test_unknown_protocol_is_no_answer_to_whether_weights_exist():
         "teacher.weights is 'nosuch://a/b.pt': cannot be read (Protocol not known: nosuch); "
         "give a file that this machine can read"
     )
+
+
+@pytest.mark.parametrize("network", ["convnet", "lenet5", "resnet_small", "torchvision:resnet18", "toy:ConvNet"])
+def test_weights_are_counted_without_making_them(network):
+    options = {"classes": 10, "channels": 3} if network == "toy:ConvNet" else {}
+    space = ImageSpace(channels=3, size=32, mean=(0.5,) * 3, std=(0.5,) * 3)
+    teacher = TeacherSpec(network=network, options=options, classes=10, image_space=space)
+    built = build_network(teacher, teacher, where="teacher", seed=0)
+    assert planned_parameters(teacher, teacher, where="teacher") == count_parameters(built)
