@@ -207,3 +207,8 @@ class _Trial:
                 f"({type(error).__name__}: {reason}); give one whose forward takes them"
             )
         return RecipeError(f"{self._name} cannot take {shape} images ({reason}); check channels and network")
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Number of weights."""
+    return sum(parameter.numel() for parameter in network.parameters())
