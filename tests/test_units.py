@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from raydfkd.seeds import derive_seed
-from raydfkd.units import UnitQueue, plan_units
+from raydfkd.units import Phase, UnitQueue, plan_phases, plan_units
 
 unhurried = settings(max_examples=50, deadline=None)  # other sessions share the machine
 
@@ -155,6 +155,39 @@ def bytes_per_unit(pack):
         tracemalloc.stop()
 
 
+# Phases
+
+
+def phases_of(*, repeats, rounds, steps):
+    units = plan(images=4 * repeats)
+    return units, plan_phases(units, repeats=repeats, rounds=rounds, steps=steps)
+
+
+def test_one_round_is_one_phase_that_follows_the_newest_student():
+    units, phases = phases_of(repeats=3, rounds=1, steps=7)
+    assert phases == (Phase(units=units, until_step=7, student_version="newest"),)
+
+
+@unhurried
+@given(rounds=st.integers(2, 4), each=st.integers(1, 3), steps=st.integers(4, 50))
+def test_phases_share_out_whole_repeats_and_the_steps_and_look_back_at_the_phase_before(rounds, each, steps):
+    units, phases = phases_of(repeats=rounds * each, rounds=rounds, steps=steps)
+    assert len(phases) == rounds
+    for number, phase in enumerate(phases):
+        made_before = phases[number - 1].units if number else ()
+        assert phase.units[: len(made_before)] == made_before, "those of earlier phases are included"
+        repeats = {unit.repeat for unit in phase.units[len(made_before) :]}
+        assert repeats == set(range(number * each, (number + 1) * each))
+        assert phase.student_version == (phases[number - 1].until_step if number else None)
+    ends = [phase.until_step for phase in phases]
+    assert ends == sorted(set(ends)), "each phase makes a step at least"
+    assert (phases[-1].units, ends[-1]) == (units, steps)
+
+
+def test_plan_without_units_is_a_phase_of_steps_alone():
+    assert plan_phases((), repeats=0, rounds=1, steps=9) == (Phase(units=(), until_step=9),)
+
+
 # Queue
 
 
@@ -169,8 +202,8 @@ def test_units_are_handed_out_in_the_order_of_the_plan():
 
 def test_units_done_in_earlier_runs_are_never_handed_out():
     queue = UnitQueue(UNITS, done=[UNITS[0].id, UNITS[2].id, "r000-c0099-0099"])
+    assert queue.num_open == 2
     assert [queue.take() for _ in range(3)] == [UNITS[1], UNITS[3], None]
-    assert queue.num_done == 2
 
 
 def test_queue_of_a_finished_run_is_drained_from_the_start():
@@ -267,13 +300,13 @@ def test_last_failure_of_a_unit_that_was_thought_lost_sets_it_aside_while_it_wai
     assert queue.is_drained
 
 
-def test_result_that_arrives_after_quarantine_is_welcome():
+def test_result_that_arrives_after_a_unit_was_given_up_is_welcome():
     queue = UnitQueue(UNITS[:1], max_attempts=1)
     unit = queue.take()
     queue.failed(unit, "no luck")
     queue.finished(unit)
     assert queue.given_up == ()
-    assert queue.num_done == 1
+    assert queue.is_drained
 
 
 class Queue(RuleBasedStateMachine):
@@ -375,7 +408,7 @@ class Queue(RuleBasedStateMachine):
 
     @invariant()
     def each_unit_is_in_exactly_one_state(self):
-        assert self.queue.num_done == len(self.done)
+        assert self.queue.num_open == len(self.units) - len(self.done) - len(self.set_aside)
         assert self.queue.num_running == len(self.running)
         assert self.queue.attempted == self.taken.total()
         assert {failure.unit for failure in self.queue.given_up} == self.set_aside
@@ -406,8 +439,11 @@ class Queue(RuleBasedStateMachine):
             self.queue.lost(self.units[unit_id])
         while (unit := self.queue.take()) is not None:
             self.queue.finished(unit)
+            self.done.add(unit.id)
         assert self.queue.is_drained
-        assert self.queue.num_done + len(self.queue.given_up) == len(self.units)
+        given_up = {failure.unit for failure in self.queue.given_up}
+        assert not given_up & self.done
+        assert given_up | self.done == self.units.keys()
 
 
 Queue.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)

@@ -57,6 +57,7 @@ transfer_set:
 distill:
   steps: 6
   batch_size: 8
+  holdout: 0
   criterion: logit_l1
   optimizer: {kind: adam, lr: 1e-2}
   log_every: 1

@@ -283,8 +283,10 @@ def _path(loc: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
         if field is not None:
             inside = model_in(field.annotation)
             is_free = any(get_origin(leaf) is dict for leaf in flatten(field.annotation))
-        elif not isinstance(part, int) and not is_free and not (inside is not None and index == len(loc) - 1):
-            continue
+        elif not isinstance(part, int) and not is_free:
+            is_unknown_key = inside is not None and index == len(loc) - 1 and not part.startswith("tagged-")
+            if not is_unknown_key:
+                continue
         path.append(str(part))
     return path
 

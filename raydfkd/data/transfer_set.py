@@ -115,9 +115,10 @@ class TransferSet:
 
     def _difference(self, digest: str) -> str:
         """What differs between the recipe of the set that is there, which has ``digest``, and this one's."""
-        with contextlib.suppress(FileNotFoundError, ValueError, AttributeError):
-            found = differences(json.loads(self.store.get("recipe.json")), self._made_of)
-            if found and self._made_of:
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            there = json.loads(self.store.get("recipe.json"))
+            found = differences(there, self._made_of) if isinstance(there, dict) and self._made_of else []
+            if found:
                 more = f", and {len(found) - 3} more" if len(found) > 3 else ""
                 return "; ".join(found[:3]) + more
         return f"digest {digest[:12]} there and {self.digest[:12]} here"

@@ -77,11 +77,11 @@ def _attributes(answer: Any) -> dict[str, Any]:
 
 
 def _by_class(tensor: Tensor, classes: int, images: int | None) -> Tensor | None:
-    if tensor.ndim == 2 and tensor.shape[1] == classes:
+    rows = images if images is not None else len(tensor) if tensor.ndim else 1
+    if tensor.shape == (rows, classes):
         return tensor
     if not tensor.is_floating_point():
         return None
-    rows = images if images is not None else len(tensor) if tensor.ndim else 1
     if tensor.numel() == rows * classes and (tensor.ndim > 2 or rows == 1):
         return tensor.reshape(rows, classes) if len(tensor) in (rows, classes) else None
     if classes == 2 and tensor.numel() == rows:

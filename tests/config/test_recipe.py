@@ -146,7 +146,6 @@ def test_misspelled_packaged_recipe_is_named_with_the_closest_one():
             "teacher.image_space.size=[8]",
             "teacher.image_space.size is [8]: give a number of pixels, or [height, width]",
         ),
-        ("distill.source.kind=grown", "distill.source.kind is \"grown\": input should be 'growing' or 'snapshot'"),
         ("distill.optimizer.lr=-1", "distill.optimizer.lr is -1: input should be greater than 0"),
         ("distill.optimizer.lr=.inf", "distill.optimizer.lr is Infinity: input should be a finite number"),
         ("distill.optimizer.momentum=2", "distill.optimizer.momentum is 2: input should be less than 1"),
@@ -168,7 +167,6 @@ def test_value_of_the_wrong_type_or_range_is_refused_with_its_key(toy, override,
         ("teacher.clases=4", "teacher.clases: unknown key; did you mean classes?"),
         ("teacher.image_space.sizes=4", "teacher.image_space.sizes: unknown key; did you mean size?"),
         ("transfer_set.unit.class=4", "transfer_set.unit.class: unknown key; did you mean classes?"),
-        ("distill.source.window=4", "distill.source.window: unknown key; did you mean window_rows?"),
         ("runtime.workers.maxx=4", "runtime.workers.maxx: unknown key; did you mean max?"),
     ],
 )
@@ -434,22 +432,22 @@ CHANGES_NO_PIXEL = [
 
 @pytest.mark.parametrize("override", CHANGES_PIXELS)
 def test_digest_changes_with_what_affects_pixels(toy, override):
-    assert toy(override).digest("w") != toy().digest("w")
+    assert toy(override).made_of("w") != toy().made_of("w")
 
 
 def test_digest_changes_with_the_teachers_weights(toy):
-    assert toy().digest("w") != toy().digest("v")
+    assert toy().made_of("w") != toy().made_of("v")
 
 
 @pytest.mark.parametrize("override", CHANGES_NO_PIXEL)
 def test_digest_stays_with_what_affects_no_pixel(toy, override):
-    assert toy(override).digest("w") == toy().digest("w")
+    assert toy(override).made_of("w") == toy().made_of("w")
 
 
 def test_digest_stays_when_a_recipe_goes_through_json(toy):
     recipe = toy("teacher.options={a: [1, 2.5, x]}")
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
-    assert Recipe.model_validate_json(recipe.model_dump_json()).digest("w") == recipe.digest("w")
+    assert Recipe.model_validate_json(recipe.model_dump_json()).made_of("w") == recipe.made_of("w")
 
 
 # What is shown

@@ -34,6 +34,14 @@ WRONG = {
     "student.network": ["convnt"],
     "student.options": ["{widths: 4}", "{depth: 8}"],
     "distill.criterion": ["soft_k", "{kind: soft_kl, temprature: 4}", "{kind: soft_kl, direction: up}"],
+    "distill.source": [
+        "grown",
+        "{kind: growing, window: 4}",
+        "{kind: growing, wait_for: 0}",
+        "{kind: snapshot, complete_by: 0.5}",
+        "{kind: growing, complete_by: 1.5}",
+        "{kind: growing, refresh_steps: often}",
+    ],
     "distill.augment": ["[nois]", "[{kind: noise}]", "[{kind: mixup, alpha: 0}]"],
     "teacher.train.augment": ["[affin]", "[{kind: affine, scale: 1}]"],
 }
@@ -75,6 +83,20 @@ def test_mistake_is_refused_in_the_words_of_the_check_that_builds_everything(tmp
     with pytest.raises(RecipeError) as full:
         in_check.check(recipe)
     assert str(static.value) == str(full.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("distill.source=grown", "distill.source: unknown source 'grown'; did you mean growing?"),
+        ("distill.source.kind=grown", "distill.source: unknown source 'grown'; did you mean growing?"),
+        ("distill.source.window=4", "distill.source.window: unknown key; did you mean window_rows?"),
+    ],
+)
+def test_mistake_in_the_source_is_named_with_the_closest_word(override, message):
+    with pytest.raises(RecipeError) as error:
+        static_check(load_recipe("digits-generators", [override]))
+    assert str(error.value) == message
 
 
 @pytest.mark.parametrize("network", ["nosuch:build", "torchvision:nosuch", "os:getcwd"])

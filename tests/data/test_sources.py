@@ -405,21 +405,21 @@ def test_set_that_fits_into_a_window_is_read_once(tmp_path, monkeypatch):
 
 
 def part_of_the_second_window(rows):
+    """The part, and the unit that it is of."""
     (first,) = epochs(rows.sources(window_rows=8), 1)
     return next(
-        part
+        (part, commit.unit)
         for commit in rows.set.snapshot().commits
         for part in commit.parts
         if rows.set.read(part).labels[0] in first[1][0].labels
     )
 
 
-def test_unit_that_cannot_be_read_is_quarantined_and_the_student_goes_on_without_it(tmp_path, caplog):
+def test_unit_that_cannot_be_read_is_taken_out_and_the_student_goes_on_without_it(tmp_path, caplog):
     rows = Rows(tmp_path, part_rows=8)
     written = rows.write(8, 8, 8)
     rows.set.close([])
-    broken = part_of_the_second_window(rows)
-    unit = rows.set.snapshot().owner_of(broken).unit
+    broken, unit = part_of_the_second_window(rows)
     rows.set.store.put(broken.path, b"damaged")
     (source,) = rows.sources(window_rows=8)
     begun = taken(iter(source), 1)
@@ -435,8 +435,7 @@ def test_with_several_ranks_damage_ends_the_training_so_that_all_begin_a_pass_to
     rows = Rows(tmp_path, part_rows=8)
     written = rows.write(8, 8, 8)
     rows.set.close([])
-    broken = part_of_the_second_window(rows)
-    unit = rows.set.snapshot().owner_of(broken).unit
+    broken, unit = part_of_the_second_window(rows)
     content = rows.set.store.get(broken.path)
     both = rows.sources(2, window_rows=8)
     streams = [iter(source) for source in both]

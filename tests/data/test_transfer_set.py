@@ -79,11 +79,10 @@ def test_committed_rows_read_back_as_they_were_written(transfer_set, make_batch)
 def test_commit_says_what_is_in_the_unit(transfer_set, make_batch):
     batches = [make_batch(3, objective=1.0), make_batch(6, objective=4.0, student_version=5)]
     sink = filled(transfer_set.open(UNITS[0], attempt=2), *batches)
-    made = sink.commit(seconds=2.5, curve=[{"step": 1, "total": 3.0}])
+    made = sink.commit(seconds=2.5)
     assert (made.unit, made.attempt, made.seed) == (UNITS[0].id, 2, UNITS[0].request.seed)
     assert (made.images, [part.rows for part in made.parts]) == (9, [4, 4, 1])
     assert (made.objective, made.student_version, made.seconds) == (3.0, 5, 2.5)
-    assert made.curve == ({"step": 1.0, "total": 3.0},)
     assert made.content == rows_digest(batches)
 
 
@@ -298,9 +297,46 @@ def test_set_of_another_recipe_is_refused(act, uri):
     with pytest.raises(RecipeError) as caught:
         getattr(TransferSet(uri, digest=OTHER), act)()
     assert str(caught.value) == (
-        f"transfer_set.uri is {uri}: holds a set of another recipe (digest dddddddddddd instead of eeeeeeeeeeee); "
-        "give another uri or delete it"
+        f"transfer_set.uri is {uri}: holds a set of another recipe (digest dddddddddddd there and eeeeeeeeeeee here); "
+        "use the recipe and --set of then, or give another uri"
     )
+
+
+@pytest.mark.parametrize("act", ["create", "check"])
+def test_set_of_another_recipe_is_refused_with_what_differs(act, uri):
+    there = {"seed": 1, "synthesis": {"steps": 150, "objective": [{"name": "bn_moments", "weight": 1.0}]}}
+    here = {"seed": 1, "synthesis": {"steps": 4, "objective": [{"name": "bn_moments", "weight": 0.5}]}}
+    TransferSet(uri, digest=DIGEST, made_of=there).create()
+    with pytest.raises(RecipeError) as caught:
+        getattr(TransferSet(uri, digest=OTHER, made_of=here), act)()
+    assert str(caught.value) == (
+        f"transfer_set.uri is {uri}: holds a set of another recipe (synthesis.steps is 150 there and 4 here; "
+        "synthesis.objective.bn_moments.weight is 1.0 there and 0.5 here); use the recipe and --set of then, or give another uri"
+    )
+
+
+def test_of_many_differences_between_recipes_the_first_are_named_and_the_rest_are_counted(uri):
+    TransferSet(uri, digest=DIGEST, made_of={str(key): 0 for key in range(9)}).create()
+    with pytest.raises(RecipeError, match="0 is 0 there and 1 here; 1 is .*; 2 is .* here, and 6 more\\)"):
+        TransferSet(uri, digest=OTHER, made_of={str(key): 1 for key in range(9)}).check()
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[1]", b"null"])
+def test_set_whose_recipe_json_is_missing_or_none_is_still_refused(content, uri):
+    made = TransferSet(uri, digest=DIGEST, made_of={"seed": 1})
+    made.create()
+    made.store.delete("recipe.json")
+    if content is not None:
+        made.store.put("recipe.json", content)
+    with pytest.raises(RecipeError, match="digest dddddddddddd there and eeeeeeeeeeee here"):
+        TransferSet(uri, digest=OTHER, made_of={"seed": 2}).check()
+
+
+def test_set_that_was_begun_before_recipes_were_written_beside_it_goes_on(transfer_set, uri, make_batch):
+    commit(transfer_set, UNITS[0], make_batch(2))
+    newer = TransferSet(uri, digest=DIGEST, made_of={"seed": 1})
+    newer.create()
+    assert newer.committed() == {UNITS[0].id}
 
 
 def test_creating_a_set_again_goes_on_with_it(transfer_set, uri, make_batch):
@@ -595,14 +631,6 @@ def test_verify_looks_only_at_the_wanted_units(transfer_set, make_batch):
     assert [verdict.unit for verdict in transfer_set.verify(within=[UNITS[1].id])] == [UNITS[1].id]
 
 
-def test_part_is_traced_to_its_commit(transfer_set, make_batch):
-    commits = [commit(transfer_set, unit, make_batch(6)) for unit in UNITS]
-    snapshot = transfer_set.snapshot()
-    assert [snapshot.owner_of(made.parts[1]) for made in commits] == commits
-    with pytest.raises(KeyError):
-        snapshot.owner_of(replace(commits[0].parts[0], path="parts/other.parquet"))
-
-
 @pytest.mark.parametrize("within", [None, "some"])
 def test_many_records_are_fetched_at_once_and_come_in_order(within, transfer_set, make_batch, monkeypatch):
     units = plan_units(seed=1, classes=range(40), images_per_class=1, classes_per_unit=1, images_per_class_per_unit=1)
@@ -635,6 +663,26 @@ def test_snapshot_survives_its_json_and_pickling(transfer_set, make_batch):
     snapshot = transfer_set.snapshot()
     assert Snapshot.from_json(snapshot.to_json()) == snapshot
     assert pickle.loads(pickle.dumps(transfer_set)).snapshot() == snapshot
+
+
+OLD_RECORD = (
+    b'{"unit":"r000-c0000-0000","attempt":1,"seed":5,"images":2,"parts":[{"path":"parts/a-0000.parquet","rows":2,'
+    b'"bytes":10,"xxh3":"00000000000000000000000000000000"}],"content":"00000000000000000000000000000000",'
+    b'"objective":0.5,"student_version":-1,"seconds":1.5,"curve":[{"step":1.0,"total":3.0},{"step":50.0,"total":0.5}],'
+    b'"generation":0}'
+)
+
+
+def test_record_of_an_earlier_version_with_a_curve_is_still_read(transfer_set):
+    transfer_set.store.put("commits/r000-c0000-0000.json", OLD_RECORD)
+    (made,) = transfer_set.snapshot().commits
+    assert (made.unit, made.images, made.seconds) == ("r000-c0000-0000", 2, 1.5)
+    assert made.curve == ({"step": 1.0, "total": 3.0}, {"step": 50.0, "total": 0.5})
+    assert Snapshot.from_json(transfer_set.snapshot().to_json()).commits == (made,)
+
+
+def test_new_record_has_no_curve(transfer_set, make_batch):
+    assert commit(transfer_set, UNITS[0], make_batch(2)).curve == ()
 
 
 def test_objective_that_diverged_survives_its_json(transfer_set, make_batch):

@@ -11,14 +11,16 @@ from toy import (
     PlainNet,
     batchnorm_teacher,
     plain_teacher,
-    quiet_monitor,
+    quiet_events,
+    synthesize_here,
     toy_recipe,
+    training_of,
 )
 
 from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
 from raydfkd.config.schema import DistillSpec, OptimizerSpec
-from raydfkd.data.sources import StudentBatch
-from raydfkd.distillation.trainer import StudentTrainer
+from raydfkd.data.sources import Ranks, StudentBatch
+from raydfkd.distillation.trainer import StepHooks, StudentTrainer, TrainingHooks, ignore
 from raydfkd.distillation.training import StudentCheckpoint, StudentTraining
 from raydfkd.errors import StudentDivergedError
 from raydfkd.images.pixels import PixelRange
@@ -27,7 +29,8 @@ from raydfkd.networks import observed
 from raydfkd.networks.observed import Observation, ObservedNetwork
 from raydfkd.networks.optimizers import build_optimizer
 from raydfkd.networks.small import ConvNet
-from raydfkd.runner.local import LocalExecutor
+from raydfkd.networks.teacher import open_teacher
+from raydfkd.units import Phase
 
 CPU = torch.device("cpu")
 AUGMENTED = (
@@ -46,12 +49,8 @@ class DropoutNet(PlainNet):
 
 def job_with_images(folder, *overrides):
     job = open_job(toy_recipe(folder, overrides))
-    LocalExecutor().synthesize(job, quiet_monitor(folder))
+    synthesize_here(job, quiet_events(folder))
     return job
-
-
-def training_of(job, on_log=lambda _: None, on_checkpoint=lambda _: None):
-    return StudentTraining(job, on_log=on_log, on_checkpoint=on_checkpoint, device=CPU)
 
 
 def assert_same_weights(one, other):
@@ -74,12 +73,13 @@ def assert_same_weights(one, other):
 def test_resumed_training_equals_uninterrupted_training_bit_for_bit(tmp_path, overrides):
     job = job_with_images(tmp_path, "distill.steps=9", "distill.checkpoint_every=4", *overrides)
     checkpoints, curve = [], []
-    expected = training_of(job, curve.append, lambda state: checkpoints.append(checkpoint_bytes(state))).run()
+    hooks = {"on_log": curve.append, "on_checkpoint": lambda state: checkpoints.append(checkpoint_bytes(state))}
+    expected = training_of(job, **hooks).run()
     assert len(checkpoints) == 3
     for content, step in zip(checkpoints, (4, 8, 9), strict=True):
         torch.manual_seed(step)  # an interrupted process starts with other global random numbers
         resumed_curve = []
-        resumed = training_of(job, resumed_curve.append)
+        resumed = training_of(job, on_log=resumed_curve.append)
         resumed.load_state_dict(read_checkpoint(content))
         assert resumed.trainer.step == step
         assert_same_weights(resumed.run(), expected)
@@ -159,15 +159,17 @@ def test_training_in_two_calls_makes_the_steps_of_one_with_the_learning_rates_of
     job = job_with_images(tmp_path, "distill.steps=9", "distill.checkpoint_every=100")
     expected = training_of(job).run()
     states = []
-    first = training_of(job, on_checkpoint=lambda state: states.append(checkpoint_bytes(state)))
-    first.run(until=5)
+    half = Phase(units=job.units, until_step=5)
+    first = training_of(job, half, on_checkpoint=lambda state: states.append(checkpoint_bytes(state)))
+    first.run()
     assert first.trainer.step == 5
     assert len(states) == 1, "there is a checkpoint to go on from"
     second = training_of(job)
     second.load_state_dict(read_checkpoint(states[0]))
-    assert_same_weights(second.run(until=90), expected)
+    assert_same_weights(second.run(), expected)
+    assert_same_weights(second.run(), expected)
     first.run()
-    assert_same_weights(first.run(), expected)
+    assert first.trainer.step == 5
 
 
 def test_student_is_published_when_fresh_every_so_often_and_at_the_end(tmp_path):
@@ -178,12 +180,10 @@ def test_student_is_published_when_fresh_every_so_often_and_at_the_end(tmp_path)
         assert version not in versions
         versions[version] = {name: value.clone() for name, value in state.items()}
 
-    training = StudentTraining(
+    training = training_of(
         job,
-        on_log=lambda _: None,
         on_checkpoint=lambda state: states.append((len(versions), checkpoint_bytes(state))),
         on_publish=publish,
-        device=CPU,
     )
     student = training.run()
     assert list(versions) == [0, 4, 8, 9]
@@ -192,7 +192,7 @@ def test_student_is_published_when_fresh_every_so_often_and_at_the_end(tmp_path)
     assert [published for published, _ in states] == [2, 3, 4], "a kill after the checkpoint would leave a version out"
 
     versions.clear()
-    resumed = StudentTraining(job, on_log=lambda _: None, on_checkpoint=lambda _: None, on_publish=publish, device=CPU)
+    resumed = training_of(job, on_publish=publish)
     resumed.load_state_dict(read_checkpoint(states[0][1]))
     resumed.run()
     assert list(versions) == [8, 9]
@@ -203,13 +203,11 @@ def test_only_the_first_rank_publishes(tmp_path):
     published = []
     training = StudentTraining(
         job,
-        on_log=lambda _: None,
-        on_checkpoint=lambda _: None,
-        on_publish=lambda *_: published.append(_),
-        rank=1,
-        world_size=2,
+        open_teacher(job.recipe),
+        job.phases[0],
+        hooks=TrainingHooks(on_log=ignore, on_publish=lambda *_: published.append(_)),
+        ranks=Ranks(rank=1, size=2, agree=lambda _: job.snapshot()),
         device=CPU,
-        agree=lambda _: job.snapshot(),
     )
     training.run()
     assert not published
@@ -218,12 +216,10 @@ def test_only_the_first_rank_publishes(tmp_path):
 def test_checkpoint_is_made_out_of_turn_when_one_is_wanted(tmp_path):
     job = job_with_images(tmp_path, "distill.steps=6", "distill.checkpoint_every=100")
     asked, saved = [], []
-    training = StudentTraining(
+    training = training_of(
         job,
-        on_log=lambda _: None,
         on_checkpoint=lambda state: saved.append(state["trainer"]["step"]),
         wants_checkpoint=lambda: asked.append(1) or len(asked) == 3,
-        device=CPU,
     )
     training.run()
     assert saved == [3, 6]
@@ -234,8 +230,7 @@ def test_student_computes_in_float32_where_there_is_no_bfloat16(monkeypatch, cap
     monkeypatch.setattr(observed, "_has_bfloat16", lambda _: False)
     losses = []
     for precision in ("bfloat16", "float32"):
-        trainer = trainer_of(plain_teacher(seed=1), precision=precision)
-        trainer._on_log = losses.append
+        trainer = trainer_of(plain_teacher(seed=1), precision=precision, on_log=losses.append)
         trainer.fit([batch_of(slice(0, 8))], steps=1)
     assert losses[0]["loss"] == losses[1]["loss"]
     assert "cpu has no bfloat16; computing in float32" in caplog.text
@@ -255,7 +250,7 @@ def test_seed_of_the_recipe_changes_the_student(tmp_path):
 def test_loss_falls_and_agreement_rises(tmp_path, criterion):
     job = job_with_images(tmp_path, "distill.steps=80", f"distill.criterion={criterion}")
     curve = []
-    training_of(job, curve.append).run()
+    training_of(job, on_log=curve.append).run()
     first, last = curve[:10], curve[-10:]
     assert sum(entry["loss"] for entry in last) < 0.6 * sum(entry["loss"] for entry in first)
     if criterion != "hard_labels":  # the toy's labels are not what its teacher says
@@ -266,7 +261,7 @@ def test_stored_logits_train_like_live_ones_to_the_rounding_of_float16(tmp_path)
     losses = {}
     for source in ("live", "stored"):
         curve = []
-        training_of(job_with_images(tmp_path, f"distill.teacher_logits={source}"), curve.append).run()
+        training_of(job_with_images(tmp_path, f"distill.teacher_logits={source}"), on_log=curve.append).run()
         losses[source] = [entry["loss"] for entry in curve]
     assert losses["stored"] == pytest.approx(losses["live"], rel=1e-2)
     assert losses["stored"] != losses["live"]
@@ -274,7 +269,7 @@ def test_stored_logits_train_like_live_ones_to_the_rounding_of_float16(tmp_path)
 
 def test_curve_has_the_first_and_last_step_and_every_log_every_th(tmp_path):
     curve = []
-    training_of(job_with_images(tmp_path, "distill.steps=7", "distill.log_every=3"), curve.append).run()
+    training_of(job_with_images(tmp_path, "distill.steps=7", "distill.log_every=3"), on_log=curve.append).run()
     assert [entry["step"] for entry in curve] == [1, 3, 6, 7]
     assert [entry["images_seen"] for entry in curve] == [8, 24, 48, 56]
     assert {entry["snapshot_images"] for entry in curve} == {24}
@@ -293,11 +288,12 @@ def test_checkpoint_is_kept_as_one_file_and_read_back_as_it_was(tmp_path):
     job = job_with_images(tmp_path)
     states = []
     training_of(job, on_checkpoint=lambda state: states.append(checkpoint_bytes(state))).run()
-    checkpoint = StudentCheckpoint(tmp_path / "train", job.student_digest)
+    checkpoint = StudentCheckpoint(job)
     assert checkpoint.load() is None
     checkpoint.save(read_checkpoint(states[0]))
-    assert checkpoint_bytes(StudentCheckpoint(tmp_path / "train", job.student_digest).load()) == states[0]
-    assert StudentCheckpoint(tmp_path / "train", "0" * 64).load() is None
+    assert checkpoint_bytes(StudentCheckpoint(job).load()) == states[0]
+    other = open_job(toy_recipe(tmp_path, ["distill.steps=7"]))
+    assert StudentCheckpoint(other).load() is None, "another training, in the same folder"
 
 
 def batch_of(rows, *, share=1.0, seed=0):
@@ -307,7 +303,7 @@ def batch_of(rows, *, share=1.0, seed=0):
     return StudentBatch(images=images, labels=logits.argmax(1), teacher_logits=logits, share=share, snapshot_images=24)
 
 
-def trainer_of(student, *, rank=0, **changes):
+def trainer_of(student, *, rank=0, on_log=ignore, on_checkpoint=ignore, **changes):
     settings = {"steps": 3, "criterion": "logit_l1", "optimizer": {"lr": 0.01}, "log_every": 1, **changes}
     return StudentTrainer(
         student,
@@ -317,8 +313,7 @@ def trainer_of(student, *, rank=0, **changes):
         device=CPU,
         seed=1,
         rank=rank,
-        on_log=lambda _: None,
-        on_checkpoint=lambda _: None,
+        hooks=StepHooks(on_log=on_log, on_checkpoint=on_checkpoint),
     )
 
 
@@ -348,8 +343,7 @@ def test_stored_logits_are_what_the_criterion_sees():
     batch, student, curve = batch_of(slice(0, 8)), plain_teacher(seed=1), []
     with torch.no_grad():
         expected = (student(PixelRange(SPACE).from_uint8(batch.images)) - batch.teacher_logits.float()).abs().mean()
-    trainer = trainer_of(student, teacher_logits="stored")
-    trainer._on_log = curve.append
+    trainer = trainer_of(student, teacher_logits="stored", on_log=curve.append)
     trainer.fit([batch], steps=1)
     assert curve[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
@@ -433,8 +427,8 @@ class OwnCriterion:
 def test_criterion_of_the_user_s_own_trains_a_student(tmp_path):
     criterion = "distill.criterion={kind: 'test_trainer:OwnCriterion', power: 1.0}"
     own, logit_l1 = [], []
-    training_of(job_with_images(tmp_path / "own", criterion), own.append).run()
-    training_of(job_with_images(tmp_path / "l1"), logit_l1.append).run()
+    training_of(job_with_images(tmp_path / "own", criterion), on_log=own.append).run()
+    training_of(job_with_images(tmp_path / "l1"), on_log=logit_l1.append).run()
     assert [entry["loss"] for entry in own] == pytest.approx([entry["loss"] for entry in logit_l1], rel=1e-5)
 
 
@@ -453,8 +447,8 @@ class Broken(PlainNet):
 @pytest.mark.parametrize("log_every", [1, 3, 100])
 def test_student_that_becomes_nan_ends_the_training_and_is_not_saved(log_every):
     saved = []
-    trainer = trainer_of(Broken(), steps=9, log_every=log_every, checkpoint_every=2, optimizer={"lr": 0.25})
-    trainer._on_checkpoint = saved.append
+    settings = {"steps": 9, "log_every": log_every, "checkpoint_every": 2, "optimizer": {"lr": 0.25}}
+    trainer = trainer_of(Broken(), on_checkpoint=saved.append, **settings)
     with pytest.raises(
         StudentDivergedError, match=r"diverged: .* at step [34]; distill.optimizer.lr is 0.25, try 0.025"
     ):
@@ -465,8 +459,7 @@ def test_student_that_becomes_nan_ends_the_training_and_is_not_saved(log_every):
 def test_student_that_becomes_nan_in_its_last_step_is_not_saved():
     student = plain_teacher(seed=1)
     student.head.weight.register_hook(lambda gradient: gradient * float("nan"))
-    trainer = trainer_of(student, steps=1)
-    trainer._on_checkpoint = pytest.fail
+    trainer = trainer_of(student, steps=1, on_checkpoint=pytest.fail)
     with pytest.raises(StudentDivergedError, match="not all of its weights are finite at step 1"):
         trainer.fit([batch_of(slice(0, 8))], steps=1)
 
@@ -493,15 +486,14 @@ def test_finished_student_has_the_statistics_of_its_last_weights_however_slow_it
         options = "" if momentum == "slow" else ", options: {widths: [4, 6]}"
         overrides = [f"student={{network: '{network}'{options}}}", "distill.steps=60", "distill.optimizer.lr=0.05"]
         curve = []
-        training_of(job_with_images(tmp_path / momentum, *overrides), curve.append).run()
+        training_of(job_with_images(tmp_path / momentum, *overrides), on_log=curve.append).run()
         lost[momentum] = curve[-1]["agreement"]
     assert lost["slow"] == pytest.approx(lost["usual"], abs=0.15)
 
 
 def test_agreement_in_the_log_is_that_of_the_student_as_it_will_be_used():
     batch, student, curve = batch_of(slice(0, 24)), batchnorm_teacher(seed=1), []
-    trainer = trainer_of(student, optimizer={"lr": 1e-9})
-    trainer._on_log = curve.append
+    trainer = trainer_of(student, optimizer={"lr": 1e-9}, on_log=curve.append)
     trainer.fit([batch], steps=1)
     with torch.no_grad():
         images = PixelRange(SPACE).from_uint8(batch.images)
@@ -531,6 +523,25 @@ def test_training_interrupted_between_its_last_step_and_its_statistics_catches_u
     assert len(states) == 1
 
 
+def test_student_wrapped_for_data_parallelism_is_finished_like_one_that_is_not(tmp_path):
+    job = job_with_images(tmp_path)
+    curves = [], []
+    expected = {name: value.clone() for name, value in training_of(job, curves[0].append).run().items()}
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        wrapped = StudentTraining(
+            job,
+            on_log=curves[1].append,
+            on_checkpoint=lambda _: None,
+            parallel=nn.parallel.DistributedDataParallel,
+            device=CPU,
+        )
+        assert_same_weights(wrapped.run(), expected)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert curves[0] == curves[1]
+
+
 def test_student_that_loses_its_agreement_outside_training_is_told_of(caplog):
     teacher, rng = batchnorm_teacher(), torch.Generator().manual_seed(0)
     trainer = trainer_of(batchnorm_teacher(), steps=1, optimizer={"lr": 1e-9})
@@ -547,9 +558,13 @@ def test_student_that_loses_its_agreement_outside_training_is_told_of(caplog):
 
 
 def test_schedule_follows_the_pace_that_it_is_given():
-    trainer = trainer_of(plain_teacher(seed=1), steps=10, optimizer={"lr": 0.1, "schedule": "cosine"})
     rates = []
-    trainer._on_log = lambda _: rates.append(trainer._optimizer.param_groups[0]["lr"])
+    trainer = trainer_of(
+        plain_teacher(seed=1),
+        steps=10,
+        optimizer={"lr": 0.1, "schedule": "cosine"},
+        on_log=lambda _: rates.append(trainer._optimizer.param_groups[0]["lr"]),
+    )
     batches = [batch_of(slice(0, 8))] * 9
     trainer.fit(batches, steps=10, pace=lambda step: (0, 0, 5, 5, 12)[step])
     assert trainer.step == 4

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from answering import build
+from torch import nn
 
 from raydfkd.config.schema import ImageSpace, StudentSpec, TeacherSpec
 from raydfkd.errors import RecipeError
@@ -135,6 +136,20 @@ def test_every_weight_of_a_student_with_auxiliary_answers_has_a_gradient_in_trai
     logits.sum().backward()
     assert network.fc.weight.grad.any()
     assert not network.aux.weight.grad.any(), "data parallelism wants one of every weight"
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_student_with_auxiliary_answers_is_trained_in_parallel_step_after_step():
+    parallel = nn.parallel.DistributedDataParallel(build("auxiliary").train())
+    for _ in range(3):
+        parallel(torch.randn(6, 1, 8, 8)).sum().backward()
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])

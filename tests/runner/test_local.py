@@ -13,7 +13,6 @@ from raydfkd.distillation.training import StudentTraining
 from raydfkd.job import open_job
 from raydfkd.report.metrics import MetricsLog, read_metrics
 from raydfkd.runner.local import LocalExecutor
-from raydfkd.runner.progress import Monitor
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS
 from raydfkd.synthesis.worker import SynthesisWorker
 
