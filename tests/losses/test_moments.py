@@ -68,7 +68,7 @@ def test_kl_is_the_gaussian_divergence_of_batch_from_stored_averaged_over_channe
     layers = [layer(0, groups=1, channels=5), layer(1, groups=1, channels=3)]
     divergences = []
     for one in layers:
-        floor = 1e-3 * one.running_var.mean()
+        floor = 1e-3 * one.running_var.median()
         batch = Normal(one.mean, (one.var + floor).sqrt())
         stored = Normal(one.running_mean, (one.running_var + floor).sqrt())
         divergences.append(kl_divergence(batch, stored).mean().item())
@@ -193,7 +193,7 @@ def reference(teacher, images, groups, *, form, statistic, scope):
             var, mean = torch.var_mean(part, (0, 2, 3), correction=0)
             stored = norm.running_var
             if form == "kl":
-                floor = 1e-3 * stored.mean()
+                floor = 1e-3 * stored.median()
                 batch, trained = Normal(mean, (var + floor).sqrt()), Normal(norm.running_mean, (stored + floor).sqrt())
                 distances.append(kl_divergence(batch, trained).mean() / len(norms))
                 continue
