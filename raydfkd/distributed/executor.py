@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import TracebackType
 
 import ray
@@ -49,7 +50,10 @@ class RayExecutor:
             if job.recipe.rounds > 1 or must_take_turns(job, monitor.say):
                 return _Turns().run(job, monitor)
             queue = job.begin_synthesis()  # before the student, who would take the end of an earlier run for this one's
-            with Interruption() as interruption, _Training(job, monitor, interruption) as training:
+            with (
+                Interruption(partial(monitor.say, "stop")) as interruption,
+                _Training(job, monitor, interruption) as training,
+            ):
                 outcome = _synthesize(job, monitor, queue, training.look, interruption)
                 return outcome, training.wait()
 
@@ -58,11 +62,14 @@ class _Turns:
     """Synthesis or training by itself, on the cluster that this process is connected to."""
 
     def synthesize(self, job: Job, monitor: Monitor) -> SynthesisOutcome:
-        with Interruption() as interruption:
+        with Interruption(partial(monitor.say, "stop")) as interruption:
             return _synthesize(job, monitor, job.begin_synthesis(), _nothing, interruption)
 
     def distill(self, job: Job, monitor: Monitor) -> Mapping[str, Tensor]:
-        with Interruption() as interruption, _Training(job, monitor, interruption) as training:
+        with (
+            Interruption(partial(monitor.say, "stop")) as interruption,
+            _Training(job, monitor, interruption) as training,
+        ):
             return training.wait()
 
     def run(self, job: Job, monitor: Monitor) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:

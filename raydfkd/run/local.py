@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -31,7 +32,7 @@ class LocalExecutor:
         queue = job.begin_synthesis()
         if not queue.is_drained:
             monitor.synthesis_started()
-            with Interruption() as interruption:
+            with Interruption(partial(monitor.say, "stop")) as interruption:
                 self._work(job, queue, monitor, interruption)
         return job.end_synthesis(queue)
 
