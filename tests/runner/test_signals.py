@@ -15,10 +15,9 @@ import time
 
 import pytest
 import yaml
-from toy import quiet_events, toy_recipe
+from toy import quiet_events, synthesize_here, toy_recipe
 
 from raydfkd.job import open_job
-from raydfkd.runner.local import LocalExecutor
 from raydfkd.runner.signals import Interruption
 
 
@@ -132,17 +131,17 @@ def test_on_another_thread_nothing_is_requested():
 
 def test_unit_in_work_is_finished_when_there_is_time_and_no_other_begun(tmp_path, monkeypatch):
     job = open_job(toy_recipe(tmp_path))
-    monitor = quiet_events(tmp_path)
-    monkeypatch.setattr(monitor, "committed", lambda commit, running: os.kill(os.getpid(), signal.SIGINT))
+    events = quiet_events(tmp_path)
+    monkeypatch.setattr(events, "committed", lambda commit, running: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        LocalExecutor().synthesize(job, monitor)
+        synthesize_here(job, events)
     assert len(job.transfer_set.committed()) == 1
     assert not job.transfer_set.is_closed()
 
 
 def test_unit_in_work_is_left_with_its_state_saved_when_time_is_up_and_the_set_is_the_same(tmp_path, monkeypatch):
     undisturbed = open_job(toy_recipe(tmp_path / "undisturbed"))
-    LocalExecutor().synthesize(undisturbed, quiet_events(tmp_path / "undisturbed"))
+    synthesize_here(undisturbed, quiet_events(tmp_path / "undisturbed"))
     job = open_job(toy_recipe(tmp_path / "disturbed"))
     monkeypatch.setattr("raydfkd.runner.local.FINISH_S", 0.0)
     seconds = Interruption.seconds
@@ -155,10 +154,10 @@ def test_unit_in_work_is_left_with_its_state_saved_when_time_is_up_and_the_set_i
 
     monkeypatch.setattr(Interruption, "seconds", property(looked_at))
     with pytest.raises(KeyboardInterrupt):
-        LocalExecutor().synthesize(job, quiet_events(tmp_path / "disturbed"))
+        synthesize_here(job, quiet_events(tmp_path / "disturbed"))
     assert job.transfer_set.committed() == set()
     assert job.transfer_set.store.list("resume") == [f"resume/{job.units[0].id}.pt"]
-    LocalExecutor().synthesize(job, quiet_events(tmp_path / "disturbed"))
+    synthesize_here(job, quiet_events(tmp_path / "disturbed"))
     assert job.snapshot().content_digest() == undisturbed.snapshot().content_digest()
     assert job.transfer_set.store.list("resume") == []
 
