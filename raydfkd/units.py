@@ -136,9 +136,14 @@ class UnitProgress:
     step: int
     """Steps that were made of the unit."""
     steps: int
-    """Steps that it takes."""
+    """Steps that it takes; 0 where nobody says."""
     objective: Mapping[str, float] = field(default_factory=dict)
     """Parts of the objective and the ``step`` of the optimisation they belong to, where they were just looked at."""
+
+    @property
+    def share(self) -> float:
+        """Share of the unit that is made; 0 where nobody says how much there is to do."""
+        return min(1.0, self.step / self.steps) if self.steps else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

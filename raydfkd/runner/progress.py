@@ -153,7 +153,7 @@ class Display(Listener):
     def _show_synthesis(self) -> None:
         topic, planned = self._topic("synthesis"), max(1, self._planned)
         per_unit = planned / max(1, self._plan.units) if self._plan is not None else 0.0
-        begun = sum(per_unit * unit.step / max(1, unit.steps) for unit in self._in_work.values())
+        begun = sum(per_unit * unit.share for unit in self._in_work.values())
         topic.moved(min(1.0, (self._images + begun) / planned))
         rate = (self._images - self._began_images) / max(1e-9, time.monotonic() - topic.began)
         status = (
@@ -161,8 +161,8 @@ class Display(Listener):
             f"{self._running} running"
         )
         if self._in_work:
-            least = min(self._in_work.values(), key=lambda unit: unit.step / max(1, unit.steps))
-            status += f"   step {least.step:,}/{least.steps:,}"
+            least = min(self._in_work.values(), key=lambda unit: unit.share)
+            status += f"   step {least.step:,}" + (f"/{least.steps:,}" if least.steps else "")
         if self._objective is not None:
             status += f"   objective {self._objective:.3g}"
         self._show("synthesis", status, is_due=self._images >= planned)

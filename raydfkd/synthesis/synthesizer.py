@@ -41,7 +41,8 @@ class Synthesizer(Protocol):
     """Makes the images of a request. The result depends on the request and the recipe alone.
 
     Its class may say in ``offers`` (a set of ``Need``) what it gives to terms beside images, such as latents. One that
-    has a ``training(request, *, steps, parallel)`` can feed a student online, see ``GeneratorTraining``.
+    has a ``training(request, *, steps, parallel, rank)`` can feed a student online, see ``GeneratorTraining``. One that
+    has a ``num_steps(request)``, the steps that it will announce to the hook, can be shown with the share that is made.
     """
 
     def produce(self, request: Request, log: Log, hook: StepHook = ...) -> Iterator[SyntheticBatch]:
@@ -54,10 +55,6 @@ class Synthesizer(Protocol):
             Interrupted: by the hook.
         """
 
-    def num_steps(self, request: Request) -> int:
-        """Steps that the images of ``request`` take, each of them announced to the hook."""
-        ...
-
 
 SYNTHESIZERS: Registry[Synthesizer] = Registry(
     "synthesizer", ["raydfkd.synthesis.pixels", "raydfkd.synthesis.generator"], member="produce"
@@ -68,6 +65,12 @@ def offers_of(synthesizer: str, *, where: str) -> frozenset[Need]:
     """What the synthesizer called so says that it offers to terms."""
     offers: frozenset[Need] = getattr(SYNTHESIZERS.get(synthesizer, where=where), "offers", frozenset())
     return offers
+
+
+def num_steps_of(synthesizer: Synthesizer, request: Request) -> int:
+    """Steps that the images of ``request`` take, as the synthesizer says; 0 where it does not."""
+    num_steps: Callable[[Request], int] = getattr(synthesizer, "num_steps", lambda _: 0)
+    return num_steps(request)
 
 
 def not_offered(synthesizer: str, need: Need) -> str:

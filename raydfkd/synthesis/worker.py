@@ -18,6 +18,7 @@ from raydfkd.job import Job, open_job
 from raydfkd.networks.teacher import Teacher
 from raydfkd.synthesis.build import build_student, build_synthesizer
 from raydfkd.synthesis.checkpoint import CheckpointHook, Interrupted, UnitCheckpoint
+from raydfkd.synthesis.synthesizer import num_steps_of
 from raydfkd.units import UnitProgress, WorkUnit
 
 logger = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ class SynthesisWorker:
             self._student.refresh()
 
     def _resume(self, unit: WorkUnit, attempt: int, state: Mapping[str, Any] | None) -> _Attempt:
-        steps = self._synthesizer.num_steps(unit.request)
+        steps = num_steps_of(self._synthesizer, unit.request)
         if state is not None:
             work = _Attempt(unit, self._job.transfer_set.open(unit, attempt=attempt), steps, self._on_progress)
             try:

@@ -1,18 +1,20 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
-from toy import SYNTHESIZERS_UNDER_TEST, quiet_events, toy_recipe
+from toy import SYNTHESIZERS_UNDER_TEST, distill_here, quiet_events, run_here, synthesize_here, toy_recipe
 
 from raydfkd.data.batches import SyntheticBatch
 from raydfkd.data.sink import ParquetSink
 from raydfkd.distillation.training import StudentTraining
 from raydfkd.job import open_job
 from raydfkd.report.metrics import MetricsLog, read_metrics
-from raydfkd.runner.local import LocalExecutor
+from raydfkd.runner.events import Events, MetricsWriter
+from raydfkd.runner.progress import Display
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS
 from raydfkd.synthesis.worker import SynthesisWorker
 
@@ -49,7 +51,7 @@ def grey_job(folder, *overrides):
 
 
 def synthesize(job, folder):
-    return LocalExecutor().synthesize(job, quiet_events(folder))
+    return synthesize_here(job, quiet_events(folder))
 
 
 def events(folder, kind):
@@ -59,7 +61,7 @@ def events(folder, kind):
 @pytest.mark.parametrize("synthesizer", SYNTHESIZERS_UNDER_TEST)
 def test_run_commits_every_unit_closes_the_set_and_trains_a_student(tmp_path, synthesizer):
     job = open_job(toy_recipe(tmp_path, synthesizer=synthesizer))
-    outcome, state = LocalExecutor().run(job, quiet_events(tmp_path))
+    outcome, state = run_here(job, quiet_events(tmp_path))
     assert (outcome.attempted, outcome.given_up) == (4, ())
     assert set(job.snapshot().units) == job.unit_ids
     assert job.snapshot().images == job.planned_images == 24
@@ -74,7 +76,7 @@ def test_run_commits_every_unit_closes_the_set_and_trains_a_student(tmp_path, sy
 
 def test_metrics_tell_of_every_unit_and_step(tmp_path):
     job = open_job(toy_recipe(tmp_path))
-    LocalExecutor().run(job, quiet_events(tmp_path))
+    run_here(job, quiet_events(tmp_path))
     assert {entry["unit"] for entry in events(tmp_path, "unit")} == job.unit_ids
     assert {entry["unit"] for entry in events(tmp_path, "objective")} == job.unit_ids
     assert [entry["step"] for entry in events(tmp_path, "student")] == [1, 2, 3, 4, 5, 6]
@@ -85,14 +87,14 @@ def test_set_and_student_follow_from_the_recipe_alone(tmp_path):
     for name in ("one", "other"):
         torch.manual_seed(len(name))
         job = open_job(toy_recipe(tmp_path / name))
-        _, state = LocalExecutor().run(job, quiet_events(tmp_path / name))
+        _, state = run_here(job, quiet_events(tmp_path / name))
         found.append((job.transfer_set.content_digest(), state))
     (digest, state), (other_digest, other_state) = found
     assert digest == other_digest
     assert all(torch.equal(state[name], other_state[name]) for name in state)
 
 
-def test_unit_that_always_fails_is_set_aside_at_the_third_attempt_and_the_others_go_on(tmp_path, break_classes):
+def test_unit_that_always_fails_is_given_up_at_the_third_attempt_and_the_others_go_on(tmp_path, break_classes):
     break_classes(1)
     job = grey_job(tmp_path)
     outcome = synthesize(job, tmp_path)
@@ -121,24 +123,24 @@ def test_every_failure_is_recorded(tmp_path, break_classes):
     recorded = [(entry["unit"], entry["attempt"], entry["error"]) for entry in events(tmp_path, "failure")]
     error = "RuntimeError: class 3 cannot be made"
     assert recorded == [("r000-c0002-0003", 1, error), ("r000-c0002-0003", 2, error)]
+    assert [entry["final"] for entry in events(tmp_path, "failure")] == [False, True]
 
 
-def test_failure_is_said_to_be_tried_again_until_the_unit_is_set_aside(tmp_path, break_classes):
+def test_failure_is_said_to_be_tried_again_until_the_unit_is_given_up(tmp_path, break_classes):
     break_classes(3)
     job = grey_job(tmp_path, "transfer_set.images_per_class=3", "runtime.max_attempts=2")
     said = io.StringIO()
-    LocalExecutor().synthesize(
-        job, Events(MetricsWriter(MetricsLog(tmp_path / "metrics.jsonl", fresh=True)), Display(Console(file=said)))
-    )
+    metrics = MetricsWriter(MetricsLog(tmp_path / "metrics.jsonl", fresh=True))
+    synthesize_here(job, Events(metrics, Display(Console(file=said))))
     failures = [line for line in said.getvalue().splitlines() if "failed" in line]
-    assert [line.partition("; ")[2] for line in failures] == ["will be tried again", "set aside"]
+    assert [line.partition("; ")[2] for line in failures] == ["will be tried again", "given up"]
     assert "r000-c0002-0003" in failures[0]
 
 
-def test_student_is_trained_on_what_there_is_when_units_were_set_aside(tmp_path, break_classes):
+def test_student_is_trained_on_what_there_is_when_units_were_given_up(tmp_path, break_classes):
     break_classes(1)
     job = grey_job(tmp_path, "distill.source={kind: growing, wait_for: 24}")
-    LocalExecutor().run(job, quiet_events(tmp_path))
+    run_here(job, quiet_events(tmp_path))
     assert {entry["snapshot_images"] for entry in events(tmp_path, "student")} == {12}
 
 
@@ -188,25 +190,25 @@ def test_interrupted_synthesis_keeps_what_was_committed_and_leaves_the_set_open(
 def test_distillation_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     overrides = ["distill.steps=8", "distill.checkpoint_every=3"]
     whole = open_job(toy_recipe(tmp_path / "whole", overrides))
-    _, expected = LocalExecutor().run(whole, quiet_events(tmp_path / "whole"))
+    _, expected = run_here(whole, quiet_events(tmp_path / "whole"))
 
     job = open_job(toy_recipe(tmp_path / "cut", overrides))
     synthesize(job, tmp_path / "cut")
 
     class Cut(StudentTraining):
-        def __init__(self, job, *, on_log, **others):
+        def __init__(self, job, teacher, phase, *, hooks, **others):
             def log(entry):
                 if entry["step"] == 5:
                     raise KeyboardInterrupt
-                on_log(entry)
+                hooks.on_log(entry)
 
-            super().__init__(job, on_log=log, **others)
+            super().__init__(job, teacher, phase, hooks=replace(hooks, on_log=log), **others)
 
     monkeypatch.setattr("raydfkd.runner.local.StudentTraining", Cut)
     with pytest.raises(KeyboardInterrupt):
-        LocalExecutor().distill(job, quiet_events(tmp_path / "cut"))
+        distill_here(job, quiet_events(tmp_path / "cut"))
     monkeypatch.undo()
-    state = LocalExecutor().distill(job, quiet_events(tmp_path / "cut"))
+    state = distill_here(job, quiet_events(tmp_path / "cut"))
     assert [entry["step"] for entry in events(tmp_path / "cut", "student")] == [1, 2, 3, 4, 4, 5, 6, 7, 8]
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 

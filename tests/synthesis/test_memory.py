@@ -8,6 +8,7 @@ import resource, sys
 import torch
 from raydfkd.job import open_job
 from raydfkd.config.load import load_recipe
+from raydfkd.networks.teacher import open_teacher
 from raydfkd.synthesis.worker import SynthesisWorker
 
 recipe = load_recipe("digits-generators", [
@@ -17,7 +18,7 @@ recipe = load_recipe("digits-generators", [
 ], sys.argv[1])
 job = open_job(recipe)
 job.transfer_set.create()
-worker = SynthesisWorker(recipe, job.transfer_set, device=torch.device("cpu"))
+worker = SynthesisWorker(job, open_teacher(recipe), device=torch.device("cpu"))
 assert len(job.units) == 200
 for number, unit in enumerate(job.units, 1):
     worker.run(unit)
