@@ -5,7 +5,9 @@ import torch
 from toy import SYNTHESIZERS_UNDER_TEST, batches_of, batchnorm_teacher, toy_recipe
 
 from raydfkd.errors import RecipeError
+from raydfkd.images.augment import Affine
 from raydfkd.runner.check import check
+from raydfkd.seeds import rng_from
 from raydfkd.synthesis.build import build_synthesizer
 
 TAUGHT = ["real_data=digits", "teacher.classes=10", "teacher.train={epochs: 1, augment: [mixup]}"]
@@ -55,3 +57,16 @@ def test_images_without_targets_cannot_be_of_some_classes_only(tmp_path):
         RecipeError, match="transfer_set.classes names 2 of the teacher's 4 classes, but with synthesis.targets none"
     ):
         build_synthesizer(recipe, batchnorm_teacher(), torch.device("cpu"))
+
+
+def turned(height, width):
+    """A disc of 10 pixels across in the middle of white, turned by up to half a turn."""
+    y, x = torch.meshgrid(torch.arange(height) - (height - 1) / 2, torch.arange(width) - (width - 1) / 2, indexing="ij")
+    disc = ((x**2 + y**2).sqrt() - 5).clamp(0, 1).expand(8, 1, -1, -1)
+    return disc, Affine(degrees=180)(disc, rng_from(3))
+
+
+def test_disc_that_is_turned_stays_a_disc_in_images_of_any_shape():
+    for height, width in ((24, 24), (24, 48), (48, 24)):
+        disc, seen = turned(height, width)
+        torch.testing.assert_close(seen, disc, atol=0.3, rtol=0)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy import SYNTHESIZERS_UNDER_TEST, batches_of, batchnorm_teacher, joined, toy_recipe, unit_of
+from toy import SYNTHESIZERS_UNDER_TEST, batches_of, batchnorm_teacher, joined, toy_recipe, unit_of, worker_of
 
 from raydfkd.images.pixels import nominal_to_uint8
 from raydfkd.job import open_job
 from raydfkd.losses.objective import TERMS, Term
 from raydfkd.synthesis.build import build_synthesizer
 from raydfkd.synthesis.checkpoint import Interrupted
-from raydfkd.synthesis.worker import SynthesisWorker
 
 CPU = torch.device("cpu")
 SETTINGS = {
@@ -91,10 +90,10 @@ def test_memory_of_a_term_survives_the_interruption_of_a_unit(tmp_path, synthesi
         return job
 
     undisturbed, job = job_of("undisturbed"), job_of("disturbed")
-    expected = SynthesisWorker(undisturbed.recipe, undisturbed.transfer_set, device=CPU).run(undisturbed.units[0])
+    expected = worker_of(undisturbed).run(undisturbed.units[0])
     asked = iter(range(1000))
-    worker = SynthesisWorker(job.recipe, job.transfer_set, device=CPU, should_stop=lambda: next(asked) >= after)
+    worker = worker_of(job, should_stop=lambda: next(asked) >= after)
     with pytest.raises(Interrupted):
         worker.run(job.units[0])
-    commit = SynthesisWorker(job.recipe, job.transfer_set, device=CPU).run(job.units[0])
+    commit = worker_of(job).run(job.units[0])
     assert commit.content == expected.content
