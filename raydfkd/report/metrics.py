@@ -79,7 +79,7 @@ def run_stats(metrics: Sequence[Mapping[str, Any]], *, job: str, training: str) 
     units = [event for session in mine for event in session if event["event"] == "unit"]
     attempts = [event for session in mine for event in session if event["event"] in ("unit", "failure", "lost")]
     return RunStats(
-        seconds=sum(session[-1]["time"] - session[0]["time"] for session in mine),
+        seconds=sum(_done(session)[-1]["time"] - session[0]["time"] for session in mine),
         synthesis_seconds=sum(_span(session, "synthesis", "unit") for session in mine),
         distillation_seconds=sum(
             _span([event for event in session if event.get("training", training) == training], "student", "student")
@@ -88,6 +88,11 @@ def run_stats(metrics: Sequence[Mapping[str, Any]], *, job: str, training: str) 
         images=sum(event["images"] for event in units),
         attempted=len(attempts),
     )
+
+
+def _done(session: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The session without what only says that something is about to begin: it may find all of it done."""
+    return [event for event in session if event["event"] not in ("synthesis", "training")]
 
 
 def _span(session: Sequence[Mapping[str, Any]], first: str, last: str) -> float:

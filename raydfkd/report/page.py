@@ -26,6 +26,13 @@ NOT_JUDGED = "not judged (no real data)"
 MAX_CLASSES = 20
 MAX_FAILURES = 50
 MAX_PICTURE_BYTES = 3_000_000
+NEWER_KEYS: Mapping[str, JSON] = {
+    "judged_images": None,
+    "intended_class": None,
+    "answered_classes": None,
+    "warnings": (),
+}
+"""Keys of report.json that earlier versions did not write, and what is read instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +97,14 @@ def write_pictures(
     return run_dir / "gallery.html"
 
 
+def read_report(run_dir: Path) -> dict[str, Any] | None:
+    """What ``report.json`` says, also that of an earlier version; None where there is none."""
+    path = run_dir / "report.json"
+    if not path.is_file():
+        return None
+    return {**_plain(NEWER_KEYS), **json.loads(path.read_text(encoding="utf-8"))}
+
+
 def _rendered(template: str, **values: Any) -> str:
     page = Environment(
         loader=PackageLoader("raydfkd.report", "."),
@@ -110,13 +125,14 @@ def _yaml(data: Mapping[str, Any]) -> str:
 def summary_table(report: Mapping[str, JSON]) -> Table:
     """The result in a terminal: teacher and student side by side."""
     data = _plain(report)
+    images = f"{count(data['judged_images'])} " if data["judged_images"] is not None else ""
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     table.add_column("teacher", justify="right")
     table.add_column("student", justify="right")
     if data["student"]["top1"] is not None:
         table.add_row(str(data["judged_on"]), percent(data["teacher"]["top1"]), percent(data["student"]["top1"]))
-    table.add_row(f"agreement on {data['judged_images']:,} {data['judged_on']}", "-", percent(data["agreement"]))
+    table.add_row(f"agreement on {images}{data['judged_on']}", "-", percent(data["agreement"]))
     return table
 
 

@@ -26,7 +26,7 @@ from raydfkd.networks.build import build_network, count_parameters
 from raydfkd.networks.teacher import Teacher
 from raydfkd.networks.weights import load_weights, weights_exist
 from raydfkd.report.metrics import MetricsLog, read_metrics, run_stats
-from raydfkd.report.page import write_pictures, write_report
+from raydfkd.report.page import read_report, write_pictures, write_report
 from raydfkd.report.provenance import command_line, versions
 from raydfkd.runner.check import Prepared, check
 from raydfkd.runner.events import Events, Listener, MetricsWriter, Plan
@@ -205,9 +205,8 @@ def report_again(recipe: Recipe) -> tuple[dict[str, Any], Path]:
     if prepared.teacher is None:
         raise RecipeError(f"teacher.weights is {recipe.teacher.weights!r}: no such file; `raydfkd run` makes it")
     job = open_job(recipe, prepared.teacher)
-    view, saved = SetView(job), Path(recipe.run_dir) / "report.json"
-    if saved.is_file():
-        found: dict[str, Any] = json.loads(saved.read_text())
+    view, found = SetView(job), read_report(Path(recipe.run_dir))
+    if found is not None:
         return found, write(job, found, view, prepared.data)
     page = write_gallery(job, view, prepared.data)
     if page is None:

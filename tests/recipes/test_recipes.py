@@ -3,13 +3,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from toy import quiet_events
+from toy import quiet_events, run_here
 
 from raydfkd.config.load import load_recipe, packaged_recipes
 from raydfkd.job import open_job
 from raydfkd.report.metrics import read_metrics
 from raydfkd.runner.check import check
-from raydfkd.runner.local import LocalExecutor
 
 NO_DATA = ["real_data=null", "teacher.train=null", "teacher.weights=random"]
 HERE = ["runtime.executor=local", "runtime.device=cpu"]
@@ -48,7 +47,7 @@ def test_packaged_recipe_makes_images_and_five_steps(name, tmp_path):
         "distill.log_every=1",
     ]
     job = open_job(load_recipe(name, [*NO_DATA, *HERE, *short], run_dir=str(tmp_path)))
-    outcome, _ = LocalExecutor().run(job, quiet_events(tmp_path))
+    outcome, _ = run_here(job, quiet_events(tmp_path))
     assert outcome.given_up == ()
     assert job.snapshot().images == job.planned_images == images_per_class * len(job.recipe.classes)
     steps = [entry for entry in read_metrics(tmp_path / "metrics.jsonl") if entry["event"] == "student"]

@@ -18,7 +18,17 @@ from PIL import Image
 from rich.console import Console
 
 from raydfkd.report.metrics import MetricsLog, read_metrics
-from raydfkd.report.page import Gallery, count, duration, gallery_png, summary_table, write_report
+from raydfkd.report.page import (
+    NEWER_KEYS,
+    Gallery,
+    count,
+    duration,
+    gallery_png,
+    read_report,
+    summary_table,
+    write_pictures,
+    write_report,
+)
 
 METRICS = [
     {"event": "unit", "time": 1.0, "unit": "u0", "images": 20, "seconds": 2.5, "objective": 0.7, "attempt": 1},
@@ -50,6 +60,11 @@ def report() -> dict[str, Any]:
         "teacher": {"top1": 0.991, "parameters": 62346},
         "student": {"top1": 0.967, "parameters": 9842},
         "agreement": 0.9725,
+        "judged_on": "real digits test images",
+        "judged_images": 1797,
+        "intended_class": 0.935,
+        "answered_classes": 10,
+        "warnings": [],
         "images": 6000,
         "images_per_second": 41.27,
         "units": {"planned": 24, "committed": 24, "attempted": 25, "quarantined": 0},
@@ -153,6 +168,9 @@ def test_page_shows_every_value_of_the_report(tmp_path, report):
     text = text_of(page)
     for value in ("99.1 %", "96.7 %", "97.2 %", "2.4 points below", "62,346", "9,842", "6,000", "41.3", "3 min 12 s"):
         assert value in text
+    for value in ("of the teacher’s answers, on 1,797 real digits test images", "top-1 on real digits test images"):
+        assert value in text
+    assert "finds the intended class 93.5 %" in text
     for value in ("committed 24", "attempted 25", "r000-c0000-0004 1 RuntimeError: lost", "torch 2.14.1"):
         assert value in text
     for value in ("c0ffee", "decade", "raydfkd run toy", "seed 17", "device cpu"):
@@ -174,9 +192,64 @@ def test_page_needs_nothing_from_the_network(tmp_path, report):
 
 def test_without_real_data_the_accuracy_is_not_judged(tmp_path, report):
     report["teacher"]["top1"] = report["student"]["top1"] = None
+    report["judged_on"] = "synthetic images that were held out"
     text = text_of(write_page(tmp_path, report))
     assert text.count("not judged (no real data)") == 4
     assert "points" not in text
+    assert "on 1,797 synthetic images that were held out. What the student does on real images nobody" in text
+    assert "top-1 on real images" in text
+
+
+@pytest.mark.parametrize("write", ["report", "pictures"])
+def test_what_is_wrong_with_the_images_is_said_before_anything_else(tmp_path, report, write):
+    warnings = ["the teacher finds the intended class in only 12 %", "only <2> of 10 classes"]
+    if write == "report":
+        page = write_page(tmp_path, report | {"warnings": warnings})
+    else:
+        page = pictures_page(tmp_path, warnings=warnings)
+    above = text_of(page.partition("<main>")[0].partition("<dl")[0])
+    assert warnings[0] in above
+    assert "only &lt;2&gt; of 10 classes" in above
+
+
+def pictures_page(folder, *, metrics=METRICS, warnings=()):
+    recipe = {"name": "toy", "teacher": {"network": "big_net"}}
+    gallery = make_gallery(3, 2)
+    path = write_pictures(folder, gallery, metrics=metrics, recipe=recipe, warnings=warnings)
+    return path.read_text(encoding="utf-8")
+
+
+def test_page_of_pictures_has_the_images_the_objective_and_the_recipe_and_no_student(tmp_path):
+    page = pictures_page(tmp_path)
+    tags = Tags(page)
+    assert tags.open == []
+    assert len(tags.of("img")) == 6
+    titles = [chart["aria-label"].partition(" over")[0] for chart in tags.of("svg")]
+    assert titles == ["total", "bn_moments"]
+    assert "No student was trained on them yet" in text_of(page)
+    recipe = re.search(r"<pre>(name: .*?)</pre>", page, flags=re.DOTALL)
+    assert yaml.safe_load(recipe[1]) == {"name": "toy", "teacher": {"network": "big_net"}}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gallery.html"]
+
+
+def test_page_of_pictures_does_without_metrics(tmp_path):
+    assert Tags(pictures_page(tmp_path, metrics=[])).of("svg") == []
+
+
+def test_report_of_an_earlier_version_is_still_read_shown_and_summed_up(tmp_path, report):
+    earlier = {key: value for key, value in report.items() if key not in NEWER_KEYS} | {"judged_on": "digits test"}
+    (tmp_path / "report.json").write_text(json.dumps(earlier))
+    found = read_report(tmp_path)
+    assert {key: found[key] for key in earlier} == earlier
+    text = text_of(write_page(tmp_path, found))
+    assert "of the teacher’s answers, on digits test" in text
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(summary_table(found))
+    assert "agreement on digits test" in console.export_text()
+
+
+def test_report_that_is_not_there_is_none(tmp_path):
+    assert read_report(tmp_path) is None
 
 
 def test_script_in_an_error_or_a_name_is_text_on_the_page(tmp_path, report):
@@ -237,7 +310,7 @@ def test_curves_name_their_first_and_last_value(tmp_path, report):
     assert labels == [
         "loss over steps, from 1 to 0.333",
         "agreement with teacher over steps, from 90 % to 90 %",
-        "images in the snapshot it reads over steps, from 9 to 9",
+        "images that it draws from over steps, from 9 to 9",
         "total over steps, from 3 to 1",
         "bn_moments over steps, from 2 to 2",  # the median of 1, 2 and 7
     ]
@@ -289,8 +362,8 @@ def test_summary_shows_teacher_and_student_side_by_side(report):
     lines = [line.replace("\N{NO-BREAK SPACE}", " ").split() for line in console.export_text().splitlines()]
     assert lines == [
         ["teacher", "student"],
-        ["real", "test", "images", "99.1", "%", "96.7", "%"],
-        ["agreement", "with", "teacher", "-", "97.2", "%"],
+        ["real", "digits", "test", "images", "99.1", "%", "96.7", "%"],
+        ["agreement", "on", "1,797", "real", "digits", "test", "images", "-", "97.2", "%"],
     ]
 
 
