@@ -177,7 +177,7 @@ def test_run_leaves_report_student_and_transfer_set(finished):
 
 
 def test_run_says_on_standard_error_what_it_does(raydfkd):
-    answer = raydfkd.runner()
+    answer = raydfkd.run()
     assert answer.code == 0
     assert len(answer.out.splitlines()) == 1
     for said in ("trained on real digits", "no real image is read", "40 images in 2 units", "40/40 images", "step 3/3"):
@@ -277,7 +277,7 @@ def test_teach_trains_the_teacher_anew_and_the_same_from_the_same_seed(raydfkd):
 
 
 def test_run_with_some_classes_only_shows_those_in_its_report(raydfkd):
-    answer = raydfkd.runner("transfer_set.classes=[7, 2]", "transfer_set.unit.classes=2")
+    answer = raydfkd.run("transfer_set.classes=[7, 2]", "transfer_set.unit.classes=2")
     assert (answer.code, answer.json["images"]) == (0, 8)
     page = (raydfkd.folder / "out/report.html").read_text()
     shown = re.findall(r"<h3>(\w+)</h3>", page)
@@ -338,7 +338,7 @@ def test_nothing_that_is_made_is_called_tilde(raydfkd, monkeypatch):
 
 
 def test_run_dir_option_moves_everything(raydfkd):
-    assert raydfkd.runner(command="teach").code == 2, "teach has no --on"
+    assert raydfkd.run(command="teach").code == 2, "teach has no --on"
     assert raydfkd("teach", "toy.yaml", "--run-dir", "elsewhere").code == 0
     assert (raydfkd.folder / "elsewhere/teacher.safetensors").is_file()
     assert not (raydfkd.folder / "out").exists()
@@ -814,7 +814,7 @@ def test_transfer_set_of_another_recipe_is_refused_and_left_alone(finished, chan
 
 @pytest.mark.parametrize("overrides", [[], ["real_data=null", NO_TRAINING, "teacher.weights=random"]], ids=str)
 def test_run_of_which_every_unit_fails_ends_with_a_clear_message(raydfkd, overrides):
-    answer = raydfkd.runner("synthesis.lr=1e30", *overrides)
+    answer = raydfkd.run("synthesis.lr=1e30", *overrides)
     assert (answer.code, answer.out) == (1, "")
     for unit in UNITS:
         reason = "ObjectiveNotFiniteError: objective is nan at step 4 (total, cross_entropy, bn_moments)"
@@ -828,7 +828,7 @@ def test_run_of_which_every_unit_fails_ends_with_a_clear_message(raydfkd, overri
 
 
 def test_synthesis_of_which_every_unit_fails_ends_with_a_clear_message(raydfkd):
-    answer = raydfkd.runner("synthesis.lr=1e30", command="synthesize")
+    answer = raydfkd.run("synthesis.lr=1e30", command="synthesize")
     assert answer.code == 1
     assert (answer.json["images"], answer.json["units"]) == (0, "0/2")
     assert "0 of 2 units are done; the same command tries the others again" in answer.err
@@ -836,7 +836,7 @@ def test_synthesis_of_which_every_unit_fails_ends_with_a_clear_message(raydfkd):
 
 def test_unit_that_fails_is_set_aside_and_reported_and_the_same_command_tries_it_again(finished, raydfkd):
     with raising_at(UNITS[1], RuntimeError("no luck")):
-        answer = raydfkd.runner()
+        answer = raydfkd.run()
     assert answer.code == 1
     assert answer.json["units"] == {"planned": 2, "committed": 1, "attempted": 4, "quarantined": 1}
     assert answer.json["images"] == 20
@@ -844,7 +844,7 @@ def test_unit_that_fails_is_set_aside_and_reported_and_the_same_command_tries_it
     assert f"unit {UNITS[1]} failed 3 times (RuntimeError: no luck); set aside\n1 of 2 units are done" in answer.err
     assert "no luck" in (raydfkd.folder / "out/report.html").read_text()
 
-    again = raydfkd.runner()
+    again = raydfkd.run()
     assert again.code == 0
     assert again.json["units"] == {"planned": 2, "committed": 2, "attempted": 1, "quarantined": 0}
     assert again.json["content_digest"] == finished[1]["content_digest"]
@@ -862,7 +862,7 @@ def test_damage_that_the_training_finds_is_reported_and_the_same_command_makes_u
         part.write_bytes(part.read_bytes()[:-1])
 
     monkeypatch.setattr(TransferSet, "close", close_and_rot)
-    answer = raydfkd.runner()
+    answer = raydfkd.run()
     assert answer.code == 1
     assert answer.json["units"] == {"planned": 2, "committed": 1, "attempted": 2, "quarantined": 0}
     assert answer.err.endswith(
@@ -870,21 +870,21 @@ def test_damage_that_the_training_finds_is_reported_and_the_same_command_makes_u
         "1 of 2 units are done; the same command tries the others again\n"
     )
 
-    again = raydfkd.runner()
+    again = raydfkd.run()
     assert again.code == 0
     assert again.json["content_digest"] == finished[1]["content_digest"]
 
 
 def test_interrupted_run_says_how_to_go_on_and_goes_on(finished, raydfkd):
     with raising_at(UNITS[1], KeyboardInterrupt()):
-        answer = raydfkd.runner()
+        answer = raydfkd.run()
     assert (answer.code, answer.out) == (130, "")
     assert answer.err.splitlines()[-1] == (
         "interrupted; what was committed stays, and the same command goes on from there"
     )
     assert [path.stem for path in (raydfkd.folder / "out/transfer_set/commits").iterdir()] == [UNITS[0]]
 
-    again = raydfkd.runner()
+    again = raydfkd.run()
     assert again.code == 0
     assert again.json["units"] == {"planned": 2, "committed": 2, "attempted": 1, "quarantined": 0}
     assert again.json["content_digest"] == finished[1]["content_digest"]
