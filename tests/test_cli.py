@@ -279,6 +279,7 @@ def test_teach_trains_the_teacher_anew_and_the_same_from_the_same_seed(raydfkd):
 def test_run_with_some_classes_only_shows_those_in_its_report(raydfkd):
     answer = raydfkd.run("transfer_set.classes=[7, 2]", "transfer_set.unit.classes=2")
     assert (answer.code, answer.json["images"]) == (0, 8)
+    assert "2 classes, 8 images" in answer.err
     page = (raydfkd.folder / "out/report.html").read_text()
     shown = re.findall(r"<h3>(\w+)</h3>", page)
     assert shown == ["7", "2"]

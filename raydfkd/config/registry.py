@@ -98,8 +98,15 @@ class Registry(Generic[T]):
             RecipeError: what :meth:`check` finds, or the constructor's own complaint.
         """
         checked = self.check(name, options, where=where)
+        factory = self.get(name, where=where)
         try:
-            built = self.get(name, where=where)(*supplied, **checked)
+            inspect.signature(factory).bind(*supplied, **checked)
+        except TypeError as error:
+            raise RecipeError(
+                f"{where}: {name} does not take what a {self.family} is given ({error}), so it is none"
+            ) from None
+        try:
+            built = factory(*supplied, **checked)
         except RecipeError:
             raise
         except ValueError as error:

@@ -175,7 +175,7 @@ class TeachSpec(Spec):
     """How to train the teacher on real data where its weights are not there yet."""
 
     epochs: Positive
-    """Passes over the real training split."""
+    """Epochs over the real training split."""
     batch_size: Positive = 64
     """Images per step."""
     lr: PositiveFloat = 0.01
@@ -352,7 +352,7 @@ class DistillSpec(Spec):
     steps: Positive
     """Optimiser steps."""
     batch_size: Positive = 128
-    """Images per step over all training workers."""
+    """Images per step over all train workers."""
     criterion: Criterion
     """Distance between student and teacher."""
     optimizer: OptimizerSpec
@@ -370,13 +370,13 @@ class DistillSpec(Spec):
     """Arithmetic of both networks' convolutions, `float32` or `bfloat16`, which is faster where the hardware has it;
     weights, criterion and optimiser stay float32."""
     checkpoint_every: Positive = 500
-    """Steps between checkpoints."""
+    """Steps between checkpoints of the training."""
     log_every: Positive = 50
     """Steps between entries of the learning curve."""
     publish_every: Positive = 500
     """Steps between versions of the student for synthesis, where a term of the objective asks it."""
     threads: Positive = 1
-    """CPU threads of a training worker."""
+    """CPU threads of a train worker."""
 
     @model_validator(mode="after")
     def _stored_logits_fit_the_image(self) -> DistillSpec:
@@ -418,19 +418,19 @@ class RuntimeSpec(Spec):
     resources_per_worker: dict[str, PositiveFloat] = {}
     """Other resources that a synthesis actor reserves, such as {synth: 1}."""
     checkpoint_every: Positive = 1000
-    """Steps of a unit between saved states that another worker can go on from."""
+    """Steps of a unit between checkpoints, from which another worker can resume it."""
     student_workers: Range = Range()
     """Workers of the training job."""
     cpus_per_student_worker: Annotated[float, Field(ge=0)] = 1.0
-    """CPUs that a training worker reserves."""
+    """CPUs that a train worker reserves."""
     gpus_per_student_worker: Annotated[float, Field(ge=0)] = 0.0
-    """GPUs that a training worker reserves."""
+    """GPUs that a train worker reserves."""
     resources_per_student_worker: dict[str, PositiveFloat] = {}
-    """Other resources that a training worker reserves, such as {train: 1}."""
+    """Other resources that a train worker reserves, such as {train: 1}."""
     max_attempts: Positive = 3
-    """Failures of a unit before it is set aside."""
+    """Failures of a unit before it is given up."""
     max_losses: Positive = 5
-    """Deaths of a unit's worker in a row, preempted machines aside, before the unit is set aside."""
+    """Deaths of a unit's worker in a row, preempted machines aside, before the unit is given up."""
 
     @model_validator(mode="after")
     def _somebody_trains(self) -> RuntimeSpec:

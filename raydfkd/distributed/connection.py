@@ -22,7 +22,7 @@ from raydfkd.errors import RecipeError, one_line
 logger = logging.getLogger(__name__)
 ANSWER_S = 4.0
 """Seconds that a head may take to answer."""
-RESTART_S = 8.0
+RESTART_S = 4.0
 """Seconds for which a head that somebody named is asked again, as while it starts or its port is moved."""
 LOOK_EVERY_S = 5.0
 """Seconds between looks whether the head is still there."""

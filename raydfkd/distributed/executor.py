@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import TracebackType
 
 import ray
@@ -52,7 +53,10 @@ class RayExecutor(Executor):
             if len(job.phases) > 1 or must_take_turns(job, events.say):
                 return _Turns().run(job, teacher, events)
             queue = job.begin_synthesis()  # before the student, who would take the end of an earlier run for this one's
-            with Interruption() as interruption, _Training(job, job.phases[0], events, interruption) as training:
+            with (
+                Interruption(partial(events.say, "stop")) as interruption,
+                _Training(job, job.phases[0], events, interruption) as training,
+            ):
                 outcome = _synthesize(job, events, queue, training.look, interruption)
                 return outcome, training.wait()
 
@@ -62,12 +66,15 @@ class _Turns(Executor):
 
     @override
     def synthesize(self, job: Job, phase: Phase, teacher: Teacher, events: Events) -> SynthesisOutcome:
-        with Interruption() as interruption:
+        with Interruption(partial(events.say, "stop")) as interruption:
             return _synthesize(job, events, job.begin_synthesis(phase), _nothing, interruption)
 
     @override
     def distill(self, job: Job, phase: Phase, teacher: Teacher, events: Events) -> Mapping[str, Tensor]:
-        with Interruption() as interruption, _Training(job, phase, events, interruption) as training:
+        with (
+            Interruption(partial(events.say, "stop")) as interruption,
+            _Training(job, phase, events, interruption) as training,
+        ):
             return training.wait()
 
     @override

@@ -36,7 +36,6 @@ from ray.train.v2._internal.execution.failure_handling import DefaultFailurePoli
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 
-
 __all__ = [
     "CHECKPOINT_MANAGER_SNAPSHOT_FILENAME",
     "CheckpointManagerInitializationError",

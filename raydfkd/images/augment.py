@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -16,10 +16,14 @@ from torch.nn import functional as F
 
 from raydfkd.config.registry import Registry
 from raydfkd.config.schema import BelowOne, Count, Fraction, NotNegative, PluginSpec, PositiveFloat
+from raydfkd.errors import RecipeError
 
 
 class Augmentation(Protocol):
     """Maps images [N, C, H, W] in nominal units (``images.pixels``) to images of the same shape, differentiably.
+
+    One whose images are of several classes at once says so by ``mixes_images = True`` on its class; it is refused where
+    something reads the label of an image.
 
     One that takes a keyword ``progress`` is told what share of the steps is made, from 0 to 1, in the optimisation of
     images or the training of a network: a curriculum.
@@ -114,11 +118,13 @@ class Noise:
 
 @AUGMENTATIONS.register("mixup")
 class Mixup:
-    """Blend each image with another one of the batch; only for students with live teacher logits.
+    """Blend each image with another one of the batch; only where nothing reads the label of an image.
 
     Args:
         alpha: both parameters of the Beta distribution of the share.
     """
+
+    mixes_images: ClassVar[bool] = True
 
     def __init__(self, *, alpha: PositiveFloat = 1.0) -> None:
         self._alpha = alpha
@@ -147,11 +153,33 @@ class Chain:
 
 
 def _takes_progress(augmentation: Augmentation) -> bool:
-    return "progress" in inspect.signature(augmentation).parameters
+    return "progress" in inspect.signature(getattr(augmentation, "forward", augmentation)).parameters
 
 
-def build_augmentations(specs: Sequence[PluginSpec], *, where: str) -> Chain:
-    """Build a recipe's list of augmentations."""
-    return Chain(
-        [AUGMENTATIONS.build(spec.kind, spec.options, where=f"{where}[{index}]") for index, spec in enumerate(specs)]
-    )
+def build_augmentations(specs: Sequence[PluginSpec], *, where: str, label_reader: str | None = None) -> Chain:
+    """Build a recipe's list of augmentations; ``label_reader`` is what reads the labels of their images, if anything.
+
+    Raises:
+        RecipeError: unknown name or option, or images are mixed whose labels something reads.
+    """
+    augmentations = []
+    for index, spec in enumerate(specs):
+        key = f"{where}[{index}]"
+        augmentations.append(AUGMENTATIONS.build(spec.kind, spec.options, where=key))
+        _refuse_of_another_kind(augmentations[-1], spec.kind, key)
+        if label_reader is not None and getattr(augmentations[-1], "mixes_images", False):
+            raise RecipeError(
+                f"{key}: {spec.kind} mixes images, but {label_reader} takes each to be of one class; drop one of them"
+            )
+    return Chain(augmentations)
+
+
+def _refuse_of_another_kind(augmentation: Augmentation, name: str, where: str) -> None:
+    told = {"progress": 0.0} if _takes_progress(augmentation) else {}
+    try:
+        inspect.signature(getattr(augmentation, "forward", augmentation)).bind(None, None, **told)
+    except TypeError as error:
+        raise RecipeError(
+            f"{where}: {name} cannot be called with images and a generator of random numbers ({error}), so it is no "
+            "augmentation"
+        ) from None

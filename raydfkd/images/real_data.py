@@ -1,11 +1,25 @@
-"""Real images, for training teachers and judging students only; synthesis and distillation never import this."""
+"""Real images, for training teachers and judging students only; synthesis and distillation never import this.
+
+A data set of one's own is a function, named in a recipe as ``real_data: {kind: "mypkg:birds", root: /data/birds}``.
+It gets the teacher's image space and, as keyword-only arguments, the recipe's options, and returns a ``RealData``::
+
+    def birds(space: ImageSpace, *, root: str) -> RealData:
+        def load(split: Split) -> LabelledImages:
+            images, labels = read(root, split)  # float [N, C, H, W] in [0, 1] of any size, int64 [N]
+            return LabelledImages(images=resized(images, space), labels=labels)
+
+        return RealData(class_names=("crow", "jay"), channels=3, load=load)
+
+It is called before any work begins, so that is the place to find missing files (``RecipeError``); ``load`` is called
+when a split is needed, and what it returns is checked.
+"""
 
 from __future__ import annotations
 
 import gzip
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,9 +40,9 @@ class LabelledImages:
     """A split of a data set."""
 
     images: Tensor
-    """[N, C, H, W], uint8."""
+    """[N, C, H, W], uint8, of the size of the teacher's image space."""
     labels: Tensor
-    """[N], int64."""
+    """[N], int64, from 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +50,11 @@ class RealData:
     """A data set that can be read split by split."""
 
     class_names: tuple[str, ...]
+    """One name a class of the teacher, in the order of the labels."""
     channels: int
+    """Of its images."""
     load: Callable[[Split], LabelledImages]
+    """Reads a split: `train` teaches a teacher, `validation` and `test` judge."""
 
 
 REAL_DATA: Registry[RealData] = Registry("real data set", [], member="load")
@@ -49,37 +66,50 @@ def open_real_data(spec: PluginSpec, space: ImageSpace, classes: int) -> RealDat
     Raises:
         RecipeError: unknown kind, missing files, other channels or class count than the teacher's.
     """
-    data = REAL_DATA.build(spec.kind, spec.options, space.size, where="real_data")
+    data = REAL_DATA.build(spec.kind, spec.options, space, where="real_data")
     if len(data.class_names) != classes:
         raise RecipeError(f"teacher.classes is {classes}, but {spec.kind} has {len(data.class_names)} classes")
     if data.channels != space.channels:
         raise RecipeError(
             f"teacher.image_space.channels is {space.channels}, but {spec.kind} has {data.channels}; use that"
         )
+    return replace(data, load=lambda split: _checked(data.load(split), f"{spec.kind}, split {split}", space, classes))
+
+
+def _checked(data: LabelledImages, name: str, space: ImageSpace, classes: int) -> LabelledImages:
+    images, labels = data.images, data.labels
+    shape = (len(labels), *space.shape)
+    if images.dtype != torch.uint8 or tuple(images.shape) != shape:
+        raise RecipeError(
+            f"real_data: {name} has images of {images.dtype} {list(images.shape)}; give torch.uint8 {list(shape)}"
+        )
+    if labels.dtype != torch.int64 or labels.ndim != 1 or not len(labels):
+        raise RecipeError(f"real_data: {name} has labels of {labels.dtype} {list(labels.shape)}; give torch.int64 [N]")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise RecipeError(
+            f"real_data: {name} has labels from {labels.min()} to {labels.max()}; give 0 to {classes - 1}, the "
+            "position in class_names"
+        )
     return data
 
 
-PixelSize = int | tuple[int, int]
-"""Of a square's edge, or height and width."""
-
-
-def _resized(images: Tensor, size: PixelSize) -> Tensor:
-    """Float images in [0, 1] to uint8 at ``size``: enlarged bilinearly, or padded where that takes under a fifth.
+def resized(images: Tensor, space: ImageSpace) -> Tensor:
+    """Float images in [0, 1] to uint8 of the ``space``'s size: scaled bilinearly, or padded by less than a fifth.
 
     Where height and width are not in the proportion of the images', these are stretched.
     """
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = space.height, space.width
     missing = height - images.shape[-2]
     is_border = missing == width - images.shape[-1] and missing % 2 == 0
     if is_border and 0 < missing <= min(height, width) // 5:
         images = F.pad(images, [missing // 2] * 4)
     elif images.shape[-2:] != (height, width):
-        images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+        images = F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False, antialias=True)
     return images.mul(255).round().clamp(0, 255).to(torch.uint8)
 
 
 @REAL_DATA.register("digits")
-def digits(size: PixelSize) -> RealData:
+def digits(space: ImageSpace) -> RealData:
     """The 1,797 handwritten digits of 8x8 pixels inside scikit-learn: 1,077 train, 180 validation, 540 test.
 
     The split is stratified and always the same.
@@ -94,7 +124,7 @@ def digits(size: PixelSize) -> RealData:
         train, validation = train_test_split(rest, test_size=180, stratify=data.target[rest], random_state=0)
         rows = {"train": train, "validation": validation, "test": test}[split]
         images = torch.from_numpy(data.images[rows]).float()[:, None] / 16
-        return LabelledImages(images=_resized(images, size), labels=torch.from_numpy(data.target[rows]).long())
+        return LabelledImages(images=resized(images, space), labels=torch.from_numpy(data.target[rows]).long())
 
     return RealData(class_names=tuple("0123456789"), channels=1, load=load)
 
@@ -107,7 +137,7 @@ _FASHION_CLASSES = (
 
 @REAL_DATA.register("fashion_mnist")
 def fashion_mnist(
-    size: PixelSize, *, root: str = "/usr/share/datasets/fashion-mnist", download: bool = False
+    space: ImageSpace, *, root: str = "/usr/share/datasets/fashion-mnist", download: bool = False
 ) -> RealData:
     """Zalando's 70,000 garments of 28x28 pixels: 55,000 train, the last 5,000 of training validation, 10,000 test.
 
@@ -134,7 +164,7 @@ def fashion_mnist(
         images = _read_idx(root, f"{stem}-images").unsqueeze(1).float() / 255
         labels = _read_idx(root, f"{stem}-labels").long()
         rows = {"train": slice(0, 55_000), "validation": slice(55_000, None), "test": slice(None)}[split]
-        return LabelledImages(images=_resized(images[rows], size), labels=labels[rows])
+        return LabelledImages(images=resized(images[rows], space), labels=labels[rows])
 
     return RealData(class_names=_FASHION_CLASSES, channels=1, load=load)
 

@@ -84,10 +84,13 @@ class BatchNormMoments(Term):
 def _gaussian_kl(layer: LayerMoments) -> Tensor:
     """KL(N(mean, var) || N(running_mean, running_var)) [G, C] in nats.
 
-    Both variances are raised by a thousandth of the layer's mean stored variance: channels that training left dead
-    have a stored variance of almost nothing, and would otherwise outweigh all others.
+    Both variances are raised by a thousandth of the median stored variance of the layer's live channels: those that
+    training left dead have a stored variance of almost nothing, and would otherwise outweigh all others. Not of the
+    mean, which a single loud channel raises until a collapse of the others costs nothing.
     """
-    floor = 1e-3 * layer.running_var.mean()
+    stored = layer.running_var
+    is_live = stored > 1e-8 * stored.max()
+    floor = 1e-3 * torch.where(is_live, stored, torch.nan).nanmedian().nan_to_num().clamp_min(1e-12)
     var, stored = layer.var + floor, layer.running_var + floor
     shift = (layer.mean - layer.running_mean).square()
     return 0.5 * ((stored / var).log() + (var + shift) / stored - 1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from raydfkd.config.registry import Registry
@@ -43,6 +45,9 @@ class Term(nn.Module):
 
     A subclass declares what it ``needs``; a recipe whose pipeline cannot offer that fails when it is loaded.
     ``is_per_image`` says that the value is a mean of one number an image, so that doubling the batch changes nothing.
+
+    A term may remember what was kept, see ``commit``. A unit begins with the term as it was built, so that its images
+    follow from its request alone; buffers and extra state (``get_extra_state``) survive an interruption of the unit.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
@@ -59,13 +64,16 @@ class Term(nn.Module):
         raise NotImplementedError
 
     def commit(self, view: View) -> None:
-        """Take note of a batch that was kept (memory banks); nothing by default."""
+        """Take note of a batch that was kept, once for each (memory banks); nothing by default.
+
+        ``view`` is of the images as they are stored, without gradients.
+        """
 
 
 TERMS: Registry[Term] = Registry(
     "term",
     ["raydfkd.losses.outputs", "raydfkd.losses.moments", "raydfkd.losses.priors", "raydfkd.losses.disagreement"],
-    member="forward",
+    member="needs_targets",
 )
 
 
@@ -83,6 +91,7 @@ class Objective(nn.Module):
     def __init__(self, terms: Sequence[tuple[str, float | Ramp, Term]]) -> None:
         super().__init__()
         self._weights = {name: weight for name, weight, _ in terms}
+        self._fresh: tuple[nn.ModuleList, ...] = ()  # in a tuple, so that it is not registered
         self._terms = nn.ModuleList([term for _, _, term in terms])  # no ModuleDict, which refuses names such as a.b
 
     @property
@@ -113,6 +122,31 @@ class Objective(nn.Module):
         }
         total = sum((weights[name] * part for name, part in parts.items()), start=view.images.new_zeros(()))
         return ObjectiveValue(total=total, parts={name: part.detach() for name, part in parts.items()})
+
+    def begin(self) -> None:
+        """Forget what the terms have noted: all of them are again as they were the first time."""
+        self._fresh = self._fresh or (copy.deepcopy(self._terms),)
+        self._terms = copy.deepcopy(self._fresh[0])
+
+    def resume(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from ``state``, an earlier ``state_dict()``, on ``device``; buffers may have grown until then."""
+        for path, module in self.named_modules():
+            for name in module._buffers:
+                saved = state.get(f"{path}.{name}")
+                if saved is not None:
+                    module._buffers[name] = torch.empty_like(saved, device=device)
+        self.load_state_dict(state)
+
+    @property
+    def label_reader(self) -> str | None:
+        """Name of a term that takes each image to be of one class, if there is one."""
+        reads = (name for name, term in self.terms.items() if term.needs_targets or Need.CLASS_MOMENTS in term.taps)
+        return next(reads, None)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a term wants to be told of batches that are kept."""
+        return any(type(term).commit is not Term.commit for term in self.terms.values())
 
     def commit(self, view: View) -> None:
         """Tell every term that the batch of ``view`` was kept."""

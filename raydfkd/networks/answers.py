@@ -24,9 +24,9 @@ class AnswerScale(Enum):
 
     LOGITS = "logits"
     LOG_PROBABILITIES = "log-probabilities"
-    """Logits like any other, with rows whose exponentials add up to one."""
+    """Logits but for a number an image; the one with which they add up to zero, as logits about do, is taken."""
     PROBABILITIES = "probabilities"
-    """Of classes that exclude each other; their logarithm is taken."""
+    """Of classes that exclude each other; their logarithm is taken, and then the same."""
     SIGMOIDS = "sigmoids"
     """One probability a class, or one for the second of two; what the sigmoid was taken of is recovered."""
 
@@ -77,11 +77,11 @@ def _attributes(answer: Any) -> dict[str, Any]:
 
 
 def _by_class(tensor: Tensor, classes: int, images: int | None) -> Tensor | None:
-    if tensor.ndim == 2 and tensor.shape[1] == classes:
+    rows = images if images is not None else len(tensor) if tensor.ndim else 1
+    if tensor.shape == (rows, classes):
         return tensor
     if not tensor.is_floating_point():
         return None
-    rows = images if images is not None else len(tensor) if tensor.ndim else 1
     if tensor.numel() == rows * classes and (tensor.ndim > 2 or rows == 1):
         return tensor.reshape(rows, classes) if len(tensor) in (rows, classes) else None
     if classes == 2 and tensor.numel() == rows:
@@ -161,17 +161,24 @@ class AnswersLogits:
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], answer: Any) -> Tensor | None:
         """The logits in ``answer``; None, which leaves it as it is, where it is nothing else."""
         is_plain = isinstance(answer, Tensor) and answer.ndim == 2 and answer.shape[1] == self.classes
-        if is_plain and self.scale in (AnswerScale.LOGITS, AnswerScale.LOG_PROBABILITIES):
+        if is_plain and self.scale is AnswerScale.LOGITS:
             return None
         logits = logits_of(answer, self.classes, images=len(inputs[0]) if inputs else None)
         if module.training and not isinstance(answer, Tensor) and logits.requires_grad:
             others = [tensor for tensor in _tensors(answer) if tensor is not logits and tensor.requires_grad]
             logits = _AsUsed.apply(logits, *others)
         if self.scale is AnswerScale.PROBABILITIES:
-            return logits.float().clamp_min(torch.finfo(torch.float32).tiny).log()
+            return _centred(logits.float().clamp_min(torch.finfo(torch.float32).tiny).log())
+        if self.scale is AnswerScale.LOG_PROBABILITIES:
+            return _centred(logits.float())
         if self.scale is AnswerScale.SIGMOIDS:
             return _logits_of_sigmoids(answer, logits)
         return logits
+
+
+def _centred(logits: Tensor) -> Tensor:
+    """Without the mean of each image: criteria that compare logits themselves expect those of a linear layer."""
+    return logits - logits.mean(1, keepdim=True)
 
 
 def _logits_of_sigmoids(answer: Any, logits: Tensor) -> Tensor:

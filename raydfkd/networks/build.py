@@ -110,12 +110,26 @@ _SIGNATURE = re.compile(r"unexpected keyword argument|missing \d+ required|posit
 
 
 def _plain(network: nn.Module) -> nn.Module:
-    """The network that a wrapper for data parallelism holds, and that knows both of its modes or ignores them."""
+    """The network that a wrapper for data parallelism holds, as a module that takes hooks and either of its modes."""
     network = wrapped(network)
+    if isinstance(network, torch.jit.ScriptModule):
+        return _Scripted(network)
     if isinstance(network, torch.fx.GraphModule) and hasattr(network, "_guards_fn"):
         for name in ("train", "eval"):  # an exported graph has the mode that it was exported in
             setattr(network, name, MethodType(_keep_mode, network))
     return network
+
+
+class _Scripted(nn.Module):
+    """A TorchScript module inside one that takes hooks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Any:
+        """What the module answers."""
+        return self.module(images)
 
 
 def _keep_mode(self: nn.Module, mode: bool = False) -> nn.Module:

@@ -14,7 +14,9 @@ from typing_extensions import override
 from raydfkd.config.registry import Registry
 from raydfkd.config.schema import Count, ImageSpace, Positive
 
-GENERATORS: Registry[nn.Module] = Registry("generator", [], member="forward")
+GENERATORS: Registry[nn.Module] = Registry("generator", [], member="latent")
+"""Made of an image space and options; modules without buffers from latents [N, latent] to images [N, C, H, W] in
+[0, 1], whose ``latent`` is how many random numbers an image is made of."""
 
 
 @GENERATORS.register("conv")

@@ -116,7 +116,7 @@ class ObservedNetwork:
         if self._moments_tap is not None and not layers_with_statistics(self._module):
             raise RecipeError(
                 f"{self._who(self._moments_tap)} needs BatchNorm layers with stored statistics, but the {name} has none"
-                f"{_why_none(self._module)}; drop it"
+                f"{_why_none(self._module)} drop it"
             )
         self._trace = MomentsTrace()
         self._features: list[Tensor] = []
@@ -343,8 +343,8 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 
 
 def _why_none(network: nn.Module) -> str:
-    kinds = {type(layer).__name__ for layer in network.modules() if isinstance(layer, torch.jit.ScriptModule)}
-    return " that can be seen, because it is a TorchScript module" if kinds else ""
+    is_script = any(isinstance(layer, torch.jit.ScriptModule) for layer in network.modules())
+    return " that can be seen, because it is TorchScript; give the Python module or" if is_script else ";"
 
 
 def _is_close(one: Tensor, other: Tensor) -> bool:

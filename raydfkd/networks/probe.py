@@ -72,7 +72,7 @@ def _scale_notice(network: nn.Module, name: str) -> Iterator[str]:
             "other"
         )
     if scale is AnswerScale.LOG_PROBABILITIES:
-        yield f"{name} answers log-probabilities, which serve as its logits"
+        yield f"{name} answers log-probabilities; they are taken for its logits"
 
 
 def _statistics_notice(network: nn.Module, name: str) -> Iterator[str]:

@@ -101,11 +101,16 @@ def _parse(content: bytes) -> Any:
 def _states_in(found: Any, path: tuple[str, ...]) -> Iterator[tuple[str, State]]:
     if not isinstance(found, Mapping):
         return
-    tensors = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    tensors = {key: torch.from_numpy(value) if _is_numbers(value) else value for key, value in found.items()}
+    tensors = {key: value for key, value in tensors.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if tensors:
         yield ".".join(path), tensors
     for key, value in found.items():
         yield from _states_in(value, (*path, str(key)))
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind in "fiub" and value.dtype.isnative
 
 
 def match_state(states: Mapping[str, State], network: nn.Module, what: str) -> Match:

@@ -11,11 +11,11 @@ from raydfkd.config.recipe import Recipe
 from raydfkd.data.sources import SOURCES, Feed
 from raydfkd.devices import pick_device
 from raydfkd.distillation.criteria import CRITERIA
-from raydfkd.errors import RecipeError
+from raydfkd.errors import Mistakes, RecipeError
 from raydfkd.images.augment import build_augmentations
 from raydfkd.images.real_data import RealData, open_real_data
 from raydfkd.job import open_job, transfer_set_of
-from raydfkd.networks.build import build_network, count_parameters
+from raydfkd.networks.build import build_network
 from raydfkd.networks.probe import probe_student, probe_teacher
 from raydfkd.networks.teacher import Teacher, build_teacher, open_teacher
 from raydfkd.networks.weights import weights_exist
@@ -49,20 +49,31 @@ def check(recipe: Recipe) -> Prepared:
     Raises:
         RecipeError: with key, value and remedy.
     """
-    network = build_teacher(recipe)
-    data = None
-    if recipe.real_data is not None:
-        data = open_real_data(recipe.real_data, recipe.teacher.image_space, recipe.teacher.classes)
-    student = build_network(recipe.student, recipe.teacher, where="student", seed=0)
-    if not count_parameters(student):
-        raise RecipeError(f"student.network {recipe.student.network} has no weights to train; give another")
-    notes = probe_student(student, recipe.teacher, recipe.distill.batch_size)
-    _check_synthesis(recipe, network, student)
-    _check_training(recipe)
-    pick_device(recipe.runtime.device)
-    Store(recipe.run_dir).probe("run_dir")
-    transfer_set_of(recipe, {}).store.probe()
-    teacher = None
+    mistakes = Mistakes()
+    data, teacher, network, student = None, None, None, None
+    notes: list[str] = []
+    with mistakes.gathered():
+        network = build_teacher(recipe)
+    with mistakes.gathered():
+        if recipe.real_data is not None:
+            data = open_real_data(recipe.real_data, recipe.teacher.image_space, recipe.teacher.classes)
+    with mistakes.gathered():
+        student = build_network(recipe.student, recipe.teacher, where="student", seed=0)
+        notes += probe_student(student, recipe.teacher, recipe.distill.batch_size)
+    with mistakes.gathered():
+        _check_training(recipe)
+    with mistakes.gathered():
+        pick_device(recipe.runtime.device)
+    with mistakes.gathered():
+        Store(recipe.run_dir).probe("run_dir")
+    with mistakes.gathered():
+        transfer_set_of(recipe, {}).store.probe()
+    if network is not None and student is not None:
+        with mistakes.gathered():
+            _check_synthesis(recipe, network, student)
+    mistakes.complain()
+    assert network is not None
+    assert student is not None
     if recipe.teacher.train is None or weights_exist(recipe.teacher.weights, where="teacher.weights"):
         teacher = open_teacher(recipe, network)
         notes += probe_teacher(teacher.module, recipe.teacher)
@@ -89,8 +100,9 @@ def _check_synthesis(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> 
 
 def _check_training(recipe: Recipe) -> None:
     criterion, source = recipe.distill.criterion, recipe.distill.source
-    CRITERIA.build(criterion.kind, criterion.options, where="distill.criterion")
-    build_augmentations(recipe.distill.augment, where="distill.augment")
+    built = CRITERIA.build(criterion.kind, criterion.options, where="distill.criterion")
+    label_reader = f"the criterion {criterion.kind}" if getattr(built, "needs_labels", False) else None
+    build_augmentations(recipe.distill.augment, where="distill.augment", label_reader=label_reader)
     if not is_live(recipe):
         feed = Feed(
             transfer_set=transfer_set_of(recipe, {}),

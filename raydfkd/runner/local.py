@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 
 from torch import Tensor
 from typing_extensions import override
@@ -34,7 +35,7 @@ class LocalExecutor(Executor):
         queue = job.begin_synthesis(phase)
         if not queue.is_drained:
             events.synthesis_started()
-            with Interruption() as interruption:
+            with Interruption(partial(events.say, "stop")) as interruption:
                 self._work(job, queue, teacher, events, interruption)
         return job.end_synthesis(queue)
 

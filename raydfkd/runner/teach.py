@@ -31,7 +31,9 @@ def check_teaching(recipe: Recipe) -> None:
         raise RecipeError("teacher.train is missing, so there is nothing to teach; say how, or give teacher.weights")
     if recipe.teacher.weights == "random":
         raise RecipeError('teacher.weights is "random", which nothing is trained for; give the file to write')
-    build_augmentations(recipe.teacher.train.augment, where="teacher.train.augment")
+    build_augmentations(
+        recipe.teacher.train.augment, where="teacher.train.augment", label_reader="the teacher's training"
+    )
     open_real_data(recipe.real_data, recipe.teacher.image_space, recipe.teacher.classes)
     Store(_split(recipe.teacher.weights)[0]).probe("the folder of teacher.weights")
 
@@ -86,7 +88,7 @@ def train_on_real_data(
     lay_channels_last(network)
     observed = ObservedNetwork(network, frozen=False, batchnorm="batch", precision=getattr(torch, spec.precision))
     observed.to(device)
-    augment = build_augmentations(spec.augment, where="teacher.train.augment")
+    augment = build_augmentations(spec.augment, where="teacher.train.augment", label_reader="the teacher's training")
     pixels = PixelRange(recipe.teacher.image_space, device)
     split = data.load("train")
     rng = rng_from(derive_seed(recipe.seed, "teach"))

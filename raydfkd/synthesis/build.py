@@ -74,6 +74,13 @@ def build_synthesizer(
             Need.LATENTS: not_offered(spec.synthesizer, Need.LATENTS),
         },
     ).to(device)
+    if not targets.is_conditional and len(recipe.classes) < recipe.teacher.classes:
+        raise RecipeError(
+            f"transfer_set.classes names {len(recipe.classes)} of the teacher's {recipe.teacher.classes} classes, but "
+            f"with synthesis.targets {spec.targets.kind} images are of any; use classes: all, or targets that have "
+            "labels, such as balanced"
+        )
+    label_reader = None if objective.label_reader is None else f"the term {objective.label_reader}"
     observed = ObservedNetwork(
         teacher,
         taps=objective.askers,
@@ -87,7 +94,7 @@ def build_synthesizer(
         judge=Judge(teacher=observed, objective=objective, pixels=pixels, student=student),
         space=recipe.teacher.image_space,
         targets=targets,
-        augment=build_augmentations(spec.augment, where="synthesis.augment"),
+        augment=build_augmentations(spec.augment, where="synthesis.augment", label_reader=label_reader),
         device=device,
     )
     return SYNTHESIZERS.build(spec.synthesizer, spec.options, setting, where="synthesis")

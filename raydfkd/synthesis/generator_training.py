@@ -105,6 +105,7 @@ class GeneratorTraining:
         self._turn = 0  # the class that is next to have an image less than others
         self._trained: Tensor | None = None  # latents [P, N, Z] of the images to come, where those are trained
         self._restart()
+        setting.judge.objective.begin()
 
     def reseed(self, seed: int) -> None:
         """Draw latents and augmentations from ``seed`` on, so that a step follows from its number."""
@@ -140,21 +141,26 @@ class GeneratorTraining:
         the generators are trained with, and what is too much is left out.
         """
         each = -(-n // self.groups)
-        batches = []
-        for _ in range(0, each, self.batch_per_class):
-            images = self._images(self._stack, self._latents())
-            batches.append(images.unflatten(0, (self.groups, -1)))
-        kept = torch.cat(batches, 1)[:, :each] if len(batches) > 1 else batches[0][:, :each]
-        images, targets = kept.flatten(0, 1), self._targets_of(each)
+        rows = torch.ones(self.groups, each, dtype=torch.bool)
         surplus = each * self.groups - n
-        if surplus:
-            rows = torch.ones(self.groups, each, dtype=torch.bool, device=images.device)
-            rows[[(self._turn + number) % self.groups for number in range(surplus)], -1] = False
-            self._turn = (self._turn + surplus) % self.groups
-            images, targets = images[rows.flatten()], None if targets is None else targets[rows.flatten()]
-        judge = self._setting.judge
+        rows[[(self._turn + number) % self.groups for number in range(surplus)], -1] = False
+        self._turn = (self._turn + surplus) % self.groups
+
+        def kept(batches: Sequence[Tensor]) -> Tensor:
+            by_class = torch.cat([batch.unflatten(0, (self.groups, -1)) for batch in batches], 1)
+            return by_class[:, :each][rows.to(by_class.device)]
+
+        latents = [self._latents() for _ in range(0, each, self.batch_per_class)]
+        images = [self._images(self._stack, some) for some in latents]
+        targets = self._targets_of(each)
         with self._own_random_numbers("sample"):
-            return judge.keep(images, targets, self._objective.item(), student=self._student)
+            return self._setting.judge.keep(
+                kept(images),
+                None if targets is None else kept([targets]),
+                self._objective.item(),
+                latents=kept([some.flatten(0, 1) for some in latents]),
+                student=self._student,
+            )
 
     @torch.no_grad()
     def renew(self, keep: float) -> None:
@@ -176,6 +182,7 @@ class GeneratorTraining:
             "turn": self._turn,
             "objective": self._objective,
             "batch_per_class": self.batch_per_class,
+            "terms": self._setting.judge.objective.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -189,6 +196,7 @@ class GeneratorTraining:
             rng.set_state(position)
         self._augmenting.set_state(state["augmenting"])
         self._objective = state["objective"]
+        self._setting.judge.objective.resume(state["terms"], self._setting.device)
         self.step, self._turn = state["step"], state["turn"]
 
     def _own_random_numbers(self, purpose: str) -> AbstractContextManager[None]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from raydfkd.data.batches import SyntheticBatch
-from raydfkd.images.pixels import PixelRange, nominal_to_uint8
+from raydfkd.images.pixels import PixelRange, nominal_from_uint8, nominal_to_uint8
 from raydfkd.losses.objective import Objective, ObjectiveValue, View
 from raydfkd.networks.observed import Need, Observation, ObservedNetwork
 
@@ -81,16 +81,44 @@ class Judge:
 
     @torch.no_grad()
     def keep(
-        self, images: Tensor, targets: Tensor | None, objective: float, *, student: AskStudent | None = None
+        self,
+        images: Tensor,
+        targets: Tensor | None,
+        objective: float,
+        *,
+        latents: Tensor | None = None,
+        student: AskStudent | None = None,
     ) -> SyntheticBatch:
-        """Turn nominal ``images`` into stored pixels and ask the teacher about exactly those."""
+        """Turn nominal ``images`` into stored pixels, ask the teacher about exactly those and tell the terms of them.
+
+        Raises:
+            ObjectiveNotFiniteError: an image or the teacher's answer to it is not finite, as after a last step whose
+                value nobody has seen; stored, it would be black.
+        """
         stored = nominal_to_uint8(images)
-        logits = self.teacher(self.pixels.from_uint8(stored)).logits
+        seen = self.pixels.from_uint8(stored)
+        teacher = self.teacher(seen)
+        logits = teacher.logits.half()
+        wrong = ~(images.flatten(1).isfinite().all(1) & logits.isfinite().all(1))
+        if wrong.any():
+            count = f"{int(wrong.sum())} of {len(images)} images"
+            raise ObjectiveNotFiniteError(f"{count}, or the teacher's answers to them, are not finite in the end")
+        if self.objective.remembers:
+            ask = student or self.student
+            view = View(
+                images=nominal_from_uint8(stored),
+                targets=targets,
+                teacher=teacher,
+                observe=lambda batch: self.teacher(self.pixels.from_nominal(batch)),
+                student=ask(seen) if ask is not None and Need.STUDENT in self.objective.needs else None,
+                latents=latents,
+            )
+            self.objective.commit(view)
         labels = targets if targets is not None and targets.ndim == 1 else logits.argmax(1)
         return SyntheticBatch(
             images=stored.cpu(),
             labels=labels.long().cpu().clone(),
-            teacher_logits=logits.half().cpu(),
+            teacher_logits=logits.cpu(),
             objective=objective,
             student_version=getattr(student or self.student, "version", -1),
         )

@@ -14,13 +14,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from raydfkd.config.schema import BelowOne, Count, Positive, PositiveFloat, Spec
+from raydfkd.config.schema import Augmentation, BelowOne, Count, Positive, PositiveFloat, Spec
 from raydfkd.data.batches import SyntheticBatch
 from raydfkd.devices import is_out_of_memory
+from raydfkd.errors import one_line
+from raydfkd.images.augment import Chain, build_augmentations
 from raydfkd.images.pixels import BLACK, WHITE
+from raydfkd.networks.build import REFUSALS
+from raydfkd.networks.observed import Need
 from raydfkd.networks.optimizers import warmup_cosine
 from raydfkd.seeds import derive_seed, rng_at, rng_from, seeded
 from raydfkd.synthesis.checkpoint import NO_HOOK, StepHook
+from raydfkd.synthesis.judge import AskStudent
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Log, Progress, Setting
 from raydfkd.units import Request
 
@@ -34,6 +39,8 @@ class Stage(Spec):
     """Optimiser steps."""
     pool: Positive = 1
     """Edge of the squares of pixels that are averaged before the teacher looks."""
+    augment: tuple[Augmentation, ...] | None = None
+    """What the teacher sees of the averaged images instead of the bare ones; ``synthesis.augment`` unless given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,21 +168,31 @@ class PixelSynthesizer:
                     f"stages: pool is {stage.pool}, which does not divide image size {setting.space.size_text}; "
                     f"use {fewer[-1]}"
                 )
-            _try_teacher(setting, stage.pool)
+            _try_networks(setting, stage.pool)
         self._setting = setting
         self._batch_size = batch_size
         self._too_many = math.inf
         self._stages = stages
+        self._augment = [self._augment_of(stage, f"synthesis.stages[{at}].augment") for at, stage in enumerate(stages)]
         self._steps = sum(stage.steps for stage in stages)
         self._lr, self._betas, self._warmup = lr, betas, warmup
         self._clip = clip
 
+    def _augment_of(self, stage: Stage, where: str) -> Chain:
+        if stage.augment is None:
+            return self._setting.augment
+        reader = self._setting.judge.objective.label_reader
+        return build_augmentations(stage.augment, where=where, label_reader=reader and f"the term {reader}")
+
     def produce(self, request: Request, log: Log, hook: StepHook = NO_HOOK) -> Iterator[SyntheticBatch]:
         """Stream batches that together hold ``request.images_per_class`` images of each class."""
         saved = hook.resumed()
-        course = (
-            _Course.begin(request) if saved is None else _Course.from_state(saved, request.seed, self._setting.device)
-        )
+        device, objective = self._setting.device, self._setting.judge.objective
+        objective.begin()
+        course = _Course.begin(request)
+        if saved is not None:
+            course = _Course.from_state(saved, request.seed, device)
+            objective.resume(saved["terms"], device)
         while course.waiting or course.num_begun < request.images_per_class:
             if not course.waiting:
                 course.waiting.append(self._next_batch(request, course))
@@ -227,17 +244,27 @@ class PixelSynthesizer:
         targets = None if start.targets is None else start.targets.to(device)
         total = torch.zeros(())
         first = 0
-        for stage in self._stages:
+        for stage, augment in zip(self._stages, self._augment, strict=True):
             if course.step < first + stage.steps:
-                total = self._run(stage, first, course, targets, log, hook)
+                total = self._run(stage, augment, first, course, targets, log, hook)
             first += stage.steps
         with course.own_random_numbers("keep", device):
             kept = self._setting.judge.keep(course.images.detach(), targets, total.item())
         course.forget_images()
         return kept
 
+    def _state_dict(self, course: _Course, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return course.state_dict(optimizer) | {"terms": self._setting.judge.objective.state_dict()}
+
     def _run(
-        self, stage: Stage, first: int, course: _Course, targets: Tensor | None, log: Log, hook: StepHook
+        self,
+        stage: Stage,
+        augment: Chain,
+        first: int,
+        course: _Course,
+        targets: Tensor | None,
+        log: Log,
+        hook: StepHook,
     ) -> Tensor:
         """The steps of ``stage`` that are left, where ``first`` come before it; returns the objective at the last."""
         judge, device = self._setting.judge, self._setting.device
@@ -250,13 +277,13 @@ class PixelSynthesizer:
         report = Progress(log, steps=first + stage.steps)
         total = torch.zeros(())
         for step in range(course.step - first, stage.steps):
-            hook(partial(course.state_dict, optimizer))
+            hook(partial(self._state_dict, course, optimizer))
             for group in optimizer.param_groups:
                 group["lr"] = self._lr * warmup_cosine(step, steps=stage.steps, warmup=self._warmup)
             seen = F.avg_pool2d(images, stage.pool) if stage.pool > 1 else images
             progress = course.step / self._steps
             with course.own_random_numbers("step", device):
-                view = self._setting.augment(seen, course.augmenting, progress=progress)
+                view = augment(seen, course.augmenting, progress=progress)
                 _, value = judge(view, targets, groups=groups, progress=progress)
                 optimizer.zero_grad()
                 # Terms are means over images; the sum over classes keeps a class's gradient free of its neighbours.
@@ -271,15 +298,19 @@ class PixelSynthesizer:
         return total
 
 
-def _try_teacher(setting: Setting, pool: int) -> None:
+def _try_networks(setting: Setting, pool: int) -> None:
+    """Refuse a pooling after which the teacher, or the student where terms ask it, cannot take the images."""
     channels, height, width = setting.space.shape
     blank = torch.zeros(2, channels, height // pool, width // pool, device=setting.device)
-    try:
-        with torch.no_grad():
-            setting.judge.teacher(blank)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"stages: pool is {pool}, but the teacher cannot take {height // pool}x{width // pool} pixels ({reason}); "
-            "use pool 1"
-        ) from None
+    asked: dict[str, AskStudent] = {"teacher": setting.judge.teacher}
+    if setting.judge.student is not None and Need.STUDENT in setting.judge.objective.needs:
+        asked["student"] = setting.judge.student
+    for role, ask in asked.items():
+        try:
+            with torch.no_grad():
+                ask(blank)
+        except REFUSALS as error:
+            raise ValueError(
+                f"stages: pool is {pool}, but the {role} cannot take {height // pool}x{width // pool} pixels "
+                f"({one_line(error)}); use pool 1"
+            ) from None

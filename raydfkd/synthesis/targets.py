@@ -19,7 +19,7 @@ class TargetSampler(Protocol):
         """Targets of a batch in class-major order, or None for unconditional synthesis."""
 
 
-TARGETS: Registry[TargetSampler] = Registry("target sampler", [])
+TARGETS: Registry[TargetSampler] = Registry("target sampler", [], member="is_conditional")
 
 
 @TARGETS.register("balanced")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from toy import FAMILIES, shipped
 from raydfkd.commands.catalog import show
 from raydfkd.commands.completion import complete_name, complete_override, complete_recipe, plugin_names
 from raydfkd.config.load import load_recipe, packaged_jobs, packaged_recipes
+from raydfkd.errors import RecipeError
 
 
 def test_names_of_plugins_are_read_as_they_are_registered():
@@ -37,13 +39,18 @@ def test_keys_and_their_closed_values_are_completed():
     assert complete_override("nosuch") == complete_override("nosuch=") == []
 
 
-def test_every_completed_override_can_be_given():
+def complaint(override: str) -> str:
+    try:
+        load_recipe("digits-generators", [override])
+    except RecipeError as error:
+        return str(error)
+    return ""
+
+
+def test_every_completed_override_is_one_that_the_schema_knows():
     for key in complete_override(""):
         for override in complete_override(key):
-            if not override.startswith(
-                ("teacher.train.", "real_data", "run_dir", "teacher.weights", "transfer_set.uri")
-            ):
-                load_recipe("digits-generators", [override])
+            assert not re.search("unknown key|input should", complaint(override))
 
 
 def test_every_completed_name_is_explained():

@@ -523,6 +523,25 @@ def test_training_interrupted_between_its_last_step_and_its_statistics_catches_u
     assert len(states) == 1
 
 
+def test_student_wrapped_for_data_parallelism_is_finished_like_one_that_is_not(tmp_path):
+    job = job_with_images(tmp_path)
+    curves = [], []
+    expected = {name: value.clone() for name, value in training_of(job, curves[0].append).run().items()}
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        wrapped = StudentTraining(
+            job,
+            on_log=curves[1].append,
+            on_checkpoint=lambda _: None,
+            parallel=nn.parallel.DistributedDataParallel,
+            device=CPU,
+        )
+        assert_same_weights(wrapped.run(), expected)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert curves[0] == curves[1]
+
+
 def test_student_that_loses_its_agreement_outside_training_is_told_of(caplog):
     teacher, rng = batchnorm_teacher(), torch.Generator().manual_seed(0)
     trainer = trainer_of(batchnorm_teacher(), steps=1, optimizer={"lr": 1e-9})

@@ -176,10 +176,11 @@ def test_submitted_job_runs_the_recipe_in_the_folder_that_was_sent(folder, clien
     assert client.submitted["metadata"] == {"recipe": "mine", "run_dir": "/runs/mine"}
 
 
-def test_packaged_recipe_is_submitted_by_name(folder, client):
-    assert raydfkd("submit", "digits-generators", *RUN_DIR, "--address", ADDRESS).code == 0
-    assert client.submitted["entrypoint"].startswith("raydfkd run digits-generators ")
-    assert client.submitted["submission_id"].startswith("digits-generators-2")
+@pytest.mark.parametrize("name", ["digits-generators", "smoke"])
+def test_packaged_recipe_or_job_is_submitted_by_name(folder, client, name):
+    assert raydfkd("submit", name, *RUN_DIR, "--address", ADDRESS).code == 0
+    assert client.submitted["entrypoint"].startswith(f"raydfkd run {name} ")
+    assert client.submitted["submission_id"].startswith(f"{name}-2")
 
 
 def test_recipe_in_another_working_folder_is_called_from_there(folder, client, monkeypatch):

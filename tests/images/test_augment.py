@@ -1,9 +1,62 @@
 from __future__ import annotations
 
+import pytest
 import torch
+from toy import SYNTHESIZERS_UNDER_TEST, batches_of, batchnorm_teacher, toy_recipe
 
+from raydfkd.errors import RecipeError
 from raydfkd.images.augment import Affine
+from raydfkd.runner.check import check
 from raydfkd.seeds import rng_from
+from raydfkd.synthesis.build import build_synthesizer
+
+TAUGHT = ["real_data=digits", "teacher.classes=10", "teacher.train={epochs: 1, augment: [mixup]}"]
+MIXED = {
+    "hard labels": (
+        ["distill.augment=[flip, mixup]", "distill.criterion=hard_labels"],
+        "distill.augment[1]",
+        "the criterion hard_labels",
+    ),
+    "labels in synthesis": (["synthesis.augment=[mixup]"], "synthesis.augment[0]", "the term cross_entropy"),
+    "moments by class": (
+        ["synthesis.augment=[mixup]", "synthesis.objective=[one_hot, {term: bn_moments, scope: class}]"],
+        "synthesis.augment[0]",
+        "the term bn_moments",
+    ),
+    "labels of a stage": (
+        ["synthesis.stages=[{steps: 2, augment: [mixup]}]"],
+        "synthesis.stages[0].augment[0]",
+        "the term cross_entropy",
+    ),
+    "teacher": ([*TAUGHT, "teacher.weights=not_there.pt"], "teacher.train.augment[0]", "the teacher's training"),
+}
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_images_are_not_mixed_where_something_reads_the_label_of_each(tmp_path, case):
+    settings, where, reader = MIXED[case]
+    with pytest.raises(RecipeError) as error:
+        check(toy_recipe(tmp_path, settings))
+    assert str(error.value) == (
+        f"{where}: mixup mixes images, but {reader} takes each to be of one class; drop one of them"
+    )
+
+
+@pytest.mark.parametrize("synthesizer", SYNTHESIZERS_UNDER_TEST)
+def test_images_can_be_mixed_where_nothing_reads_a_label(tmp_path, synthesizer):
+    settings = ["synthesis.augment=[mixup]", "synthesis.objective=[one_hot, bn_moments]", "distill.augment=[mixup]"]
+    recipe = toy_recipe(tmp_path, settings, synthesizer=synthesizer)
+    check(recipe)
+    assert batches_of(recipe)
+
+
+def test_images_without_targets_cannot_be_of_some_classes_only(tmp_path):
+    settings = ["synthesis.targets=none", "synthesis.objective=[one_hot]", "transfer_set.classes=[1, 3]"]
+    recipe = toy_recipe(tmp_path, settings, synthesizer="generator")
+    with pytest.raises(
+        RecipeError, match="transfer_set.classes names 2 of the teacher's 4 classes, but with synthesis.targets none"
+    ):
+        build_synthesizer(recipe, batchnorm_teacher(), torch.device("cpu"))
 
 
 def turned(height, width):

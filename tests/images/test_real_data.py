@@ -227,5 +227,5 @@ def test_other_channels_than_the_teachers_are_refused():
 def test_data_set_is_grey_and_names_ten_classes(kind, tmp_path):
     write_idx(tmp_path)
     options = {"root": str(tmp_path)} if kind == "fashion_mnist" else {}
-    data = REAL_DATA.build(kind, options, 28, where="real_data")
+    data = REAL_DATA.build(kind, options, space(28), where="real_data")
     assert (data.channels, len(set(data.class_names))) == (1, 10)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ def test_kl_is_the_gaussian_divergence_of_batch_from_stored_averaged_over_channe
     layers = [layer(0, groups=1, channels=5), layer(1, groups=1, channels=3)]
     divergences = []
     for one in layers:
-        floor = 1e-3 * one.running_var.mean()
+        floor = 1e-3 * one.running_var.median()
         batch = Normal(one.mean, (one.var + floor).sqrt())
         stored = Normal(one.running_mean, (one.running_var + floor).sqrt())
         divergences.append(kl_divergence(batch, stored).mean().item())
@@ -104,6 +105,29 @@ def test_batch_with_the_stored_moments_has_distance_zero(options):
     )
     assert value_of([equal], **options) == pytest.approx(0, abs=1e-6)
     assert value_of([one], **options) > 0.1
+
+
+def collapsed(stored):
+    """The loss of a channel that hardly varies any more, the second of a layer with these ``stored`` variances."""
+    running = torch.tensor(stored)
+    batch = running.clone()
+    batch[1] *= 1e-3
+    one = LayerMoments(
+        mean=torch.zeros(1, len(stored)), var=batch[None], running_mean=torch.zeros(len(stored)), running_var=running
+    )
+    return value_of([one], form="kl") * len(stored)
+
+
+def test_kl_of_a_collapsed_channel_does_not_depend_on_how_loud_another_one_is():
+    quiet, loud = collapsed([0.1] * 9), collapsed([0.1] * 8 + [1e4])
+    assert loud == pytest.approx(quiet, rel=1e-3)
+    assert quiet == pytest.approx(0.5 * (math.log(1 / 2e-3) - 1), rel=0.01), "with a thousandth for both"
+
+
+def test_kl_is_finite_where_most_or_all_channels_are_dead():
+    for stored in ([0.0] * 8 + [1.0, 2.0], [0.0] * 10, [1e-38] * 9 + [1.0]):
+        assert math.isfinite(collapsed(stored))
+    assert collapsed([0.0] * 8 + [1.0, 2.0]) < 1
 
 
 @pytest.mark.parametrize("form", ["norm", "squared", "kl"])
@@ -169,7 +193,7 @@ def reference(teacher, images, groups, *, form, statistic, scope):
             var, mean = torch.var_mean(part, (0, 2, 3), correction=0)
             stored = norm.running_var
             if form == "kl":
-                floor = 1e-3 * stored.mean()
+                floor = 1e-3 * stored.median()
                 batch, trained = Normal(mean, (var + floor).sqrt()), Normal(norm.running_mean, (stored + floor).sqrt())
                 distances.append(kl_divergence(batch, trained).mean() / len(norms))
                 continue

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from raydfkd.errors import RecipeError
 from raydfkd.images.pixels import PixelRange
 from raydfkd.losses.objective import Objective, Term, build_objective
 from raydfkd.networks.observed import Need, ObservedNetwork
-from raydfkd.synthesis.judge import Judge
+from raydfkd.synthesis.judge import Judge, ObjectiveNotFiniteError
 
 
 def objective_of(*specs):
@@ -152,6 +153,24 @@ def test_kept_logits_are_the_teacher_s_answer_to_exactly_the_stored_pixels():
 def test_unconditional_images_are_labelled_with_the_teacher_s_answer():
     kept = judge("one_hot").keep(toy_images(8).detach(), None, 0.0)
     assert kept.labels.tolist() == kept.teacher_logits.argmax(1).tolist()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_image_that_is_not_finite_is_never_stored(value):
+    images = toy_images(5).detach()
+    images[3, 0, 2, 2] = value
+    with pytest.raises(
+        ObjectiveNotFiniteError, match="1 of 5 images, or the teacher's answers to them, are not finite"
+    ):
+        judge("one_hot").keep(images, None, 0.0)
+
+
+def test_answer_that_is_too_large_to_be_stored_is_an_error():
+    teacher = batchnorm_teacher()
+    with torch.no_grad():
+        teacher.head.bias.fill_(1e6)
+    with pytest.raises(ObjectiveNotFiniteError, match="5 of 5 images, or the teacher's answers"):
+        judge("one_hot", teacher=teacher).keep(toy_images(5).detach(), None, 0.0)
 
 
 def test_judge_of_a_teacher_without_batchnorm_works_where_no_term_asks_for_moments():

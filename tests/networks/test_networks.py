@@ -50,6 +50,8 @@ def parallel(): return nn.DataParallel(Picky())
 def of_precision(kind): return getattr(Picky(), kind)()
 def lazy(): return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
 
+def scripted(): return torch.jit.trace(Picky(), torch.zeros(2, 1, 32, 32))
+
 class FixedBatch(Picky):
     def forward(self, images):
         return self.head(self.body(images.view(64, 1024)))
@@ -343,6 +345,14 @@ def test_network_that_answers_something_else_than_the_classes_is_refused(network
     message = refusal(build, network, classes=classes)
     expected = rf"teacher.classes is {classes}, but teacher.network {network} answers {answer} for 2 images; "
     assert re.match(expected + rf"it must be \[2, {classes}\]", message)
+
+
+@pytest.mark.usefixtures("users_module")
+def test_torchscript_network_answers_like_any_other(tmp_path):
+    network = build("users_networks:scripted")
+    assert network(torch.zeros(2, 1, 32, 32)).shape == (2, 10)
+    (tmp_path / "weights.safetensors").write_bytes(save_bytes(build("users_networks:Picky", seed=1)))
+    load_weights(network, str(tmp_path / "weights.safetensors"), where="teacher.weights")
 
 
 @pytest.mark.usefixtures("users_module")

@@ -112,7 +112,7 @@ def test_statistics_of_no_training_are_told():
     ("form", "told"),
     [
         ("softmax", "answers probabilities; their logarithm is taken"),
-        ("log_softmax", "answers log-probabilities, which serve as its logits"),
+        ("log_softmax", "answers log-probabilities; they are taken for its logits"),
         ("sigmoid", "answers sigmoids;"),
     ],
 )

@@ -82,6 +82,7 @@ FORMS = {
     ),
     "no counters": (without_counters, ""),
     "profiled": (lambda state: {**state, "total_ops": torch.zeros(1), "fc.total_params": torch.zeros(1)}, ""),
+    "arrays of numpy": (lambda state: {key: value.numpy() for key, value in state.items()}, ""),
     "half": (lambda state: {k: v.half() if v.is_floating_point() else v for k, v in state.items()}, ""),
 }
 

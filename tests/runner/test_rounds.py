@@ -13,7 +13,6 @@ from raydfkd.errors import RecipeError
 from raydfkd.job import open_job
 from raydfkd.report.metrics import read_metrics
 from raydfkd.runner import check as in_check
-from raydfkd.runner.budget import run_within
 from raydfkd.synthesis.worker import SynthesisWorker
 
 AGAINST_STUDENT = "synthesis.objective=[cross_entropy, {term: competition, weight: 5}]"
@@ -124,11 +123,6 @@ def test_student_that_is_only_logged_otherwise_does_not_change_the_digest(tmp_pa
     assert job_in_rounds(tmp_path / "other", "pixels", "distill.log_every=3").digest == job.digest
     longer = job_in_rounds(tmp_path / "longer", "pixels", "transfer_set.images_per_class=24")
     assert longer.digest != job.digest
-
-
-def test_budget_refuses_rounds(tmp_path):
-    with pytest.raises(RecipeError, match="rounds is 2"):
-        run_within(toy_recipe(tmp_path, ROUNDS), 5.0)
 
 
 def test_each_phase_covers_all_classes_and_the_last_one_is_the_whole_job(tmp_path):

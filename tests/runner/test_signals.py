@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +32,81 @@ def test_first_signal_is_a_request_and_the_second_ends_at_once(number, capfd):
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
     assert "the same again stops now" in capfd.readouterr().err
+
+
+def test_the_display_is_told_once_though_the_signal_came_while_its_lock_was_held(capfd):
+    told, lock = [], threading.Lock()
+
+    def show(line):
+        with lock:
+            told.append(line)
+
+    with Interruption(show) as interruption:
+        with lock:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+            assert interruption.is_requested
+            assert told == []
+        until = time.monotonic() + 5
+        while not told and time.monotonic() < until:
+            time.sleep(0.01)
+        assert told == ["stopping within 10 s, what is in work first; the same again stops now"]
+    assert capfd.readouterr().err == ""
+
+
+TWO_BARS = """
+import os, signal, sys, time
+from functools import partial
+from pathlib import Path
+from rich.console import Console
+from raydfkd.report.metrics import MetricsLog
+from raydfkd.run.progress import Monitor
+from raydfkd.run.signals import Interruption
+
+with Monitor(Console(), MetricsLog(Path(sys.argv[1]), fresh=True)) as monitor:
+    monitor.planned(images=80, images_before=0, units_before=0, student_steps=10, training="t")
+    monitor.synthesis_started()
+    monitor.student_started()
+    time.sleep(0.5)
+    with Interruption(partial(monitor.say, "stop")):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+"""
+
+
+def screen(written: str) -> list[str]:
+    """What a terminal shows of it: of the escape codes, those that move up and erase a line."""
+    lines, row = [""], 0
+    for code, line_feed, text in re.findall(r"\x1b\[([?\d;]*[A-Za-z])|([\r\n])|([^\x1b\r\n]+)", written):
+        if code.endswith("A"):
+            row -= int(code[:-1] or 1)
+        elif code == "2K":
+            lines[row] = ""
+        elif line_feed == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        lines[row] += text
+    return lines
+
+
+def test_line_of_the_first_ctrl_c_stays_on_a_terminal_with_two_live_bars(tmp_path):
+    master, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", TWO_BARS, str(tmp_path / "metrics.jsonl")],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    )
+    os.close(terminal)
+    written = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while chunk := os.read(master, 65536):
+            written += chunk
+    assert process.wait(60) == 0
+    shown = screen(written.decode())
+    assert [line for line in shown if "the same again stops now" in line], shown
+    assert sum("starting" in line for line in shown) == 2, shown
 
 
 def test_handlers_that_were_there_return():

@@ -8,9 +8,13 @@ from torch.nn import functional as F
 from toy import CLASSES, SmallMemory, assert_same_rows, batches_of, batchnorm_teacher, joined, toy_recipe, unit_of
 
 from raydfkd.errors import RecipeError
+from raydfkd.images.augment import AUGMENTATIONS
 from raydfkd.networks.optimizers import warmup_cosine
 from raydfkd.seeds import rng_from
 from raydfkd.synthesis.build import build_synthesizer
+from raydfkd.synthesis.student_feed import LiveStudentFeed
+
+CPU = torch.device("cpu")
 
 WHITE = 0.5 / 0.225
 """In nominal units, as minus black."""
@@ -151,6 +155,61 @@ def test_stage_without_pooling_moves_pixels_of_a_square_apart(tmp_path):
 def test_pooling_that_does_not_divide_the_image_is_refused(tmp_path):
     recipe = toy_recipe(tmp_path, ["synthesis.stages=[{pool: 3, steps: 4}]"])
     with pytest.raises(RecipeError, match="pool is 3, which does not divide image size 8; use 2"):
+        batches_of(recipe)
+
+
+class OneSize(torch.nn.Module):
+    """Takes 8x8 images only and says so as torchvision's transformers do."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        torch._assert(images.shape[-1] == 8, f"Wrong image height! Expected 8 but got {images.shape[-1]}!")
+        return self.network(images)
+
+
+def test_pooling_that_the_teacher_cannot_take_is_refused_whatever_it_raises(tmp_path):
+    with pytest.raises(RecipeError) as error:
+        build_synthesizer(toy_recipe(tmp_path), OneSize(batchnorm_teacher()), CPU)
+    assert str(error.value) == (
+        "synthesis: stages: pool is 2, but the teacher cannot take 4x4 pixels (Wrong image height! Expected 8 but got "
+        "4!); use pool 1"
+    )
+
+
+def test_pooling_that_the_student_cannot_take_is_refused_where_a_term_asks_it(tmp_path):
+    student = LiveStudentFeed(OneSize(batchnorm_teacher(seed=1)), batchnorm="running")
+    build_synthesizer(toy_recipe(tmp_path), batchnorm_teacher(), CPU, student)
+    recipe = toy_recipe(tmp_path, ["synthesis.objective=[cross_entropy, competition]"])
+    with pytest.raises(RecipeError, match="pool is 2, but the student cannot take 4x4 pixels .*; use pool 1"):
+        build_synthesizer(recipe, batchnorm_teacher(), CPU, student)
+
+
+def test_stage_can_have_augmentations_of_its_own(monkeypatch, tmp_path):
+    seen = []
+
+    class Noted:
+        def __init__(self, *, label: str) -> None:
+            self._label = label
+
+        def __call__(self, images, rng):
+            seen.append((self._label, images.shape[-1]))
+            return images
+
+    monkeypatch.setitem(AUGMENTATIONS._factories, "noted", Noted)
+    stages = "[{pool: 2, steps: 2, augment: [{kind: noted, label: own}]}, {steps: 1}, {steps: 1, augment: []}]"
+    recipe = toy_recipe(tmp_path, [f"synthesis.stages={stages}", "synthesis.augment=[{kind: noted, label: common}]"])
+    batches_of(recipe, unit_of((0, 1), 2))
+    assert seen == [("own", 4), ("own", 4), ("common", 8)]
+
+
+def test_mistake_in_the_augmentation_of_a_stage_is_named_with_its_place(tmp_path):
+    recipe = toy_recipe(tmp_path, ["synthesis.stages=[{steps: 1}, {steps: 1, augment: [{kind: jitter, pixel: 1}]}]"])
+    with pytest.raises(
+        RecipeError, match=r"synthesis.stages\[1\].augment\[0\].pixel: unknown key; did you mean pixels"
+    ):
         batches_of(recipe)
 
 

@@ -146,7 +146,7 @@ def test_batch_owns_its_storage_and_later_batches_leave_it_alone(tmp_path, synth
 
 def test_diverged_objective_fails_the_unit_naming_step_and_term(tmp_path, synthesizer):
     broken = batchnorm_teacher()
-    broken.head.weight.data[0] = 3e38  # its answer overflows
+    broken.head.weight.data[0] = broken.head.bias.data[0] = 3e38  # finite, as weights must be; the logit is not
     weights = tmp_path / "broken.safetensors"
     weights.write_bytes(save_bytes(broken))
     objective = "synthesis.objective=[{term: cross_entropy, name: target}, image_l2]"
