@@ -75,11 +75,9 @@ def distill(
 ) -> int:
     """Train the student only, on a transfer set that is there or being made elsewhere."""
     plan = load(recipe, overrides, run_dir, on)
-    from raydfkd.runner.run import distill as train_student
-    from raydfkd.runner.run import student_path
+    from raydfkd.runner.run import distill_job
 
-    train_student(plan, console=console_for(is_json=as_json))
-    _print({"student": str(student_path(plan))}, is_json=as_json)
+    _print(distill_job(plan, console=console_for(is_json=as_json)).summary, is_json=as_json)
     return DONE
 
 

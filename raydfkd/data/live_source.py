@@ -82,6 +82,7 @@ class LiveSource:
         unit = WorkUnit(id=f"live-{self._step:09d}", request=request)
         if unit.id in self._feed.transfer_set.committed():
             return
+        self._feed.transfer_set.create()  # nobody else has, where the student is trained by itself
         sink = self._feed.transfer_set.open(unit)
         sink.write(self._generator.sample(self._keep))
         sink.commit(seconds=0.0)

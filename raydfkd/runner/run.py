@@ -37,7 +37,7 @@ from raydfkd.runner.progress import Display
 from raydfkd.runner.teach import teach
 from raydfkd.runner.view import SetView
 from raydfkd.store.store import Store
-from raydfkd.synthesis.build import has_targets
+from raydfkd.synthesis.build import has_targets, is_live
 
 METRICS = "metrics.jsonl"
 
@@ -90,6 +90,20 @@ class Synthesis:
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distillation:
+    """What a training on images that were there came to."""
+
+    job: Job
+    student: nn.Module
+    """In eval mode, on the CPU."""
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What scripts and people are told."""
+        return {"student": str(student_path(self.job.recipe)), "images": self.job.snapshot().images}
+
+
 def run(recipe: Recipe, *, console: Console | None = None) -> Result:
     """Do everything that the recipe says: teach if needed, synthesize and distil at once, judge, report.
 
@@ -136,11 +150,11 @@ def synthesize_job(recipe: Recipe, *, console: Console | None = None) -> Synthes
         RecipeError: its images are made against the student, who is trained beside them, so only ``run`` makes them.
     """
     prepared = check(recipe)
+    if recipe.rounds > 1 or is_live(recipe):
+        raise RecipeError("the images are made against the student, who is trained beside them; use run")
     with listening(recipe, console) as events:
         teacher = _teacher(prepared, events)
         job = open_job(recipe, teacher)
-        if len(job.phases) > 1 or not job.units:
-            raise RecipeError("the images are made against the student, who is trained beside them; use run")
         announce(job, events)
         outcome = executor_of(recipe).synthesize(job, job.phases[-1], teacher, events)
     view = SetView(job)
@@ -159,6 +173,11 @@ def distill(recipe: Recipe, images: TransferSet | None = None, *, console: Conso
     Raises:
         RecipeError: the recipe is wrong, ``images`` are of another one, or there are none.
     """
+    return distill_job(recipe, images, console=console).student
+
+
+def distill_job(recipe: Recipe, images: TransferSet | None = None, *, console: Console | None = None) -> Distillation:
+    """As ``distill``, with the job whose student it is."""
     prepared = check(recipe)
     with listening(recipe, console) as events:
         teacher = _teacher(prepared, events)
@@ -172,7 +191,7 @@ def distill(recipe: Recipe, images: TransferSet | None = None, *, console: Conso
     if not state:
         raise RecipeError(f"transfer_set.uri is {recipe.transfer_set.uri}: no image came of its synthesis")
     save_student(job, state)
-    return student_of(recipe, state)
+    return Distillation(job=job, student=student_of(recipe, state))
 
 
 def evaluate(recipe: Recipe, student: str | os.PathLike[str] | None = None, *, split: Split = "test") -> dict[str, Any]:
