@@ -55,20 +55,22 @@ def test_the_display_is_told_once_though_the_signal_came_while_its_lock_was_held
 
 
 TWO_BARS = """
-import os, signal, sys, time
+import os, signal, time
 from functools import partial
-from pathlib import Path
 from rich.console import Console
-from raydfkd.report.metrics import MetricsLog
-from raydfkd.run.progress import Monitor
-from raydfkd.run.signals import Interruption
+from raydfkd.runner.events import Events, Plan
+from raydfkd.runner.progress import Display
+from raydfkd.runner.signals import Interruption
 
-with Monitor(Console(), MetricsLog(Path(sys.argv[1]), fresh=True)) as monitor:
-    monitor.planned(images=80, images_before=0, units_before=0, student_steps=10, training="t")
-    monitor.synthesis_started()
-    monitor.student_started()
+with Display(Console()) as display:
+    events = Events(display)
+    events.planned(
+        Plan(job="j", training="t", images=80, units=4, images_before=0, units_before=0, student_steps=10)
+    )
+    events.synthesis_started()
+    events.student_started()
     time.sleep(0.5)
-    with Interruption(partial(monitor.say, "stop")):
+    with Interruption(partial(events.say, "stop")):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
 """
@@ -89,10 +91,10 @@ def screen(written: str) -> list[str]:
     return lines
 
 
-def test_line_of_the_first_ctrl_c_stays_on_a_terminal_with_two_live_bars(tmp_path):
+def test_line_of_the_first_ctrl_c_stays_on_a_terminal_with_two_live_bars():
     master, terminal = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-c", TWO_BARS, str(tmp_path / "metrics.jsonl")],
+        [sys.executable, "-c", TWO_BARS],
         stdin=terminal,
         stdout=terminal,
         stderr=terminal,
