@@ -36,7 +36,7 @@ class LiveSource:
     ) -> None:
         if feed.generator is None:
             raise RecipeError("distill.source is live, but this synthesizer has no generator to train; use generator")
-        self._generator = feed.generator()
+        self._generator = feed.generator(max(1, feed.steps * generator_steps // student_steps))
         self._feed = feed
         self._generator_steps, self._student_steps = generator_steps, student_steps
         self._keep = keep

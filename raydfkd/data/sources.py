@@ -90,8 +90,9 @@ class Feed:
     """Where rank 0 notes and looks up how epochs began; unless given, a source that goes on chooses anew."""
     pin_memory: bool = False
     """Whether batches are made in memory that a CUDA device can copy from by itself."""
-    generator: Callable[[], LiveGenerator] | None = None
-    """Makes the generator of a live source, against the student that is trained; None where nobody can."""
+    generator: Callable[[int], LiveGenerator] | None = None
+    """Makes the generator of a live source, to be trained for so many steps against the student; None where nobody
+    can."""
 
 
 class BatchSource(Protocol):

@@ -25,8 +25,8 @@ from raydfkd.seeds import derive_seed
 from raydfkd.store.store import Store
 from raydfkd.units import Phase
 
-MakeGenerator = Callable[[nn.Module, Ranks, torch.device], LiveGenerator]
-"""Makes the generator of a live source against a student in training."""
+MakeGenerator = Callable[[nn.Module, int, Ranks, torch.device], LiveGenerator]
+"""Makes the generator of a live source against a student in training, to be trained for a number of steps."""
 
 
 class StudentTraining:
@@ -93,7 +93,7 @@ class StudentTraining:
             ranks=self._ranks,
             epochs=EpochLog(_train_store(job), job.student_digest),
             pin_memory=device.type == "cuda",
-            generator=None if generator is None else lambda: generator(self._student, self._ranks, device),
+            generator=None if generator is None else lambda steps: generator(self._student, steps, self._ranks, device),
         )
 
     def run(self, *, pace: Pace = by_steps) -> Mapping[str, Tensor]:

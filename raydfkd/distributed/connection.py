@@ -62,7 +62,7 @@ def _connect(address: str, say: Say) -> None:
     if joined is None:
         options["_temp_dir"] = _temp_dir(say)
     try:
-        with _without_sigterm():
+        with _deaf_children(), ray_internals.no_sigterm_handler(), ray_internals.short_tmpdir():
             ray.init("local" if joined is None else joined, **options)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         if joined is None:
@@ -79,20 +79,17 @@ def _connect(address: str, say: Say) -> None:
 
 
 @contextlib.contextmanager
-def _without_sigterm() -> Iterator[None]:
-    """Let the processes that start meanwhile, and theirs, never hear SIGTERM; this one hears it afterwards.
+def _deaf_children() -> Iterator[None]:
+    """Let the processes that are started meanwhile, and theirs, never hear SIGTERM.
 
     `scancel`, systemd and `timeout` send SIGTERM to every process of a job. Ray's would end at once, and with them the
     work that this process is given seconds to save. They end when this process does, by Ray's own means. Ray does the
-    same about Ctrl-C. It also sets a handler of its own, which would exit with status 15.
+    same about Ctrl-C. This process hears a SIGTERM that comes meanwhile at the latest afterwards.
     """
-    handler = signal.getsignal(signal.SIGTERM)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -62,6 +62,8 @@ CHATTY = (
 """Loggers that tell people Ray's own steps, some of them at levels of their own."""
 SESSION = "session_0000-00-00_00-00-00_000000_0000000/sockets/plasma_store.0"
 """As long as the longest path that Ray makes for a socket below its temporary folder."""
+LISTENER = "pymp-00000000/listener-00000000"
+"""As long as the path that Python's multiprocessing makes for a socket below TMPDIR."""
 
 
 def quieten() -> None:
@@ -164,6 +166,17 @@ def _children(pid: int) -> list[Any]:
     return []
 
 
+@contextlib.contextmanager
+def no_sigterm_handler() -> Iterator[None]:
+    """Keep ``ray.init`` from setting a handler for SIGTERM, which would exit with status 15 and save nothing."""
+    before = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = before
+
+
 def short_temp_dir(other: str = "/tmp/ray") -> str | None:
     """Where Ray's usual temporary folder is too long for sockets in it, ``other``; else None, for the usual one.
 
@@ -171,9 +184,9 @@ def short_temp_dir(other: str = "/tmp/ray") -> str | None:
         OSError: neither will do.
     """
     usual = get_default_ray_temp_dir()  # type: ignore[no-untyped-call]  # as is much of Ray
-    if _holds_sockets(usual):
+    if _holds_socket(usual, SESSION):
         return None
-    if not _holds_sockets(other):
+    if not _holds_socket(other, SESSION):
         raise OSError(f"{other} is too long as well")
     Path(other).mkdir(parents=True, exist_ok=True)
     if not os.access(other, os.W_OK | os.X_OK):
@@ -181,9 +194,26 @@ def short_temp_dir(other: str = "/tmp/ray") -> str | None:
     return other
 
 
-def _holds_sockets(folder: str) -> bool:
+@contextlib.contextmanager
+def short_tmpdir(other: str = "/tmp") -> Iterator[None]:
+    """Let processes that are started meanwhile have ``other`` for a TMPDIR that is too long for sockets in it.
+
+    Ray's dashboard has subprocesses, and with them Python's own sockets, which Ray waits for in vain for a minute.
+    """
+    before = os.environ.get("TMPDIR")
+    if before is None or _holds_socket(before, LISTENER):
+        yield
+        return
+    os.environ["TMPDIR"] = other
     try:
-        utils.validate_socket_filepath(os.path.join(folder, SESSION))
+        yield
+    finally:
+        os.environ["TMPDIR"] = before
+
+
+def _holds_socket(folder: str, name: str) -> bool:
+    try:
+        utils.validate_socket_filepath(os.path.join(folder, name))
     except OSError:
         return False
     return True

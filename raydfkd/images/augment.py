@@ -1,4 +1,4 @@
-"""What a network sees instead of the bare image; the same plug-ins serve synthesis, teachers and students.
+"""Augmentations, the same for synthesis, teachers and students: a network sees these images instead of the bare ones.
 
 Random numbers come from the CPU generator that is passed in, so a seed means the same on every device.
 """
@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from raydfkd.config.registry import Registry
 from raydfkd.config.schema import BelowOne, Count, Fraction, NotNegative, PluginSpec, PositiveFloat
@@ -37,7 +38,7 @@ AUGMENTATIONS: Registry[Augmentation] = Registry("augmentation", [])
 
 
 @AUGMENTATIONS.register("jitter")
-class Jitter:
+class Jitter(Augmentation):
     """Roll the whole batch by one random offset (Yin et al. 2020).
 
     Args:
@@ -47,14 +48,14 @@ class Jitter:
     def __init__(self, *, pixels: Count) -> None:
         self._pixels = pixels
 
+    @override
     def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:
-        """See the class."""
         offsets = torch.randint(-self._pixels, self._pixels + 1, (2,), generator=rng).tolist()
         return images.roll(offsets, (2, 3))
 
 
 @AUGMENTATIONS.register("flip")
-class Flip:
+class Flip(Augmentation):
     """Mirror the whole batch left to right (Yin et al. 2020).
 
     Args:
@@ -64,13 +65,13 @@ class Flip:
     def __init__(self, *, probability: Fraction = 0.5) -> None:
         self._probability = probability
 
+    @override
     def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:
-        """See the class."""
         return images.flip(3) if torch.rand((), generator=rng).item() < self._probability else images
 
 
 @AUGMENTATIONS.register("affine")
-class Affine:
+class Affine(Augmentation):
     """Rotate, scale and shift each image by itself; the border is continued outwards.
 
     Args:
@@ -84,8 +85,8 @@ class Affine:
         self._scale = scale
         self._shift = shift
 
+    @override
     def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:
-        """See the class."""
         angle, zoom, dx, dy = torch.rand(4, len(images), generator=rng).mul(2).sub(1)
         angle, zoom = angle * self._radians, 1 + zoom * self._scale
         cos, sin = zoom * angle.cos(), zoom * angle.sin()
@@ -99,7 +100,7 @@ class Affine:
 
 
 @AUGMENTATIONS.register("noise")
-class Noise:
+class Noise(Augmentation):
     """Add Gaussian noise, its strength drawn for each image between none and ``std``.
 
     Args:
@@ -109,15 +110,15 @@ class Noise:
     def __init__(self, *, std: NotNegative) -> None:
         self._std = std
 
+    @override
     def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:
-        """See the class."""
         strength = torch.rand(len(images), 1, 1, 1, generator=rng) * self._std
         noise = torch.randn(images.shape, generator=rng)
         return images + (strength * noise).to(images.device)
 
 
 @AUGMENTATIONS.register("mixup")
-class Mixup:
+class Mixup(Augmentation):
     """Blend each image with another one of the batch; only where nothing reads the label of an image.
 
     Args:
@@ -129,8 +130,8 @@ class Mixup:
     def __init__(self, *, alpha: PositiveFloat = 1.0) -> None:
         self._alpha = alpha
 
+    @override
     def __call__(self, images: Tensor, rng: torch.Generator) -> Tensor:
-        """See the class."""
         shape = torch.full((2, len(images)), self._alpha)
         first, second = torch._standard_gamma(shape, generator=rng)
         share = (first / (first + second)).view(-1, 1, 1, 1).to(images.device)

@@ -35,7 +35,7 @@ def nominal_to_uint8(images: Tensor) -> Tensor:
 
 
 class PixelRange:
-    """What a network takes: the units of one image space, on one device."""
+    """The units that a network takes: those of one image space, on one device."""
 
     def __init__(self, space: ImageSpace, device: torch.device | str = "cpu") -> None:
         self._mean = torch.tensor(space.mean, device=device).view(1, -1, 1, 1)

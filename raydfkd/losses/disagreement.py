@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from raydfkd.losses.objective import TERMS, Term, View
 from raydfkd.networks.observed import Need
@@ -36,8 +37,8 @@ class Competition(Term):
             raise ValueError(f"temperature is {temperature}; it must be positive")
         self._temperature = temperature
 
+    @override
     def forward(self, view: View) -> Tensor:
-        """See the class."""
         student, teacher = (F.log_softmax(logits / self._temperature, 1) for logits in _logits(view))
         mixture = torch.logaddexp(student, teacher) - math.log(2)
         divergences = [
@@ -57,8 +58,8 @@ class LogitGap(Term):
 
     needs = frozenset({Need.STUDENT})
 
+    @override
     def forward(self, view: View) -> Tensor:
-        """See the class."""
         student, teacher = _logits(view)
         return -(student - teacher).abs().mean()
 
@@ -73,8 +74,8 @@ class DecisionGap(Term):
 
     needs = frozenset({Need.STUDENT})
 
+    @override
     def forward(self, view: View) -> Tensor:
-        """See the class."""
         student, teacher = _logits(view)
         divergence = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="none").sum(1)
         is_alike = student.argmax(1) == teacher.argmax(1)

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from raydfkd.losses.objective import TERMS, Term, View
 from raydfkd.networks.batchnorm import LayerMoments
@@ -56,8 +57,8 @@ class BatchNormMoments(Term):
         """Moments of the batch or of each class."""
         return frozenset({Need.CLASS_MOMENTS if self._scope == "class" else Need.MOMENTS})
 
+    @override
     def forward(self, view: View) -> Tensor:
-        """See the class."""
         assert view.teacher.moments, "bn_moments needs BatchNorm layers"
         layers = [self._distance(layer) for layer in view.teacher.moments]
         layers[0] = layers[0] * self._first_layer_scale

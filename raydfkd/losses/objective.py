@@ -1,4 +1,4 @@
-"""What is optimised: a weighted sum of terms, each of which sees a candidate batch and its observations."""
+"""The objective of synthesis: a weighted sum of terms, each of which sees a candidate batch and its observations."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class View:
     targets: Tensor | None
     """[N] labels or [N, K] soft targets; None for unconditional methods."""
     teacher: Observation
-    """What the teacher says of the images."""
+    """The teacher's answer to the images."""
     observe: Callable[[Tensor], Observation]
     """The teacher again, for terms that make a second view of their own, in nominal units too."""
     student: Observation | None = None
-    """What the student says of the images, where a term needs it and there is one."""
+    """The student's answer, where a term needs it and there is a student."""
     latents: Tensor | None = None
     """[N, Z], where the images were generated."""
     progress: float = 1.0
@@ -56,7 +56,7 @@ class Term(nn.Module):
 
     @property
     def taps(self) -> frozenset[Tap]:
-        """What this instance reads; narrower or other than ``needs`` where options decide, such as a ``Layer``."""
+        """Reads of this instance; narrower or other than ``needs`` where options decide, such as a ``Layer``."""
         return self.needs
 
     def forward(self, view: View) -> Tensor:
@@ -184,7 +184,7 @@ def build_objective(
 
 
 def needs_of(specs: Sequence[TermSpec]) -> frozenset[Tap]:
-    """What the terms of a recipe read, whether or not it is on offer."""
+    """Everything that the terms of a recipe read, whether or not it is on offer."""
     return frozenset().union(*(term.taps for _, _, term in _built(specs)))
 
 

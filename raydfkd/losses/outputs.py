@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 from torch.nn import functional as F
+from typing_extensions import override
 
 from raydfkd.losses.objective import TERMS, Term, View
 from raydfkd.networks.observed import Need
@@ -28,8 +29,8 @@ class CrossEntropy(Term):
             raise ValueError(f"temperature is {temperature}; it must be positive")
         self._temperature = temperature
 
+    @override
     def forward(self, view: View) -> Tensor:
-        """See the class."""
         assert view.targets is not None, "cross_entropy needs targets"
         return F.cross_entropy(view.teacher.logits / self._temperature, view.targets)
 
@@ -42,8 +43,8 @@ class OneHot(Term):
     2019 (DAFL).
     """
 
+    @override
     def forward(self, view: View) -> Tensor:
-        """See the class."""
         logits = view.teacher.logits
         return F.cross_entropy(logits, logits.argmax(1))
 
@@ -58,8 +59,8 @@ class ClassBalance(Term):
 
     is_per_image = False
 
+    @override
     def forward(self, view: View) -> Tensor:
-        """See the class."""
         mean = view.teacher.logits.softmax(1).mean(0)
         return (mean * mean.clamp_min(1e-12).log()).sum()
 
@@ -73,7 +74,7 @@ class Activation(Term):
 
     needs = frozenset({Need.FEATURES})
 
+    @override
     def forward(self, view: View) -> Tensor:
-        """See the class."""
         assert view.teacher.features is not None, "activation needs features"
         return -view.teacher.features.abs().mean()

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from raydfkd.losses.objective import TERMS, Term, View
 
@@ -29,8 +30,8 @@ class TotalVariation(Term):
         super().__init__()
         self._norm = norm
 
+    @override
     def forward(self, view: View) -> Tensor:
-        """See the class."""
         x = view.images
         differences = (
             x[..., :, 1:] - x[..., :, :-1],
@@ -56,7 +57,7 @@ class ImageL2(Term):
     In nominal units (``images.pixels``), in [0, inf). Source: Yin et al. 2020.
     """
 
+    @override
     def forward(self, view: View) -> Tensor:
-        """See the class."""
         norms: Tensor = torch.linalg.vector_norm(view.images.flatten(1), dim=1)
         return norms.mean()

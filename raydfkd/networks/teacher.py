@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,6 +13,8 @@ from raydfkd.config.recipe import Recipe
 from raydfkd.networks.build import build_network
 from raydfkd.networks.weights import load_weights
 from raydfkd.seeds import derive_seed
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,14 +35,18 @@ def build_teacher(recipe: Recipe) -> nn.Module:
     return build_network(recipe.teacher, recipe.teacher, where="teacher", seed=derive_seed(recipe.seed, "teacher"))
 
 
-def open_teacher(recipe: Recipe, network: nn.Module | None = None) -> Teacher:
+def open_teacher(
+    recipe: Recipe, network: nn.Module | None = None, *, say: Callable[[str], None] = logger.info
+) -> Teacher:
     """Read the recipe's weights into ``network``, or into one that is built for them.
+
+    ``say`` is told where the file's names or form are not quite the network's.
 
     Raises:
         RecipeError: network or weights are missing, or do not suit each other.
     """
     network = build_teacher(recipe) if network is None else network
-    sha256 = load_weights(network, recipe.teacher.weights, where="teacher.weights")
+    sha256 = load_weights(network, recipe.teacher.weights, where="teacher.weights", say=say)
     return Teacher(module=network.eval(), sha256=sha256)
 
 

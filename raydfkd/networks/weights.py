@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import fsspec
 import safetensors.torch
@@ -38,11 +38,11 @@ def weights_exist(uri: str, *, where: str) -> bool:
     return False
 
 
-def load_weights(network: nn.Module, uri: str, *, where: str) -> str:
+def load_weights(network: nn.Module, uri: str, *, where: str, say: Callable[[str], None] = logger.info) -> str:
     """Load a state dict into ``network``; return the SHA-256 of the file. Nothing is ever unpickled but tensors.
 
     A checkpoint that holds the state dict among other things, or under the names of a wrapper, is taken for what is
-    meant, and the log says so. A network that its own code has loaded is ``random``.
+    meant, and ``say`` is told so, in one line. A network that its own code has loaded is ``random``.
 
     Raises:
         RecipeError: no such file, not weights, weights of another network, or numbers that are not finite.
@@ -55,7 +55,7 @@ def load_weights(network: nn.Module, uri: str, *, where: str) -> str:
     _load(network, match, uri, where)
     _refuse_not_finite(network, uri, where)
     if match.notice:
-        logger.info("%s: %s", where, match.notice)
+        say(f"{where}: {match.notice}")
     return hashlib.sha256(content).hexdigest()
 
 

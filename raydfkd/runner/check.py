@@ -76,7 +76,7 @@ def check(recipe: Recipe) -> Prepared:
     assert network is not None
     assert student is not None
     if recipe.teacher.train is None or weights_exist(recipe.teacher.weights, where="teacher.weights"):
-        teacher = open_teacher(recipe, network)
+        teacher = open_teacher(recipe, network, say=notes.append)
         notes += probe_teacher(teacher.module, recipe.teacher)
         open_job(recipe, teacher).transfer_set.check()
     else:

@@ -118,6 +118,7 @@ def live_generator(
     student: nn.Module,
     device: torch.device,
     *,
+    steps: int = 1,
     rank: int = 0,
     parallel: Callable[[nn.Module], nn.Module] = lambda stack: stack,
 ) -> GeneratorTraining:
@@ -128,6 +129,7 @@ def live_generator(
         teacher: to invert.
         student: whose weights change between the generator's steps.
         device: of both.
+        steps: of the generator, over which schedules run their course.
         rank: of this process, so that each draws its own latents.
         parallel: wraps the generator for data parallelism.
 
@@ -140,20 +142,20 @@ def live_generator(
         raise RecipeError(
             f"distill.source is live, but synthesizer {recipe.synthesis.synthesizer} trains no generator; use generator"
         )
-    seeds = [derive_seed(recipe.seed, "live", label, rank) for label in recipe.classes]
+    seeds = [derive_seed(recipe.seed, "live", label) for label in recipe.classes]
     request = Request(
-        classes=recipe.classes, images_per_class=1, seed=derive_seed(recipe.seed, "live", rank), class_seeds=seeds
+        classes=recipe.classes, images_per_class=1, seed=derive_seed(recipe.seed, "live"), class_seeds=seeds
     )
-    training: GeneratorTraining = make(request, steps=recipe.distill.steps, parallel=parallel)
+    training: GeneratorTraining = make(request, steps=steps, parallel=parallel, rank=rank)
     return training
 
 
 def generator_maker(
     recipe: Recipe, teacher: nn.Module, parallel: Callable[[nn.Module], nn.Module] = lambda stack: stack
-) -> Callable[[nn.Module, Ranks, torch.device], GeneratorTraining] | None:
+) -> Callable[[nn.Module, int, Ranks, torch.device], GeneratorTraining] | None:
     """``live_generator`` for a training that knows its student, ranks and device; None where no source is live."""
     if not is_live(recipe):
         return None
-    return lambda student, ranks, device: live_generator(
-        recipe, teacher, student, device, rank=ranks.rank, parallel=parallel
+    return lambda student, steps, ranks, device: live_generator(
+        recipe, teacher, student, device, steps=steps, rank=ranks.rank, parallel=parallel
     )

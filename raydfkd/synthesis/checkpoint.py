@@ -1,10 +1,12 @@
-"""Saved states of units: what may happen between two steps of a synthesizer, and where its state goes."""
+"""Saved states of units, and the hooks between two steps of a synthesizer that make them."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
+
+from typing_extensions import override
 
 from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
 from raydfkd.store.store import Store
@@ -29,8 +31,8 @@ class StepHook(Protocol):
         """
 
 
-class NoHook:
-    """An hook in which nothing happens."""
+class NoHook(StepHook):
+    """A hook in which nothing happens."""
 
     def resumed(self) -> None:
         """Nothing to go on from."""
@@ -80,8 +82,8 @@ class UnitCheckpoint:
         self._store.delete(self._path)
 
 
-class CheckpointHook:
-    """An hook that saves every ``every`` steps, and saves and leaves once it ``should_stop``.
+class CheckpointHook(StepHook):
+    """A hook that saves every ``every`` steps, and saves and leaves once it ``should_stop``.
 
     Args:
         checkpoint: where the states go.
@@ -110,12 +112,12 @@ class CheckpointHook:
         self._saved = saved
         self._steps = 0
 
+    @override
     def resumed(self) -> Mapping[str, Any] | None:
-        """See StepHook."""
         return self._saved
 
+    @override
     def __call__(self, state: Callable[[], Mapping[str, Any]]) -> None:
-        """See StepHook."""
         if self._should_stop():
             self._checkpoint.save(self._around(state()))
             raise Interrupted

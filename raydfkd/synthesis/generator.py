@@ -153,6 +153,8 @@ class GeneratorSynthesizer:
         if saved is not None:
             training.load_state_dict(saved)
         progress = Progress(log, steps=last)
+        # The training knows nothing of the unit's plan: which steps are followed by images, and how many, is decided
+        # here. Images of a step are drawn before the hook is next called, so a saved state never lacks half of them.
         while training.step < last:
             hook(training.state_dict)
             value = training.update()

@@ -15,7 +15,7 @@ from raydfkd.losses.objective import Objective, ObjectiveValue, View
 from raydfkd.networks.observed import Need, Observation, ObservedNetwork
 
 AskStudent = Callable[[Tensor], Observation | None]
-"""What the student says of images, in the teacher's units; None while there is none to challenge."""
+"""Answers of a student to images in the teacher's units; None while there is none to challenge."""
 
 
 class StudentFeed(Protocol):
@@ -29,7 +29,7 @@ class StudentFeed(Protocol):
         """Take the newest version; returns its number."""
 
     def __call__(self, images: Tensor) -> Observation | None:
-        """What the student says of ``images``; None while there is none to challenge."""
+        """The student's answer to ``images``; None while there is none to challenge."""
 
 
 class ObjectiveNotFiniteError(ArithmeticError):

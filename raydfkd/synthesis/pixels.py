@@ -40,12 +40,12 @@ class Stage(Spec):
     pool: Positive = 1
     """Edge of the squares of pixels that are averaged before the teacher looks."""
     augment: tuple[Augmentation, ...] | None = None
-    """What the teacher sees of the averaged images instead of the bare ones; ``synthesis.augment`` unless given."""
+    """Augmentations of the averaged images; ``synthesis.augment`` unless given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Start:
-    """What one optimisation begins with: N images, those of each of ``groups`` classes together."""
+    """The start of one optimisation: N images, those of each of ``groups`` classes together."""
 
     noise: Tensor
     targets: Tensor | None
@@ -67,9 +67,9 @@ class _Course:
     """How far a unit has come."""
 
     seed: int
-    """What networks draw in a step follows from it and the step."""
+    """Random numbers that networks draw in a step follow from it and the step."""
     noise: list[torch.Generator]
-    """What the start of each class's images is drawn from."""
+    """Source of the noise that each class's images start from."""
     augmenting: torch.Generator
     before: Tensor
     """State of ``augmenting`` before the first step with ``images``."""
@@ -78,7 +78,7 @@ class _Course:
     waiting: list[_Start] = field(default_factory=list)
     """Of the batch in work, last one first."""
     images: Tensor | None = None
-    """What has become of the last of ``waiting``."""
+    """The last of ``waiting``, as far as it is optimised."""
     step: int = 0
     """Steps that were made with it."""
     optimizer: dict[str, Any] | None = None
@@ -193,6 +193,9 @@ class PixelSynthesizer:
         if saved is not None:
             course = _Course.from_state(saved, request.seed, device)
             objective.resume(saved["terms"], device)
+        # Batches that are begun stand on a stack, so that one that does not fit into memory is replaced by its halves.
+        # A course is all that there is of a unit between two steps: what is done, what waits, and every generator of
+        # random numbers.
         while course.waiting or course.num_begun < request.images_per_class:
             if not course.waiting:
                 course.waiting.append(self._next_batch(request, course))
@@ -217,7 +220,7 @@ class PixelSynthesizer:
         return _Start(noise=images, targets=self._setting.targets(request.classes, count), groups=len(request.classes))
 
     def _try_to_invert(self, course: _Course, log: Log, hook: StepHook) -> SyntheticBatch | None:
-        """What the last of ``waiting`` becomes; None, with its halves in its place, where memory does not suffice."""
+        """Make the last of ``waiting`` into images; None, with its halves in its place, where there is no memory."""
         start = course.waiting[-1]
         count = len(start.noise)
         if count < self._too_many:

@@ -68,7 +68,7 @@ class StoredStudentFeed:
         return self.version
 
     def __call__(self, images: Tensor) -> Observation | None:
-        """What the version in use says of ``images`` [N, C, H, W], normalised; None where none is followed."""
+        """The answer of the version in use to ``images`` [N, C, H, W] in its units; None where none is followed."""
         return None if self._source is None else self._observed(images)
 
     def _load(self, version: int, state: State) -> None:
@@ -107,14 +107,14 @@ class LiveStudentFeed:
         self._batchnorm = batchnorm
         self._precision = precision
         self.version = UNPUBLISHED
-        """What is recorded beside images made against it; whoever trains it may count here."""
+        """Number that is recorded beside images made against it; whoever trains it may count here."""
 
     def refresh(self) -> int:
         """The live student is always the newest; returns its version."""
         return self.version
 
     def __call__(self, images: Tensor) -> Observation:
-        """What the student says now of ``images`` [N, C, H, W], normalised."""
+        """The student's answer of this moment to ``images`` [N, C, H, W] in its units."""
         own = {name: weights.detach() for name, weights in self._student.named_parameters()}
         # Copies, for a layer that normalises by the batch writes to its running statistics.
         own |= {name: buffer.clone() for name, buffer in self._student.named_buffers()}

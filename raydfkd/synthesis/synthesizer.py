@@ -1,4 +1,4 @@
-"""What every synthesizer is, and what the engine supplies to it."""
+"""The interface of synthesizers, and what the engine supplies to them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Log = Callable[[Mapping[str, float]], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What the engine supplies to a synthesizer."""
+    """Everything that the engine supplies to a synthesizer."""
 
     judge: Judge
     space: ImageSpace
@@ -46,7 +46,7 @@ class Synthesizer(Protocol):
     """
 
     def produce(self, request: Request, log: Log, hook: StepHook = ...) -> Iterator[SyntheticBatch]:
-        """Stream the images of ``request``, with an ``hook`` between any two steps; memory stays bounded.
+        """Stream the images of ``request``, with a ``hook`` between any two steps; memory stays bounded.
 
         One that goes on from a state of another process streams the images that are still missing, the same ones.
 
@@ -62,7 +62,7 @@ SYNTHESIZERS: Registry[Synthesizer] = Registry(
 
 
 def offers_of(synthesizer: str, *, where: str) -> frozenset[Need]:
-    """What the synthesizer called so says that it offers to terms."""
+    """Needs of terms that the synthesizer called so says it meets."""
     offers: frozenset[Need] = getattr(SYNTHESIZERS.get(synthesizer, where=where), "offers", frozenset())
     return offers
 

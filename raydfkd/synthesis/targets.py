@@ -1,4 +1,4 @@
-"""Which labels images are made for."""
+"""Labels that images are made for."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from raydfkd.config.registry import Registry
 
@@ -23,22 +24,22 @@ TARGETS: Registry[TargetSampler] = Registry("target sampler", [], member="is_con
 
 
 @TARGETS.register("balanced")
-class Balanced:
+class Balanced(TargetSampler):
     """As many images of each class of the unit; labels [N], class-major."""
 
     is_conditional = True
 
+    @override
     def __call__(self, classes: tuple[int, ...], images_per_class: int) -> Tensor:
-        """See the class."""
         return torch.tensor(classes).repeat_interleave(images_per_class)
 
 
 @TARGETS.register("none")
-class Unconditional:
+class Unconditional(TargetSampler):
     """No targets: one generator for all classes; what was made is labelled by the teacher afterwards."""
 
     is_conditional = False
 
+    @override
     def __call__(self, classes: tuple[int, ...], images_per_class: int) -> None:
-        """See the class."""
         return

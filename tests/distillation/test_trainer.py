@@ -526,13 +526,14 @@ def test_training_interrupted_between_its_last_step_and_its_statistics_catches_u
 def test_student_wrapped_for_data_parallelism_is_finished_like_one_that_is_not(tmp_path):
     job = job_with_images(tmp_path)
     curves = [], []
-    expected = {name: value.clone() for name, value in training_of(job, curves[0].append).run().items()}
+    expected = {name: value.clone() for name, value in training_of(job, on_log=curves[0].append).run().items()}
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:
         wrapped = StudentTraining(
             job,
-            on_log=curves[1].append,
-            on_checkpoint=lambda _: None,
+            open_teacher(job.recipe),
+            job.phases[-1],
+            hooks=TrainingHooks(on_log=curves[1].append),
             parallel=nn.parallel.DistributedDataParallel,
             device=CPU,
         )

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 NODES = Path(__file__).parent / "nodes.py"
@@ -80,6 +83,74 @@ def cluster(**variables: str) -> Iterator[tuple[Nodes, dict[str, str]]]:
         yield nodes, {**environment, "RAY_ADDRESS": nodes.address}
     finally:
         nodes.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """A Ray head of its own."""
+
+    address: str
+    """``host:port`` for drivers."""
+    dashboard: str
+    """URL of its job server."""
+    environment: dict[str, str]
+    """Of commands that are to find it; holds no RAY_AUTH_MODE."""
+    process: subprocess.Popen[str]
+    """`ray start --block`, which ends all its processes when it ends."""
+
+    def raydfkd(self, *args: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        """A command as a person beside this head gives it."""
+        return subprocess.run(
+            [*COMMAND, *args],
+            cwd=folder,
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@contextlib.contextmanager
+def started_head(home: Path, **variables: str) -> Iterator[Head]:
+    """`ray start --head` as a person gives it who has run something here before: a token is in HOME."""
+    token = home / ".ray" / "auth_token"
+    token.parent.mkdir(exist_ok=True)
+    token.write_text(secrets.token_hex(32))
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # Ray's sockets need a short path
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))}
+    environment |= {
+        "HOME": str(home),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_TMPDIR": folder,
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "RAY_raylet_start_wait_time_s": "180",  # of a machine that has other things to do
+    }
+    named = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
+    ports = {name: free_port() for name in named}  # other Rays on this machine have the usual ones
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=4"]
+    command += [f"--{name}={port}" for name, port in ports.items()]
+    process = subprocess.Popen(command, env={**environment, **variables}, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert any("Ray runtime started" in line for line in process.stdout), "the head has ended"
+        yield Head(
+            address=f"127.0.0.1:{ports['port']}",
+            dashboard=f"http://127.0.0.1:{ports['dashboard-port']}",
+            environment=environment,
+            process=process,
+        )
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
-import shutil
+import secrets
 import socket
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 
 import pytest
 import yaml
+from clusters import Head, started_head
 from ray.exceptions import AuthenticationError
 
 from raydfkd.cli import main
@@ -467,62 +467,24 @@ def test_stop_waits_for_the_jobs_end(client):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Head:
-    """A Ray head of its own, with its dashboard."""
+class Jobs:
+    """The job server of a head, asked from the folder of jobs."""
 
-    address: str
-    environment: dict[str, str]
+    head: Head
 
     def raydfkd(self, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", "from raydfkd.cli import main; main()", *args]
-        return subprocess.run(
-            command,
-            cwd=REPOSITORY / "jobs",
-            env={**self.environment, "RAY_API_SERVER_ADDRESS": self.address, **environment},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+        address = {"RAY_API_SERVER_ADDRESS": self.head.dashboard}
+        return self.head.raydfkd(*args, folder=REPOSITORY / "jobs", **{**address, **environment})
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory) -> Iterator[Head]:
-    home = tmp_path_factory.mktemp("home")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTEST_"))}
-    environment.update(
-        HOME=str(home),
-        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        RAY_AUTH_MODE="token",
-        RAY_AUTH_TOKEN=uuid.uuid4().hex,
-        RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",
-        RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0",
-        RAY_raylet_start_wait_time_s="180",  # of a machine that has other things to do
-    )
-    named = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
-    ports = {name: free_port() for name in named}  # other Rays on this machine have the usual ones
-    temporary = Path("/tmp") / f"ray-{uuid.uuid4().hex[:8]}"  # Ray's sockets need a short path
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=4"]
-    command += [f"--temp-dir={temporary}", *(f"--{name}={port}" for name, port in ports.items())]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    head = Head(address=f"http://127.0.0.1:{ports['dashboard-port']}", environment=environment)
-    try:
-        assert process.stdout is not None
-        assert any("Ray runtime started" in line for line in process.stdout), "the head has ended"
-        while head.raydfkd("status").returncode:
-            assert process.poll() is None, "the head has ended"
+def head(tmp_path_factory) -> Iterator[Jobs]:
+    with started_head(tmp_path_factory.mktemp("home")) as started:
+        jobs = Jobs(head=started)
+        while jobs.raydfkd("status").returncode:
+            assert started.process.poll() is None, "the head has ended"
             time.sleep(1)
-        yield head
-    finally:
-        process.terminate()
-        process.wait(timeout=60)
-        shutil.rmtree(temporary, ignore_errors=True)
+        yield jobs
 
 
 @pytest.mark.cluster
@@ -533,6 +495,7 @@ def test_submitted_run_is_followed_to_its_report(head, tmp_path):
         "submit", "smoke.yaml", "--run-dir", run_dir, "--name", "smoke", "--env", "MY_KEY", "--json", MY_KEY=secret
     )
     assert done.returncode == 0, done.stderr
+    assert "is now ignored" not in done.stderr, "Ray tells how it packs"
     report = json.loads(done.stdout)
     assert report == json.loads((tmp_path / "smoke/report.json").read_text())
     assert "synthesis 80/80 images" in done.stderr
@@ -582,7 +545,7 @@ def test_stopped_run_keeps_its_commits_and_goes_on_when_submitted_again(head, tm
 
 @pytest.mark.cluster
 def test_wrong_token_is_one_line(head):
-    refused = head.raydfkd("status", RAY_AUTH_TOKEN=uuid.uuid4().hex)
+    refused = head.raydfkd("status", RAY_AUTH_TOKEN=secrets.token_hex(32))
     assert refused.returncode == 2
     assert refused.stderr.endswith("prints it)\n")
     assert "wants another token" in refused.stderr.splitlines()[-1]
