@@ -87,7 +87,7 @@ def check(recipe: Recipe) -> Prepared:
 def _check_synthesis(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> None:
     cpu = torch.device("cpu")
     if is_live(recipe):
-        _check_source(recipe, lambda: live_generator(recipe, teacher, student, cpu))
+        _check_source(recipe, lambda steps: live_generator(recipe, teacher, student, cpu, steps=steps))
         if recipe.transfer_set.images_per_class or recipe.rounds > 1:
             raise RecipeError(
                 "distill.source is live, which makes its own images, but transfer_set.images_per_class is "
@@ -108,7 +108,7 @@ def _check_training(recipe: Recipe) -> None:
         _check_source(recipe, None)
 
 
-def _check_source(recipe: Recipe, generator: Callable[[], LiveGenerator] | None) -> None:
+def _check_source(recipe: Recipe, generator: Callable[[int], LiveGenerator] | None) -> None:
     source = recipe.distill.source
     feed = Feed(
         transfer_set=transfer_set_of(recipe, {}),

@@ -95,11 +95,11 @@ def test_a_run_survives_a_killed_worker_makes_the_set_that_one_process_makes_and
 
 
 def test_asking_for_more_workers_than_fit_is_said(ray_cluster, tmp_path):
-    from raydfkd.distributed.pool import warn_of_workers_without_room
+    from raydfkd.distributed.room import check_room
 
-    recipe = small_recipe(tmp_path, "runtime.workers.max=64")
+    job = open_job(small_recipe(tmp_path, "runtime.workers.max=64"))
     console = Console(file=io.StringIO(), width=500)
-    warn_of_workers_without_room(recipe, Events(Display(console)))
+    check_room(job, Display(console).say)
     assert "runtime.workers.max is 64, but Ray has 4 CPUs and 0 GPUs, room for 8" in console.file.getvalue()
 
 
