@@ -19,7 +19,7 @@ from raydfkd.errors import RecipeError
 from raydfkd.job import Job, open_job
 from raydfkd.networks.teacher import Teacher, open_teacher
 from raydfkd.runner.run import save_student
-from raydfkd.synthesis.build import build_synthesizer
+from raydfkd.synthesis.build import build_synthesizer, is_live
 from raydfkd.synthesis.judge import ObjectiveNotFiniteError
 from raydfkd.synthesis.synthesizer import Synthesizer
 from raydfkd.units import Phase, WorkUnit
@@ -75,6 +75,10 @@ def run_within(recipe: Recipe, seconds: float) -> Outcome:
     """
     if recipe.rounds > 1:
         raise RecipeError(f"rounds is {recipe.rounds}, but a budget is for one synthesis and one training; use 1")
+    if is_live(recipe):
+        raise RecipeError(
+            "distill.source is live, but a budget is for a synthesis and a training after it; use snapshot"
+        )
     device = pick_device(recipe.runtime.device)
     if device.type == "cpu":
         keep_freed_memory()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from raydfkd.config.recipe import Recipe
-from raydfkd.data.sources import SOURCES, Feed
+from raydfkd.data.sources import SOURCES, Feed, LiveGenerator
 from raydfkd.devices import pick_device
 from raydfkd.distillation.criteria import CRITERIA
 from raydfkd.errors import Mistakes, RecipeError
@@ -86,7 +87,7 @@ def check(recipe: Recipe) -> Prepared:
 def _check_synthesis(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> None:
     cpu = torch.device("cpu")
     if is_live(recipe):
-        live_generator(recipe, teacher, student, cpu)
+        _check_source(recipe, lambda steps: live_generator(recipe, teacher, student, cpu, steps=steps))
         if recipe.transfer_set.images_per_class or recipe.rounds > 1:
             raise RecipeError(
                 "distill.source is live, which makes its own images, but transfer_set.images_per_class is "
@@ -99,17 +100,23 @@ def _check_synthesis(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> 
 
 
 def _check_training(recipe: Recipe) -> None:
-    criterion, source = recipe.distill.criterion, recipe.distill.source
+    criterion = recipe.distill.criterion
     built = CRITERIA.build(criterion.kind, criterion.options, where="distill.criterion")
     label_reader = f"the criterion {criterion.kind}" if getattr(built, "needs_labels", False) else None
     build_augmentations(recipe.distill.augment, where="distill.augment", label_reader=label_reader)
     if not is_live(recipe):
-        feed = Feed(
-            transfer_set=transfer_set_of(recipe, {}),
-            units=(),
-            planned_images=0,
-            steps=recipe.distill.steps,
-            batch_size=recipe.distill.batch_size,
-            seed=0,
-        )
-        SOURCES.build(source.kind, source.options, feed, where="distill.source")
+        _check_source(recipe, None)
+
+
+def _check_source(recipe: Recipe, generator: Callable[[int], LiveGenerator] | None) -> None:
+    source = recipe.distill.source
+    feed = Feed(
+        transfer_set=transfer_set_of(recipe, {}),
+        units=(),
+        planned_images=0,
+        steps=recipe.distill.steps,
+        batch_size=recipe.distill.batch_size,
+        seed=0,
+        generator=generator,
+    )
+    SOURCES.build(source.kind, source.options, feed, where="distill.source")

@@ -25,7 +25,10 @@ class Executor(Protocol):
         """Work until every unit of the phase is committed or given up; the set is closed then."""
 
     def distill(self, job: Job, phase: Phase, teacher: Teacher, events: Events) -> Mapping[str, Tensor]:
-        """Train the student to the end of the phase, on a set that is complete or growing; returns its state dict."""
+        """Train the student to the end of the phase, on a set that is complete or growing; returns its state dict.
+
+        Empty where there was no image to train on.
+        """
 
     def run(self, job: Job, teacher: Teacher, events: Events) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:
         """Every phase, its synthesis and training at once where that is possible."""

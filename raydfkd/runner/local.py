@@ -84,7 +84,8 @@ class LocalExecutor(Executor):
         if saved is not None:
             training.load_state_dict(saved)
             events.say("student", f"resumes at step {training.trainer.step:,}")
-        return training.run()
+        student = training.run()
+        return student if training.trainer.step else {}
 
     @override
     def run(self, job: Job, teacher: Teacher, events: Events) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:

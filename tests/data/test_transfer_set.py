@@ -311,7 +311,8 @@ def test_set_of_another_recipe_is_refused_with_what_differs(act, uri):
         getattr(TransferSet(uri, digest=OTHER, made_of=here), act)()
     assert str(caught.value) == (
         f"transfer_set.uri is {uri}: holds a set of another recipe (synthesis.steps is 150 there and 4 here; "
-        "synthesis.objective.bn_moments.weight is 1.0 there and 0.5 here); use the recipe and --set of then, or give another uri"
+        "synthesis.objective.bn_moments.weight is 1.0 there and 0.5 here); use the recipe and --set of then, or give "
+        "another uri"
     )
 
 

@@ -17,12 +17,11 @@ from pathlib import Path
 import pytest
 from clusters import COMMAND, Nodes, cluster, processes
 from s3_server import S3Server
-from toy import quiet_events
+from toy import quiet_events, synthesize_here
 
 from raydfkd.config.load import load_recipe
 from raydfkd.data.garbage import collect_garbage
 from raydfkd.job import Job, open_job
-from raydfkd.runner.local import LocalExecutor
 
 pytestmark = pytest.mark.cluster
 
@@ -95,7 +94,7 @@ def settings(uri: str) -> list[str]:
 
 def test_chaos_changes_no_byte_of_the_set(tmp_path, monkeypatch):
     alone = open_job(load_recipe(JOB, (), str(tmp_path / "alone")))
-    LocalExecutor().synthesize(alone, quiet_events(tmp_path))
+    synthesize_here(alone, quiet_events(tmp_path))
     expected = alone.snapshot().content_digest()
     assert len(alone.units) == 200
 

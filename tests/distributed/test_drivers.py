@@ -18,11 +18,10 @@ import pytest
 import safetensors.torch
 from clusters import COMMAND, cluster
 from small import small_recipe
-from toy import quiet_events
+from toy import quiet_events, synthesize_here
 
 from raydfkd.job import Job, open_job
 from raydfkd.report.metrics import read_metrics
-from raydfkd.runner.local import LocalExecutor
 
 pytestmark = pytest.mark.cluster
 
@@ -88,7 +87,7 @@ def expected(tmp_path_factory) -> str:
     """What one process makes of the recipe."""
     folder = tmp_path_factory.mktemp("alone")
     job = open_job(small_recipe(folder, *SETTINGS))
-    LocalExecutor().synthesize(job, quiet_events(folder))
+    synthesize_here(job, quiet_events(folder))
     return job.snapshot().content_digest()
 
 

@@ -7,16 +7,15 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from clusters import processes
 from small import small_recipe
-from toy import quiet_events
+from toy import quiet_events, synthesize_here
 
 from raydfkd.errors import RecipeError
 from raydfkd.job import Job, open_job
-from raydfkd.runner.local import LocalExecutor
+from raydfkd.runner.events import Events, Listener
 from raydfkd.runner.signals import Interruption
 from raydfkd.store.errors import OutageError
 
@@ -32,10 +31,23 @@ def job_of(folder, *settings):
     return job
 
 
-def pool_of(job):
+def pool_of(job, *listeners):
     from raydfkd.distributed.pool import SynthesisPool  # noqa: PLC0415 - imports Ray
 
-    return SynthesisPool(job, quiet_events(Path(job.recipe.run_dir)))
+    return SynthesisPool(job, Events(*listeners))
+
+
+class Hears(Listener):
+    """Keeps what is said, and how far units in work have come."""
+
+    def __init__(self):
+        self.said, self.progress = [], []
+
+    def say(self, topic, text):
+        self.said.append(text)
+
+    def progressed(self, progress):
+        self.progress.append(progress)
 
 
 def test_actors_without_a_unit_are_ended_when_the_queue_drains(ray_cluster, tmp_path):
@@ -47,6 +59,19 @@ def test_actors_without_a_unit_are_ended_when_the_queue_drains(ray_cluster, tmp_
     assert max(actors for _, actors in seen) == 3
     assert all(actors <= num_open for (num_open, _), (_, actors) in itertools.pairwise(seen))
     assert job.snapshot().images == job.planned_images
+
+
+def test_units_in_work_say_how_far_they_are_and_every_look_at_their_objective(ray_cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr("raydfkd.distributed.pool.PROGRESS_S", 0.0)
+    job = job_of(tmp_path, TINY, "synthesis.steps=300", "synthesis.emissions=1",
+                 "transfer_set.unit={classes: 10, images_per_class: 24}")  # fmt: skip
+    hears = Hears()
+    pool_of(job, hears).run(job.begin_synthesis(), lambda: None, Interruption())
+    assert {(progress.unit, progress.steps) for progress in hears.progress} == {(job.units[0].id, 300)}
+    steps = [progress.step for progress in hears.progress]
+    assert steps == sorted(steps)
+    looks = [progress.objective["step"] for progress in hears.progress if progress.objective]
+    assert looks == [1, 50, 100, 150, 200, 250, 300]
 
 
 def test_no_more_actors_are_requested_than_there_are_units(ray_cluster, tmp_path):
@@ -63,7 +88,7 @@ def test_interrupted_unit_is_left_and_goes_on_to_the_same_set(ray_cluster, tmp_p
     from raydfkd.distributed import pool as pool_module  # noqa: PLC0415 - imports Ray
 
     alone = job_of(tmp_path / "alone", *LONG_UNITS)
-    LocalExecutor().synthesize(alone, quiet_events(tmp_path / "alone"))
+    synthesize_here(alone, quiet_events(tmp_path / "alone"))
     monkeypatch.setattr(pool_module, "FINISH_S", 0.0)
     job = job_of(tmp_path / "ray", *LONG_UNITS)
     queue, pool = job.begin_synthesis(), pool_of(job)
@@ -123,13 +148,14 @@ def test_store_that_is_out_of_reach_costs_no_attempt(ray_cluster, tmp_path, monk
 
     monkeypatch.setattr(Job, "catch_up", cut_off)
     monkeypatch.setattr("raydfkd.distributed.pool.SYNC_S", 0.1)
-    pool, queue = pool_of(job), job.begin_synthesis()
+    hears = Hears()
+    pool, queue = pool_of(job, hears), job.begin_synthesis()
     pool.run(queue, lambda: None, Interruption())
     assert len(calls) >= 3
     assert (tmp_path / "told").read_text() == "xxx"
     assert queue.given_up == ()
     assert job.snapshot().images == job.planned_images
-    assert pool._monitor._console.file.getvalue().count("going on as soon as it can") == 1
+    assert sum("going on as soon as it can" in text for text in hears.said) == 1
 
 
 def test_store_that_stays_out_of_reach_ends_the_run(ray_cluster, tmp_path, monkeypatch):
@@ -148,7 +174,7 @@ def test_units_that_others_commit_are_not_made_again(ray_cluster, tmp_path, monk
     monkeypatch.setattr(pool_module, "SYNC_S", 0.0)
     job = job_of(tmp_path, "runtime.workers={min: 0, max: 1}")
     queue = job.begin_synthesis()
-    other = threading.Thread(target=lambda: LocalExecutor().synthesize(job, quiet_events(tmp_path)))
+    other = threading.Thread(target=lambda: synthesize_here(job, quiet_events(tmp_path)))
     other.start()
     pool_of(job).run(queue, lambda: None, Interruption())
     other.join()

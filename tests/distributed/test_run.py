@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,27 +13,28 @@ import torch
 from clusters import processes
 from rich.console import Console
 from small import small_recipe
+from toy import quiet_events, synthesize_here
 
 from raydfkd.cli import main
 from raydfkd.data.commits import Commit
 from raydfkd.job import open_job
+from raydfkd.networks.teacher import open_teacher
 from raydfkd.report.metrics import MetricsLog, read_metrics
-from raydfkd.runner import run as pipeline
-from raydfkd.runner.local import LocalExecutor
-from raydfkd.runner.progress import Monitor
+from raydfkd.runner.events import Events, Listener, MetricsWriter
+from raydfkd.runner.progress import Display
+from raydfkd.runner.run import announce
 
 pytestmark = pytest.mark.ray
 
 SECRET = "moon-shaped-password"
 
 
-class KillsAWorkerAfterTheFirstCommit(Monitor):
+class KillsAWorkerAfterTheFirstCommit(Listener):
     """A spot machine that goes away under a unit."""
 
     killed: int | None = None
 
     def committed(self, commit: Commit, *, running: int) -> None:
-        super().committed(commit, running=running)
         at_work = processes(os.environ, b"ray::SynthesisActor.run")
         if self.killed is None and at_work:
             self.killed = at_work[0]
@@ -49,10 +51,12 @@ def test_a_run_survives_a_killed_worker_makes_the_set_that_one_process_makes_and
     job = open_job(small_recipe(tmp_path / "ray", f"transfer_set.storage_options={{token: {SECRET}}}"))
     metrics = tmp_path / "metrics.jsonl"
     console = Console(file=io.StringIO())
-    with KillsAWorkerAfterTheFirstCommit(console, MetricsLog(metrics, fresh=True)) as monitor:
-        pipeline.announce(job, monitor)
-        outcome, student = RayExecutor().run(job, monitor)
-    assert monitor.killed is not None
+    teacher, killer = open_teacher(job.recipe), KillsAWorkerAfterTheFirstCommit()
+    with Display(console) as display:
+        events = Events(MetricsWriter(MetricsLog(metrics, fresh=True)), display, killer)
+        announce(job, events)
+        outcome, student = RayExecutor().run(job, teacher, events)
+    assert killer.killed is not None
     assert "worker lost" in console.file.getvalue()
     assert job.transfer_set.committed() == job.unit_ids
     assert outcome.attempted >= len(job.units) + 1
@@ -62,8 +66,7 @@ def test_a_run_survives_a_killed_worker_makes_the_set_that_one_process_makes_and
     assert sorted(committed) == sorted(job.unit_ids)
 
     alone = open_job(small_recipe(tmp_path / "local"))
-    with Monitor(console, MetricsLog(tmp_path / "local.jsonl", fresh=True)) as monitor:
-        LocalExecutor().synthesize(alone, monitor)
+    synthesize_here(alone, quiet_events(tmp_path / "local"))
     assert alone.snapshot().content_digest() == job.snapshot().content_digest()
 
     steps = [entry["step"] for entry in read_metrics(metrics) if entry["event"] == "student"]
@@ -92,12 +95,11 @@ def test_a_run_survives_a_killed_worker_makes_the_set_that_one_process_makes_and
 
 
 def test_asking_for_more_workers_than_fit_is_said(ray_cluster, tmp_path):
-    from raydfkd.distributed.pool import warn_of_workers_without_room
+    from raydfkd.distributed.room import check_room
 
-    recipe = small_recipe(tmp_path, "runtime.workers.max=64")
+    job = open_job(small_recipe(tmp_path, "runtime.workers.max=64"))
     console = Console(file=io.StringIO(), width=500)
-    monitor = Monitor(console, MetricsLog(tmp_path / "metrics.jsonl", fresh=True))
-    warn_of_workers_without_room(recipe, monitor)
+    check_room(job, Display(console).say)
     assert "runtime.workers.max is 64, but Ray has 4 CPUs and 0 GPUs, room for 8" in console.file.getvalue()
 
 
@@ -107,12 +109,9 @@ def test_a_mistake_that_only_a_worker_can_see_reaches_the_user_as_it_is(ray_clus
 
     job = open_job(small_recipe(tmp_path))
     wrong = job.recipe.model_copy(update={"runtime": job.recipe.runtime.model_copy(update={"device": "cuda"})})
-    job = type(job)(recipe=wrong, digest=job.digest, units=job.units, transfer_set=job.transfer_set)
-    monitor = Events(
-        MetricsWriter(MetricsLog(tmp_path / "metrics.jsonl", fresh=True)), Display(Console(file=io.StringIO()))
-    )
+    job = replace(job, recipe=wrong)
     with pytest.raises(RecipeError, match=r"runtime.device is 'cuda', but this machine has no CUDA device"):
-        RayExecutor().synthesize(job, monitor)
+        RayExecutor().synthesize(job, job.phases[0], open_teacher(job.recipe), Events())
 
 
 def test_weights_that_changed_under_a_run_stop_its_workers(ray_cluster, tmp_path):
@@ -120,18 +119,15 @@ def test_weights_that_changed_under_a_run_stop_its_workers(ray_cluster, tmp_path
     from raydfkd.errors import RecipeError
     from raydfkd.job import job_of
 
-    job = job_of(small_recipe(tmp_path), digest="0" * 64)
-    monitor = Events(
-        MetricsWriter(MetricsLog(tmp_path / "metrics.jsonl", fresh=True)), Display(Console(file=io.StringIO()))
-    )
+    recipe = small_recipe(tmp_path)
+    job = job_of(recipe, recipe.made_of("0" * 64))
     with pytest.raises(RecipeError, match="not the weights that this run began with"):
-        RayExecutor().synthesize(job, monitor)
+        RayExecutor().synthesize(job, job.phases[0], open_teacher(job.recipe), Events())
     assert job.transfer_set.committed() == set()
 
 
-class PrintsAsRayDoes(Monitor):
+class PrintsAsRayDoes(Listener):
     def synthesis_started(self) -> None:
-        super().synthesis_started()
         print("(raylet) The node with node id 1 has been marked dead")  # noqa: T201 - that is the point
 
 
@@ -139,8 +135,7 @@ def test_what_ray_prints_is_not_on_standard_output(ray_cluster, tmp_path, capsys
     from raydfkd.distributed.executor import RayExecutor
 
     job = open_job(small_recipe(tmp_path, "transfer_set.images_per_class=4", "synthesis.steps=4"))
-    with PrintsAsRayDoes(Console(file=io.StringIO()), MetricsLog(tmp_path / "metrics.jsonl", fresh=True)) as monitor:
-        RayExecutor().synthesize(job, monitor)
+    RayExecutor().synthesize(job, job.phases[0], open_teacher(job.recipe), Events(PrintsAsRayDoes()))
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "marked dead" in printed.err

@@ -5,7 +5,6 @@ Run by make test-cluster.
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 import statistics
@@ -18,7 +17,8 @@ from rich.console import Console
 from raydfkd.config.load import load_recipe
 from raydfkd.job import open_job
 from raydfkd.report.metrics import MetricsLog
-from raydfkd.runner.progress import Monitor
+from raydfkd.runner.events import Events, Listener, MetricsWriter
+from raydfkd.runner.progress import Display
 from raydfkd.runner.signals import Interruption
 
 pytestmark = pytest.mark.cluster
@@ -28,15 +28,13 @@ NUM_UNITS = 1000
 WARM_UP = 100
 
 
-class Stopwatch(Monitor):
+class Stopwatch(Listener):
     """Notes when a unit was done, how long its worker worked on it, and the memory of this process."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(Console(file=io.StringIO()), MetricsLog(folder / "metrics.jsonl", fresh=True))
+    def __init__(self) -> None:
         self.done: list[tuple[float, float, int]] = []
 
     def committed(self, commit, *, running):
-        super().committed(commit, running=running)
         self.done.append((time.monotonic(), commit.seconds, resident_bytes()))
 
 
@@ -52,15 +50,17 @@ def test_a_thousand_units_cost_little_beside_their_work(ray_cluster, tmp_path):
     settings += ["synthesis.batch_per_class=1", "runtime.workers={min: 1, max: 1}"]
     job = open_job(load_recipe(JOB, settings, str(tmp_path)))
     assert len(job.units) == NUM_UNITS
-    monitor = Stopwatch(tmp_path)
+    stopwatch = Stopwatch()
+    metrics = MetricsWriter(MetricsLog(tmp_path / "metrics.jsonl", fresh=True))
+    events = Events(metrics, Display(Console(quiet=True)), stopwatch)
     queue = job.begin_synthesis()
-    SynthesisPool(job, monitor).run(queue, lambda: None, Interruption())
-    assert len(monitor.done) == queue.attempted == NUM_UNITS
+    SynthesisPool(job, events).run(queue, lambda: None, Interruption())
+    assert len(stopwatch.done) == queue.attempted == NUM_UNITS
     overheads = [
         1000 * (now - before - seconds)
-        for (before, _, _), (now, seconds, _) in itertools.pairwise(monitor.done[WARM_UP:])
+        for (before, _, _), (now, seconds, _) in itertools.pairwise(stopwatch.done[WARM_UP:])
     ]
-    growth = (monitor.done[-1][2] - monitor.done[WARM_UP][2]) / 2**20
+    growth = (stopwatch.done[-1][2] - stopwatch.done[WARM_UP][2]) / 2**20
     median = statistics.median(overheads)
     late = statistics.quantiles(overheads, n=20)[-1]
     print(f"\nsoak: overhead {median:.1f} ms median, {late:.1f} ms at 95 %; driver {growth:+.1f} MiB")  # noqa: T201

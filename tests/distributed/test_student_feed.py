@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import time
@@ -11,15 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from clusters import processes
-from rich.console import Console
 from small import small_recipe
-from toy import quiet_events
+from toy import quiet_events, run_here
 
 from raydfkd.data.student_versions import StudentVersions
 from raydfkd.job import open_job
-from raydfkd.report.metrics import MetricsLog
-from raydfkd.runner.local import LocalExecutor
-from raydfkd.runner.progress import Monitor
+from raydfkd.networks.teacher import open_teacher
+from raydfkd.runner.events import Events, Listener
 
 COMPETITION = "synthesis.objective=[cross_entropy, {term: bn_moments, form: norm}, {term: competition, weight: 5}]"
 PUBLISH_EVERY, STEPS = 5, 40
@@ -33,16 +30,14 @@ AT_ONCE = (
 IN_ROUNDS = (COMPETITION, "rounds=2", "transfer_set.images_per_class=16")
 
 
-class Watching(Monitor):
+class Watching(Listener):
     """Notes beside each commit the highest version that was published by then."""
 
-    def __init__(self, job, folder):
-        super().__init__(Console(file=io.StringIO()), MetricsLog(folder / "metrics.jsonl", fresh=True))
+    def __init__(self, job):
         self._job = job
         self.seen = []
 
     def committed(self, commit, *, running):
-        super().committed(commit, running=running)
         self.seen.append((commit, self.published()))
 
     def published(self):
@@ -80,16 +75,16 @@ def versions_in(job, commit):
     return [value for table in tables for value in table["student_version"].to_pylist()]
 
 
-def executor():
+def run_on_ray(job, listener):
     from raydfkd.distributed.executor import RayExecutor
 
-    return RayExecutor()
+    return RayExecutor().run(job, open_teacher(job.recipe), Events(listener))
 
 
 def alone(folder):
     """The set and the student that one process makes."""
     job = open_job(small_recipe(folder, *IN_ROUNDS, "runtime.executor=local"))
-    _, student = LocalExecutor().run(job, quiet_events(folder))
+    _, student = run_here(job, quiet_events(folder))
     return job, student
 
 
@@ -101,11 +96,11 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.ray
 def test_workers_follow_the_student_that_is_trained_beside_them(ray_cluster, tmp_path):
     job = open_job(small_recipe(tmp_path, *AT_ONCE))
-    monitor = WaitsForTheStudent(job, tmp_path)
-    outcome, student = executor().run(job, monitor)
+    watching = WaitsForTheStudent(job)
+    outcome, student = run_on_ray(job, watching)
     assert outcome.given_up == ()
     assert job.transfer_set.committed() == job.unit_ids
-    recorded = [(versions_in(job, commit), published) for commit, published in monitor.seen]
+    recorded = [(versions_in(job, commit), published) for commit, published in watching.seen]
     assert max(recorded[0][0]) <= 0, "before there are images there is nothing to train on"
     assert max(recorded[-1][0]) > 0
     for versions, published in recorded:
@@ -123,9 +118,9 @@ def test_rounds_on_ray_make_the_set_and_the_student_that_one_process_makes(ray_c
     expected, expected_student = undisturbed
     job = open_job(small_recipe(tmp_path, *IN_ROUNDS))
     assert job.digest == expected.digest
-    monitor = Watching(job, tmp_path)
-    _, student = executor().run(job, monitor)
-    assert {commit.student_version for commit, _ in monitor.seen} == {-1, STEPS // 2}
+    watching = Watching(job)
+    _, student = run_on_ray(job, watching)
+    assert {commit.student_version for commit, _ in watching.seen} == {-1, STEPS // 2}
     assert job.snapshot().content_digest() == expected.snapshot().content_digest()
     assert all(torch.equal(expected_student[name], value) for name, value in student.items())
 
@@ -134,9 +129,9 @@ def test_rounds_on_ray_make_the_set_and_the_student_that_one_process_makes(ray_c
 def test_worker_killed_in_the_second_round_changes_nothing(ray_cluster, tmp_path, undisturbed):
     expected, expected_student = undisturbed
     job = open_job(small_recipe(tmp_path, *IN_ROUNDS))
-    monitor = KillsAWorkerInTheSecondRound(job, tmp_path)
-    outcome, student = executor().run(job, monitor)
-    assert monitor.killed is not None
+    watching = KillsAWorkerInTheSecondRound(job)
+    outcome, student = run_on_ray(job, watching)
+    assert watching.killed is not None
     assert outcome.attempted > len(job.units)
     assert job.snapshot().content_digest() == expected.snapshot().content_digest()
     assert all(torch.equal(expected_student[name], value) for name, value in student.items())

@@ -11,18 +11,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from clusters import Nodes, cluster
 from small import small_recipe
-from toy import quiet_events
+from toy import quiet_events, synthesize_here
 
 from raydfkd.checkpoints import read_checkpoint
 from raydfkd.job import open_job
 from raydfkd.report.metrics import read_metrics
-from raydfkd.runner.local import LocalExecutor
+from raydfkd.units import Phase
 
 pytestmark = pytest.mark.cluster
 
@@ -43,13 +42,14 @@ def recipe_file(folder: Path, *, units: int = 2, steps: int = 1_000_000) -> Path
         f"distill.steps={steps}",
         f"distill.checkpoint_every={CHECKPOINT_EVERY}",
         "distill.batch_size=32",
+        "distill.holdout=0",
         "runtime.device=cpu",
         "runtime.student_workers={min: 1, max: 2}",
         "runtime.cpus_per_student_worker=0.5",
         "runtime.resources_per_student_worker={train: 1}",
     )
     job = open_job(recipe)
-    LocalExecutor().synthesize(replace(job, units=job.units[:units]), quiet_events(folder / "synthesis"))
+    synthesize_here(job, quiet_events(folder / "synthesis"), Phase(units=job.units[:units], until_step=0))
     if units < len(job.units):
         job.transfer_set.reopen()
     path = folder / "recipe.yaml"

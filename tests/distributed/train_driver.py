@@ -17,7 +17,7 @@ def main(recipe: str, run_dir: str, address: str, metrics: str) -> None:
     job = open_job(load_recipe(recipe, (), run_dir))
     ray.init(address)
     coordinator = new_coordinator()
-    training = threading.Thread(target=train_student, args=(job, coordinator), daemon=True)
+    training = threading.Thread(target=train_student, args=(job, job.phases[0], coordinator), daemon=True)
     training.start()
     log = MetricsLog(Path(metrics), fresh=True)
     while training.is_alive():

@@ -55,21 +55,22 @@ def test_the_display_is_told_once_though_the_signal_came_while_its_lock_was_held
 
 
 TWO_BARS = """
-import os, signal, sys, time
+import os, signal, time
 from functools import partial
 from rich.console import Console
-from raydfkd.runner.events import Plan
+from raydfkd.runner.events import Events, Plan
 from raydfkd.runner.progress import Display
 from raydfkd.runner.signals import Interruption
 
-with Display(Console()) as monitor:
-    monitor.planned(
+with Display(Console()) as display:
+    events = Events(display)
+    events.planned(
         Plan(job="j", training="t", images=80, units=4, images_before=0, units_before=0, student_steps=10)
     )
-    monitor.synthesis_started()
-    monitor.student_started()
+    events.synthesis_started()
+    events.student_started()
     time.sleep(0.5)
-    with Interruption(partial(monitor.say, "stop")):
+    with Interruption(partial(events.say, "stop")):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
 """
