@@ -85,7 +85,7 @@ class StudentPublisher:
         self._keep = keep
 
     def publish(self, version: int, state: State) -> None:
-        """Make ``state`` a version unless that one is there: when a resumed training repeats steps, the first counts."""
+        """Make ``state`` a version unless that one exists: when a resumed training repeats steps, the first counts."""
         assert version > UNPUBLISHED, "a version is a number of steps"
         state = {
             name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()

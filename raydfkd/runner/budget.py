@@ -32,7 +32,7 @@ MARGIN = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """The networks, images and steps that a budget bought."""
+    """The student, images and steps that a budget bought."""
 
     recipe: Recipe
     """The recipe with the number of images and steps that fitted."""
@@ -138,7 +138,7 @@ def _synthesize(recipe: Recipe, teacher: Teacher, device: torch.device, clock: C
 
 
 def _piece_timer(clock: Clock, until: float) -> Callable[[], bool]:
-    """A function that says after each piece whether it was the last: another as long would end further from ``until``."""
+    """A function that says after each piece if it was the last: another as long would end further from ``until``."""
     began = clock()
 
     def is_last() -> bool:

@@ -114,7 +114,7 @@ class Events(Listener):
 
 
 class MetricsWriter(Listener):
-    """Writes every event that can be counted or drawn to ``metrics.jsonl``; ``report.metrics.RunStats`` reads it again."""
+    """Writes all events that count or are drawn to ``metrics.jsonl``; ``report.metrics.RunStats`` reads it again."""
 
     def __init__(self, log: MetricsLog) -> None:
         self._log = log

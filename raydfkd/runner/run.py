@@ -75,7 +75,7 @@ class Synthesis:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What scripts and people are told."""
+        """The figures that scripts and people are told."""
         snapshot, job = self.view.snapshot, self.job
         stats = run_stats(
             read_metrics(Path(job.recipe.run_dir) / METRICS), job=job.digest, training=job.student_digest[:8]
@@ -100,7 +100,7 @@ class Distillation:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What scripts and people are told."""
+        """The figures that scripts and people are told."""
         return {"student": str(student_path(self.job.recipe)), "images": self.job.snapshot().images}
 
 

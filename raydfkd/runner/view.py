@@ -31,7 +31,7 @@ class SetView:
         return set(self._job.unit_ids).difference(self.snapshot.units) | self._damaged
 
     def rows(self, within: Collection[str] | None = None) -> Iterator[StoredRows]:
-        """Yield the first part of each unit, then the second ones, and so on; only of units ``within`` if they are given."""
+        """Yield the first part of each unit, then the second ones, and so on; of units ``within`` if they are given."""
         # Part number before unit, so that a caller who stops early has seen every unit. A unit that turns out damaged
         # half-way is skipped from then on; the parts of it that were yielded before stay with the caller.
         commits = [commit for commit in self.snapshot.commits if within is None or commit.unit in within]
