@@ -71,7 +71,7 @@ def _recipes(group: str) -> Iterator[str]:
 
 
 def _explained(name: str) -> Iterator[str]:
-    """The lines on that name. Plug-ins, which take the import of torch, are asked only if the schema has no such name."""
+    """The lines on that name. Plug-ins, which take importing torch, are asked only if the schema has no such name."""
     sections = [key for key, model in _sections().items() if _is_called(key, name) or _is_class(model, name)]
     options = _options()
     found = [line for key in sections for line in _section(key, _sections()[key])]
