@@ -64,7 +64,7 @@ class EpochPlanner:
         did before.
         """
         # What the log says of this step is repeated: the next epoch began here, or this one was kept beyond it.
-        # Only a step that was never decided on looks at the set, and writes down either decision.
+        # At a step that was never decided on, a snapshot with other units ends it; either decision is written down.
         newest = self._newest(step)
         if newest is None:
             return None

@@ -192,7 +192,7 @@ class TransferSetSource:
 
     def _remaining(self, snapshot: Snapshot, skip: int) -> Generator[StudentBatch]:
         """This epoch's batches but for the first ``skip``; runs on another thread than the steps are counted on."""
-        # Shares are planned from row counts alone, so that batches already made are skipped without reading them.
+        # Shares are planned from row counts alone, so that buffers that were used up are skipped unread.
         # Then one thread reads buffer after buffer while the batches of the one before are taken from memory.
         shares, first_steps = [], []
         for number, parts in enumerate(self._buffers(snapshot)):
