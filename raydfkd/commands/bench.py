@@ -82,14 +82,14 @@ def bench_quality(  # noqa: PLR0913 - one option each
     split: Annotated[
         Literal["validation", "test"], typer.Option(help="validation to choose by, test to judge once.")
     ] = "validation",
-    out: Annotated[Path, typer.Option(help="Results and teachers; the same folder goes on.")] = Path("runs/quality"),
+    out: Annotated[Path, typer.Option(help="Results and teachers; the same folder resumes.")] = Path("runs/quality"),
     at_once: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = 1,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> int:
     """Student accuracy for a budget of device-seconds, all work together.
 
-    A recipe, an engine, a teacher or a device that has changed since is measured anew; the digest says so.
+    A recipe, an engine, a teacher or a device that has changed since is measured again; the digest says so.
     """
     from raydfkd.bench.engine import measured_with
     from raydfkd.bench.quality import Cell, markdown

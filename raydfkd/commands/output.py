@@ -1,4 +1,4 @@
-"""What commands give: exit codes, lines and tables for people."""
+"""Output of commands: exit codes, lines and tables for people."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ DONE, INCOMPLETE, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 def complain(text: str) -> None:
-    """One line on standard error."""
+    """Write one line to standard error."""
     typer.echo(text, err=True)
 
 
 def console_for(*, is_json: bool) -> Console:
-    """Where people read: standard error when standard output belongs to a script."""
+    """The console that people read: standard error when standard output belongs to a script."""
     return Console(file=sys.stderr if is_json else sys.stdout)  # whatever is redirected later
 
 

@@ -365,7 +365,7 @@ def test_json_is_the_jobs_report_alone_and_people_read_on_standard_error(folder,
         ("FAILED", 130, 130, ""),
         ("FAILED", 137, 1, "job j1: FAILED; killed for memory\n"),
         ("FAILED", None, 1, "job j1: FAILED; killed for memory\n"),
-        ("STOPPED", None, 130, "job j1 was stopped; what was committed stays, and submitted again it goes on from "),
+        ("STOPPED", None, 130, "job j1 was stopped; what was committed stays, and submitted again it resumes from "),
     ],
 )
 def test_exit_code_is_the_jobs(folder, client, status, exit_code, code, said):
