@@ -20,6 +20,7 @@ from raydfkd.config.families import BESIDE, REGISTRIES, family
 from raydfkd.config.load import packaged_jobs, packaged_path, packaged_recipes
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.registry import import_callable, options_model
+from raydfkd.config.schema import Family
 from raydfkd.errors import RecipeError, close_to, did_you_mean
 
 HINT = (
@@ -83,6 +84,8 @@ def _explained(name: str) -> Iterator[str]:
     named = [key for key in options if _is_called(key, name) and key not in sections]
     chosen = [key for key, option in options.items() if name in option.choices]
     found += [f"{key:30} {options[key]}" for key in dict.fromkeys([*named, *chosen])]
+    families = {of for key, of in _family_fields().items() if _is_called(key, name.removesuffix(".kind"))}
+    found += [line for of in sorted(families - {name}) for line in _family(of)]
     section, _, last = name.rpartition(".")
     if not found and section.partition(".")[0] in _sections():  # the option of a plug-in by its place in a recipe
         own = {key: option for key, option in _plugin_options().items() if _is_called(key, last)}
@@ -128,6 +131,17 @@ def _options() -> dict[str, OptionDoc]:
         f"{key}.{option.name}".removeprefix("recipe."): option
         for key, model in _sections().items()
         for option in options_of(model)
+    }
+
+
+def _family_fields() -> dict[str, str]:
+    """Dotted keys whose values are plug-ins, each with its family."""
+    return {
+        f"{key}.{name}".removeprefix("recipe."): leaf.name
+        for key, model in _sections().items()
+        for name, field in model.model_fields.items()
+        for leaf in flatten((field.annotation, *field.metadata))
+        if isinstance(leaf, Family)
     }
 
 

@@ -152,10 +152,18 @@ def test_name_of_nothing_is_answered_with_the_closest_one(name, remedy):
     assert str(error.value).endswith(remedy)
 
 
-@pytest.mark.parametrize("name", ["recipe", "runtime", "distill.source.kind", "Range", "smoke", "jobs"])
+@pytest.mark.parametrize("name", ["recipe", "runtime", "transfer_set.encoding.kind", "Range", "smoke", "jobs"])
 def test_what_the_schema_knows_is_shown_without_torch(name):
     program = (
         f"import sys; from raydfkd.commands.catalog import show; list(show({name!r})); print('torch' in sys.modules)"
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert answer.stdout == "False\n"
+
+
+@pytest.mark.parametrize("name", ["source", "distill.source", "distill.source.kind"])
+def test_key_whose_value_is_a_plugin_is_explained_with_its_family(name):
+    text = shown(name)
+    for source in ("growing", "snapshot", "live"):
+        assert f"  {source} " in text
+    assert "complete_by" in text

@@ -33,9 +33,10 @@ def test_recipes_jobs_and_files_are_completed(tmp_path, monkeypatch):
 
 
 def test_keys_and_their_closed_values_are_completed():
-    assert complete_override("distill.source.k") == ["distill.source.kind="]
-    assert complete_override("distill.source.kind=") == ["distill.source.kind=growing", "distill.source.kind=snapshot"]
-    assert complete_override("distill.source.kind=s") == ["distill.source.kind=snapshot"]
+    assert complete_override("distill.teacher_l") == ["distill.teacher_logits="]
+    both = ["distill.teacher_logits=live", "distill.teacher_logits=stored"]
+    assert complete_override("distill.teacher_logits=") == both
+    assert complete_override("distill.teacher_logits=s") == both[1:]
     assert complete_override("nosuch") == complete_override("nosuch=") == []
 
 
