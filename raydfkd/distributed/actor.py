@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import FrameType
 
 import ray
@@ -20,6 +21,16 @@ from raydfkd.units import UnitProgress, WorkUnit
 
 MAX_NEWS = 1000
 """Words on a unit that are kept for a driver that does not ask."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What came of an attempt at a unit."""
+
+    record: bytes | None
+    """Of the commit; None where the unit was left."""
+    news: list[UnitProgress]
+    """What was not asked for by then."""
 
 
 class SynthesisActor:
@@ -38,6 +49,7 @@ class SynthesisActor:
         self._worker: SynthesisWorker | None = None
         self._is_working = False
         self._news: list[UnitProgress] = []
+        self._noting = threading.Lock()
         self._leaving = threading.Event()
         self._is_drained = DrainNotice()
         self._on_sigterm = signal.signal(signal.SIGTERM, self._leave_on_signal)
@@ -53,30 +65,37 @@ class SynthesisActor:
                 on_progress=self._note,
             )
 
-    def run(self, unit: WorkUnit, attempt: int) -> bytes | None:
-        """Commit ``unit``; only the commit's record travels, never pixels. None where the unit was left."""
+    def run(self, unit: WorkUnit, attempt: int) -> Work:
+        """Commit ``unit``; only the commit's record travels, never pixels."""
         self._is_working = True
+        self._take_news()  # what is left of an attempt that failed would be taken for this one's
         try:
             if self._should_stop():
-                return None
+                return Work(record=None, news=[])
             self.ready()
             assert self._worker is not None
-            return self._worker.run(unit, attempt).to_json()
+            record = self._worker.run(unit, attempt).to_json()
+            return Work(record=record, news=self._take_news())
         except Interrupted:
-            return None
+            return Work(record=None, news=self._take_news())
         finally:
             self._is_working = False
 
     @ray.method(concurrency_group="control")
     def progress(self) -> list[UnitProgress]:
         """What is new since the last call: each look at the objective, and how far the unit is."""
-        news, self._news = self._news, []
+        return self._take_news()
+
+    def _take_news(self) -> list[UnitProgress]:
+        with self._noting:
+            news, self._news = self._news, []
         return news
 
     def _note(self, progress: UnitProgress) -> None:
-        if self._news and not self._news[-1].objective:
-            self._news = self._news[:-1]  # only the latest word on how far it is matters
-        self._news = [*self._news[-MAX_NEWS:], progress]
+        with self._noting:
+            if self._news and not self._news[-1].objective:
+                self._news.pop()  # only the latest word on how far it is matters
+            self._news = [*self._news[-MAX_NEWS:], progress]
 
     @ray.method(concurrency_group="control")
     def leave(self) -> None:

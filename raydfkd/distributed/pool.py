@@ -19,13 +19,13 @@ from ray.exceptions import (
 )
 
 from raydfkd.data.commits import Commit
-from raydfkd.distributed.actor import SynthesisActor
+from raydfkd.distributed.actor import SynthesisActor, Work
 from raydfkd.errors import RecipeError
 from raydfkd.job import Job
 from raydfkd.runner.events import Events
 from raydfkd.runner.signals import Interruption
 from raydfkd.store.errors import OutageError
-from raydfkd.units import UnitQueue, WorkUnit
+from raydfkd.units import UnitProgress, UnitQueue, WorkUnit
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.5
@@ -175,21 +175,25 @@ class SynthesisPool:
     def _worked(self, reference: Any, queue: UnitQueue) -> None:
         actor, unit = self._busy.pop(reference)
         try:
-            record = ray.get(reference)
+            work: Work = ray.get(reference)
         except LOST as error:
+            self._asked = {answer: other for answer, other in self._asked.items() if other is not actor}
             self._lost(unit, error, queue)
             self._await_again(actor, error)
             return
         except RayTaskError as error:
+            self._hear(actor)
             self._failed(unit, _cause(error), queue)
         else:
-            if record is None:
+            self._hear(actor)
+            self._pass_on(work.news)
+            if work.record is None:
                 queue.lost(unit, preempted=True)
                 self._events.lost(unit.id, "its machine is about to go; its state is saved")
                 ray.kill(actor)
                 return
             queue.finished(unit)
-            self._events.committed(Commit.from_json(record), running=queue.num_running)
+            self._events.committed(Commit.from_json(work.record), running=queue.num_running)
         self._give_work(actor, queue)
 
     def _failed(self, unit: WorkUnit, cause: Exception, queue: UnitQueue) -> None:
@@ -244,17 +248,26 @@ class SynthesisPool:
         """Pass on what busy actors say of their units; nobody waits for one that is silent."""
         if self._asked:
             for answer in ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)[0]:
-                actor = self._asked.pop(answer)
-                if any(actor is other for other, _ in self._busy.values()):
-                    with contextlib.suppress(*LOST, RayTaskError):
-                        for progress in ray.get(answer):
-                            self._events.progressed(progress)
+                del self._asked[answer]
+                with contextlib.suppress(*LOST, RayTaskError):
+                    self._pass_on(ray.get(answer))
         if time.monotonic() >= self._next_question:
             self._next_question = time.monotonic() + PROGRESS_S
             waited_for = list(self._asked.values())
             for actor, _ in self._busy.values():
                 if all(actor is not other for other in waited_for):
                     self._asked[actor.progress.remote()] = actor
+
+    def _hear(self, actor: Any) -> None:
+        """Pass on what an actor that is done with its unit was asked before: later it would be of no unit in work."""
+        for answer in [answer for answer, other in self._asked.items() if other is actor]:
+            del self._asked[answer]
+            with contextlib.suppress(*LOST, RayTaskError):
+                self._pass_on(ray.get(answer))
+
+    def _pass_on(self, news: list[UnitProgress]) -> None:
+        for progress in news:
+            self._events.progressed(progress)
 
     def _wind_up(self, queue: UnitQueue, interruption: Interruption) -> None:
         """Let what is in work finish, or leave with its state saved."""
@@ -271,13 +284,15 @@ class SynthesisPool:
         actor, unit = self._busy.pop(reference)
         self._idle.append(actor)
         try:
-            record = ray.get(reference)
+            work: Work = ray.get(reference)
         except (RayTaskError, *LOST):
             logger.debug("unit %s ended while the run did", unit.id, exc_info=True)
         else:
-            if record is not None:
+            self._hear(actor)
+            self._pass_on(work.news)
+            if work.record is not None:
                 queue.finished(unit)
-                self._events.committed(Commit.from_json(record), running=len(self._busy))
+                self._events.committed(Commit.from_json(work.record), running=len(self._busy))
 
 
 def _was_preempted(error: Exception) -> bool:

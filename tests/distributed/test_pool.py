@@ -41,13 +41,17 @@ class Hears(Listener):
     """Keeps what is said, and how far units in work have come."""
 
     def __init__(self):
-        self.said, self.progress = [], []
+        self.said, self.progress, self.order = [], [], []
 
     def say(self, topic, text):
         self.said.append(text)
 
     def progressed(self, progress):
         self.progress.append(progress)
+        self.order.append("progressed")
+
+    def committed(self, commit, *, running):
+        self.order.append("committed")
 
 
 def test_actors_without_a_unit_are_ended_when_the_queue_drains(ray_cluster, tmp_path):
@@ -72,6 +76,7 @@ def test_units_in_work_say_how_far_they_are_and_every_look_at_their_objective(ra
     assert steps == sorted(steps)
     looks = [progress.objective["step"] for progress in hears.progress if progress.objective]
     assert looks == [1, 50, 100, 150, 200, 250, 300]
+    assert hears.order[-1] == "committed", "nothing is said of a unit that is done"
 
 
 def test_no_more_actors_are_requested_than_there_are_units(ray_cluster, tmp_path):
