@@ -91,16 +91,6 @@ def test_a_run_survives_a_killed_worker_makes_the_set_that_one_process_makes_and
     assert all(torch.equal(saved[name], student[name]) for name in student)
 
 
-def test_asking_for_more_workers_than_fit_is_said(ray_cluster, tmp_path):
-    from raydfkd.distributed.pool import warn_of_workers_without_room
-
-    recipe = small_recipe(tmp_path, "runtime.workers.max=64")
-    console = Console(file=io.StringIO(), width=500)
-    monitor = Monitor(console, MetricsLog(tmp_path / "metrics.jsonl", fresh=True))
-    warn_of_workers_without_room(recipe, monitor)
-    assert "runtime.workers.max is 64, but Ray has 4 CPUs and 0 GPUs, room for 8" in console.file.getvalue()
-
-
 def test_a_mistake_that_only_a_worker_can_see_reaches_the_user_as_it_is(ray_cluster, tmp_path):
     from raydfkd.distributed.executor import RayExecutor
     from raydfkd.errors import RecipeError
