@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from raydfkd.commands.options import AsJson, Overrides, load
-from raydfkd.commands.output import DONE
+from raydfkd.commands.output import DONE, Commands
 
 if TYPE_CHECKING:
     from raydfkd.bench.table import Row
 
 bench = typer.Typer(
-    help="Measure speed against published loops and raw libraries, and accuracy for a budget.", no_args_is_help=True
+    help="Measure speed against published loops and raw libraries, and accuracy for a budget.",
+    no_args_is_help=True,
+    cls=Commands,
 )
 Rounds = Annotated[int, typer.Option(min=1, help="Alternating rounds; median and range are shown.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
+from typing_extensions import override
 
 DONE, INCOMPLETE, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+class Commands(TyperGroup):
+    """Lists each command with the whole first paragraph of its help, where typer cuts it off at the line's end."""
+
+    @override
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        for command in self.commands.values():
+            whole = inspect.cleandoc(command.help or "").partition("\n\n")[0]
+            command.short_help = command.short_help or " ".join(whole.split())
+        super().format_commands(ctx, formatter)
 
 
 def complain(text: str) -> None:
