@@ -140,7 +140,7 @@ class EpochLog:
 
     def __init__(self, store: Store, training: str) -> None:
         self._store = store
-        self._folder = f"epochs-{training[:16]}"
+        self._folder = f"passes-{training[:16]}"
 
     def write(self, number: int, record: Epoch) -> None:
         """Write the record of epoch ``number``, replacing an earlier one."""

@@ -102,7 +102,7 @@ def read_report(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / "report.json"
     if not path.is_file():
         return None
-    return {**_plain(NEWER_KEYS), **json.loads(path.read_text(encoding="utf-8"))}
+    return _plain(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _rendered(template: str, **values: Any) -> str:
@@ -230,7 +230,7 @@ def _picture(image: Tensor) -> Image.Image:
 
 def _plain(report: Mapping[str, JSON]) -> dict[str, Any]:
     """The report as a reader of ``report.json`` gets it."""
-    data: dict[str, Any] = json.loads(json.dumps(finite(report)))
+    data: dict[str, Any] = json.loads(json.dumps(finite({**NEWER_KEYS, **report})))
     return data
 
 

@@ -33,6 +33,8 @@ REPORT = {
     "teacher": {"top1": 0.99},
     "student": {"top1": 0.97},
     "agreement": 0.98,
+    "judged_on": "real digits test images",
+    "judged_images": 540,
     "recipe_digest": "ab",
     "recipe": {"name": "smoke"},
 }

@@ -6,12 +6,13 @@ import io
 import time
 
 import pytest
-from raydfkd.run.progress import Monitor
 from rich.console import Console
 from small import small_recipe
 
 from raydfkd.job import open_job
-from raydfkd.report.metrics import MetricsLog
+from raydfkd.networks.teacher import open_teacher
+from raydfkd.runner.events import Events
+from raydfkd.runner.progress import Display
 from raydfkd.store.errors import OutageError
 
 pytestmark = pytest.mark.ray
@@ -86,10 +87,10 @@ def test_student_that_fails_for_a_reason_of_its_own_ends_its_run_with_that_error
     student = ("student.network=deadly:build_failing", "student.options={at: 30}")
     job = open_job(small_recipe(tmp_path, *settings, *student))
     console = Console(file=io.StringIO(), width=500)
-    monitor = Monitor(console, MetricsLog(tmp_path / "metrics.jsonl", fresh=True))
+    events = Events(Display(console))
     began = time.monotonic()
     with pytest.raises(IndexError, match="index 7 is out of range"):
-        RayExecutor().run(job, monitor)
+        RayExecutor().run(job, open_teacher(job.recipe), events)
     assert time.monotonic() - began < 90, "five times are two minutes and more"
     said = console.file.getvalue()
     assert said.count("a worker failed: IndexError: index 7 is out of range (after step 20)") == 1
