@@ -31,7 +31,7 @@ def print_summary(console: Console, report: Mapping[str, Any], /, **places: obje
         console.print(
             "what the student does on real images nobody has measured: give real_data to judge it", soft_wrap=True
         )
-    for warning in report["warnings"]:
+    for warning in report.get("warnings", ()):  # the report of a cluster may be of an earlier version
         console.print(f"warning   {warning}", highlight=False, soft_wrap=True, markup=False)
     for name, place in places.items():
         console.print(f"{name:9} {place}", highlight=False, soft_wrap=True)

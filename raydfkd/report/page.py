@@ -102,7 +102,7 @@ def read_report(run_dir: Path) -> dict[str, Any] | None:
     path = run_dir / "report.json"
     if not path.is_file():
         return None
-    return {**_plain(NEWER_KEYS), **json.loads(path.read_text(encoding="utf-8"))}
+    return _plain({**NEWER_KEYS, **json.loads(path.read_text(encoding="utf-8"))})
 
 
 def _rendered(template: str, **values: Any) -> str:
@@ -124,7 +124,7 @@ def _yaml(data: Mapping[str, Any]) -> str:
 
 def summary_table(report: Mapping[str, JSON]) -> Table:
     """The result in a terminal: teacher and student side by side."""
-    data = _plain(report)
+    data = _plain({**NEWER_KEYS, **report})
     images = f"{count(data['judged_images'])} " if data["judged_images"] is not None else ""
     table = Table(box=None, pad_edge=False)
     table.add_column("")

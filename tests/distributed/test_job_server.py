@@ -33,6 +33,7 @@ REPORT = {
     "teacher": {"top1": 0.99},
     "student": {"top1": 0.97},
     "agreement": 0.98,
+    "judged_on": "digits test",
     "recipe_digest": "ab",
     "recipe": {"name": "smoke"},
 }
@@ -345,7 +346,7 @@ def test_followed_job_is_shown_without_its_report_which_becomes_the_table(folder
     lines = answer.out.splitlines()
     assert lines[1:5] == ["job j1; Ctrl-C only stops following it", LOG[0], LOG[1], LOG[3]]
     assert "recipe_digest" not in answer.out
-    assert "agreement with teacher" in answer.out
+    assert "agreement on digits test" in answer.out
     assert lines[-2:] == ["report    /runs/smoke/report.html", "student   /runs/smoke/student.safetensors"]
 
 
@@ -382,7 +383,7 @@ def test_lost_connection_costs_no_line_and_repeats_none(folder, client, breaks):
     answer = submit("--name", "j1")
     assert answer.code == 0
     assert [line for line in answer.out.splitlines() if line in LOG] == [LOG[0], LOG[1], LOG[3]]
-    assert "agreement with teacher" in answer.out
+    assert "agreement on digits test" in answer.out
 
 
 def test_job_that_ends_while_its_connection_is_lost_is_shown_to_its_end(folder, client):
@@ -415,7 +416,7 @@ def test_logs_with_follow_end_as_submit_does(client):
     client.status, client.exit_code = "FAILED", 1
     answer = raydfkd("logs", "j1", "--follow", "--address", ADDRESS)
     assert answer.code == 1
-    assert "agreement with teacher" in answer.out
+    assert "agreement on digits test" in answer.out
 
 
 @pytest.mark.parametrize("line", ["", "{", "{]", '{"teacher": 1}', "[1]", "{1: 2}", '"teacher"', json.dumps(LOG)])
