@@ -1,4 +1,4 @@
-"""States that work goes on from, as bytes: tensors and plain data, never code."""
+"""Checkpoints as bytes: states from which work resumes, of tensors and plain data, never code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def checkpoint_bytes(state: Mapping[str, Any]) -> bytes:
-    """A state as a file."""
+    """A state as the bytes of a file."""
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
     return buffer.getvalue()

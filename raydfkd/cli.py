@@ -5,26 +5,51 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import traceback
+from typing import Annotated
 
 import typer
 
+from raydfkd import __version__
 from raydfkd.commands import inspect as inspecting
 from raydfkd.commands import jobs as cluster
 from raydfkd.commands import node as machine
 from raydfkd.commands import run as running
 from raydfkd.commands import storage
 from raydfkd.commands.bench import bench
-from raydfkd.commands.output import DONE, INCOMPLETE, INTERRUPTED, WRONG_INPUT, complain
+from raydfkd.commands.output import DONE, INCOMPLETE, INTERRUPTED, WRONG_INPUT, Commands, complain
 from raydfkd.errors import RecipeError, StudentDivergedError
 
 app = typer.Typer(
     name="raydfkd",
-    help="Data-free knowledge distillation at cluster scale.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    cls=Commands,
 )
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"raydfkd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Log more, and show where an error of one line comes from.")
+    ] = False,
+) -> None:
+    """Data-free knowledge distillation at cluster scale."""
+    logging.getLogger("raydfkd").setLevel(logging.DEBUG if debug else logging.NOTSET)
+
+
 for command in (
     running.run,
     running.teach,
@@ -50,9 +75,11 @@ def main() -> None:
     """Entry point of the console script: turns what went wrong into one line and an exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's way to say Ctrl-C
+    arguments, is_debug = _without_debug(sys.argv[1:])
     try:
-        result = app(standalone_mode=False)
+        result = app(["--debug", *arguments] if is_debug else arguments, standalone_mode=False)
     except RecipeError as error:
+        _show_origin(error, is_debug=is_debug)
         for line in error.lines:
             complain(line)
         sys.exit(WRONG_INPUT)
@@ -64,6 +91,7 @@ def main() -> None:
 
         if not isinstance(error, StoreError):
             raise
+        _show_origin(error, is_debug=is_debug)
         complain(f"{error}; what was committed stays, and the same command goes on from there")
         sys.exit(INCOMPLETE)
     except (KeyboardInterrupt, typer.Abort):
@@ -74,3 +102,20 @@ def main() -> None:
     if result == INTERRUPTED:  # also what typer makes of Ctrl-C, depending on its version
         complain("interrupted; what was committed stays, and the same command goes on from there")
     sys.exit(result if isinstance(result, int) else DONE)
+
+
+def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """The arguments and whether --debug was among them, which people add at the end of a command that went wrong."""
+    rest = [argument for argument in arguments if argument != "--debug"]
+    return rest, len(rest) < len(arguments)
+
+
+def _show_origin(error: BaseException, *, is_debug: bool) -> None:
+    """Print the tracebacks of an error and of those that it was made of, which its line leaves out."""
+    if not is_debug:
+        return
+    link: BaseException | None = error
+    while link is not None:
+        link.__suppress_context__ = link.__cause__ is not None
+        link = link.__cause__ or link.__context__
+    traceback.print_exception(error)

@@ -1,4 +1,4 @@
-"""What a process computes on, how it is to use a CPU, and what it looks like when memory runs out."""
+"""Devices: the one that a process computes on, CPU threads and memory, and errors of memory that ran out."""
 
 from __future__ import annotations
 

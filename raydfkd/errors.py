@@ -29,6 +29,7 @@ class Mistakes:
 
     def __init__(self) -> None:
         self._lines: dict[str, None] = {}
+        self._first: RecipeError | None = None
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -37,6 +38,7 @@ class Mistakes:
             yield
         except RecipeError as error:
             self._lines.update(dict.fromkeys(error.lines))
+            self._first = self._first or error
 
     def complain(self) -> None:
         """Raise everything that was found.
@@ -45,7 +47,7 @@ class Mistakes:
             RecipeError: there was something.
         """
         if self._lines:
-            raise RecipeError(*self._lines)
+            raise RecipeError(*self._lines) from self._first
 
 
 def close_to(word: str, known: Iterable[str]) -> str | None:

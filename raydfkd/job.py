@@ -29,7 +29,7 @@ class Job:
 
     recipe: Recipe
     made_of: Mapping[str, object]
-    """What its images depend on, as plain data."""
+    """Everything that its images depend on, as plain data."""
     phases: tuple[Phase, ...]
     transfer_set: TransferSet
 
@@ -72,20 +72,20 @@ class Job:
 
     @cached_property
     def trained_by(self) -> Mapping[str, object]:
-        """What the student's training depends on, as plain data."""
+        """Everything that the student's training depends on, as plain data."""
         return {"transfer_set": self.digest, "held_out": sorted(self.held_out), **self.recipe.trained_by()}
 
     @property
     def student_digest(self) -> str:
-        """Names a training: another student, criterion or plan starts anew instead of resuming; same in each phase."""
+        """Names a training: another student, criterion or plan begins again instead of resuming; same in each phase."""
         return _sha256(self.trained_by)
 
     def snapshot(self) -> Snapshot:
-        """What is committed of the plan; all that there is where the source is live."""
+        """The commits of the planned units; all commits of the set where the source is live."""
         return self.transfer_set.snapshot(within=self.unit_ids if self.units else None)
 
     def begin_synthesis(self, phase: Phase | None = None) -> UnitQueue:
-        """Start the set or go on with it; returns the units of ``phase``, or of all, that are left to make."""
+        """Start the set or continue it; returns the units of ``phase``, or of all, that are left to make."""
         self.transfer_set.create()
         units = self.units if phase is None else phase.units
         done = self.snapshot().units  # whose records were read: one that is damaged is not done
@@ -125,7 +125,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SynthesisOutcome:
-    """How synthesis ended."""
+    """The end of a synthesis: attempts at units, and units that were given up."""
 
     attempted: int
     given_up: tuple[Failure, ...]

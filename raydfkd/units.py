@@ -1,4 +1,4 @@
-"""What is to be made, in which pieces, and which piece comes next. Pure Python: no clock, no torch, no Ray."""
+"""Units of work: the plan of a set in pieces, and the queue of them. Pure Python: no clock, no torch, no Ray."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ClassSeeds(Sequence[int]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What a synthesizer is asked for: ``images_per_class`` images of each class, from these seeds.
+    """The request to a synthesizer: ``images_per_class`` images of each class, from these seeds.
 
     ``class_seeds`` belong to the classes, ``seed`` is common to all packs of a repeat: what a class draws from either
     does not depend on who shares its pack.
@@ -61,7 +61,7 @@ class WorkUnit:
     id: str
     request: Request
     repeat: int = 0
-    """Which of the epochs over all classes it belongs to."""
+    """Number of the repeat over all classes that it belongs to, from 0."""
 
 
 def plan_units(
@@ -130,25 +130,25 @@ def _pack_name(pack: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitProgress:
-    """How far an attempt at a unit has come; also the sign that its worker is alive."""
+    """The progress of an attempt at a unit; also the sign that its worker is alive."""
 
     unit: str
     step: int
     """Steps that were made of the unit."""
     steps: int
-    """Steps that it takes; 0 where nobody says."""
+    """Steps that it takes; 0 where that is not known."""
     objective: Mapping[str, float] = field(default_factory=dict)
     """Parts of the objective and the ``step`` of the optimisation they belong to, where they were just looked at."""
 
     @property
     def share(self) -> float:
-        """Share of the unit that is made; 0 where nobody says how much there is to do."""
+        """Share of the unit that is made; 0 where the number of steps is not known."""
         return min(1.0, self.step / self.steps) if self.steps else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why an attempt at a unit came to nothing."""
+    """The failure of an attempt at a unit, with its reason."""
 
     unit: str
     attempt: int
@@ -164,7 +164,7 @@ class UnitQueue:
     * It fails by itself: the unit goes to the back and is given up at its ``max_attempts``-th failure.
     * Its machine is preempted or drained: nobody's fault; the unit goes to the front and nothing is counted.
     * Its worker dies without a reason that is known: no attempt is counted, for it may have been the machine, but a
-      unit that crashes the process or eats its memory would come back for ever; so it is given up at the
+      unit that crashes the process or eats its memory would come back for ever; so the unit is given up at the
       ``max_losses``-th death in a row, preemptions between them not regarded. It goes to the back, so that a machine
       that kills whatever it is given does not get the same unit until that is blamed. Where a share p of attempts
       dies unannounced, p ** max_losses of the units are given up without fault: 1 in 100,000 for 10 % and 5.
@@ -274,7 +274,7 @@ class UnitQueue:
 
     @property
     def given_up(self) -> tuple[Failure, ...]:
-        """Why each unit that was given up was, in the order of their ids; takes a sort, unlike ``is_given_up``."""
+        """The failure of each unit that was given up, in order of their ids; takes a sort, unlike ``is_given_up``."""
         return tuple(self._given_up[unit_id] for unit_id in sorted(self._given_up))
 
     def _is_settled(self, unit: WorkUnit) -> bool:

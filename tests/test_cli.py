@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import pickle
 import re
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -969,6 +971,41 @@ def test_command_that_needs_only_the_recipe_is_instant_because_it_imports_little
     _, imports = in_another_process(raydfkd.folder, *args, code=code)
     assert imports.heavy == ()
     assert imports.num_modules < 600, "torch alone is 700; a quarter of a second is about 300"
+
+
+def test_help_cuts_no_commands_line_off_at_80_columns(raydfkd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for args in ([], ["bench"]):
+        text = raydfkd(*args, "--help").out
+        assert "..." not in text.partition("Commands:")[2]
+        assert max(len(line) for line in text.splitlines()) <= 80
+    assert "--version" in raydfkd("--help").out
+
+
+def test_version_is_printed_without_a_command_and_instantly(raydfkd):
+    out, imports = in_another_process(raydfkd.folder, "--version")
+    assert out == f"raydfkd {version('raydfkd')}\n"
+    assert imports.heavy == ()
+
+
+def test_package_runs_as_a_module(raydfkd):
+    command = [sys.executable, "-m", "raydfkd", "--version"]
+    answer = subprocess.run(command, cwd=raydfkd.folder, capture_output=True, text=True, check=True)
+    assert answer.stdout.startswith("raydfkd ")
+
+
+@pytest.mark.parametrize("place", [0, 99], ids=["before the command", "after it"])
+def test_debug_shows_where_an_error_of_one_line_comes_from(raydfkd, place):
+    args = ["check", "toy.yaml", *sets("teacher.network=torchvision:resnet18", "teacher.options={widht: 3}")]
+    plain = raydfkd(*args)
+    assert (plain.code, plain.err.count("\n")) == (2, 1)
+    args.insert(place, "--debug")
+    answer = raydfkd(*args)
+    assert answer.code == 2
+    assert "Traceback (most recent call last)" in answer.err
+    assert "TypeError" in answer.err, "what the line was made of"
+    assert answer.err.endswith(plain.err)
+    logging.getLogger("raydfkd").setLevel(logging.NOTSET)
 
 
 def test_help_lists_every_command(raydfkd):

@@ -19,7 +19,7 @@ class Case:
     """A teacher with random weights, on which speed does not depend, and the batches that are made of it."""
 
     network: str
-    """As in a recipe."""
+    """Name of the network as in a recipe."""
     channels: int = 3
     size: int
     """Height and width of the images in pixels."""

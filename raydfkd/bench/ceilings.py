@@ -1,4 +1,4 @@
-"""What the hardware could do: arithmetic and memory traffic of a step, and the machine's own rates for both."""
+"""Limits of the hardware: arithmetic and memory traffic of a step, and the machine's own rates for both."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PATIENCE_S = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What one step needs at least."""
+    """The least work of one step."""
 
     flops: float
     """Additions and multiplications of the forward pass and of the images' gradient."""
@@ -34,9 +34,9 @@ class Ceilings:
     """Rates that a device reaches when it does nothing else."""
 
     flops_per_s: float
-    """Of a matrix product."""
+    """Rate of a matrix product."""
     bytes_per_s: float
-    """Of a copy, reading and writing added up."""
+    """Rate of a copy, reading and writing added up."""
 
     def least_seconds(self, cost: Cost) -> float:
         """The time that the binding ceiling would need for ``cost``."""
@@ -61,7 +61,7 @@ def cost_of_step(teacher: nn.Module, images: Tensor, *, precision: torch.dtype) 
 
 
 def measure_ceilings(device: torch.device, precision: torch.dtype) -> Ceilings:
-    """The best of several tries each, about a second together."""
+    """Measure both rates, the best of several tries each, in about a second together."""
     source = torch.zeros(1 << 30 if device.type == "cuda" else 1 << 27, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     return Ceilings(

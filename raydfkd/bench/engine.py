@@ -1,4 +1,4 @@
-"""Which engine was measured, and on what: a figure without that says nothing a month later."""
+"""Names of the engine and the device that were measured: a figure without them says nothing a month later."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def code_digest() -> str:
 
 
 def engine() -> dict[str, str]:
-    """Versions of what computes: ``raydfkd`` with its code's digest, as 0.1.0+3f2a9c1b, and ``torch``."""
+    """Versions of the software that computes: ``raydfkd`` with its code's digest, as 0.1.0+3f2a9c1b, and ``torch``."""
     return {"raydfkd": f"{raydfkd.__version__}+{code_digest()}", "torch": importlib.metadata.version("torch")}
 
 

@@ -1,4 +1,4 @@
-"""Other ways to feed a student with shuffled batches, for comparison. Not used for anything else."""
+"""Other ways to feed a student with shuffled batches; they are used for comparison only."""
 
 from __future__ import annotations
 

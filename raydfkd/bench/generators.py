@@ -25,7 +25,7 @@ class GeneratorCase:
     size: int
     """Height and width of the images in pixels."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Of the generator ``conv``."""
+    """Options of the generator ``conv``."""
     cpu: tuple[tuple[int, int], ...]
     """Classes and images of each, where a step of more would take seconds."""
     cuda: tuple[tuple[int, int], ...]

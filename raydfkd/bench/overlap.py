@@ -1,4 +1,4 @@
-"""How long the device waits for images to be encoded, written and committed."""
+"""Measures the time that the device waits for images to be encoded, written and committed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KINDS: tuple[EncodingKind, ...] = ("raw", "png", "jpeg")
 SIZES = {32: 256, 224: 8}
 """Images of a batch by their size in pixels; more than one device synthesizes in ``batch_s``."""
 BATCHES = 8
-"""Of a unit."""
+"""Batches of a unit."""
 
 
 def bench_overlap(*, rounds: int = 3, device: str = "auto", batch_s: float = 0.4) -> Iterator[Row]:

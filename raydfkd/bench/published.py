@@ -1,6 +1,6 @@
 """DeepInversion loops to measure against: as the field publishes it, and as a careful reader would write it.
 
-Not used for anything else.
+They are used for comparison only.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ def published_loop(teacher: nn.Module, images: Tensor, targets: Tensor, *, lr: f
 def fair_loop(
     teacher: nn.Module, images: Tensor, targets: Tensor, *, lr: float, precision: torch.dtype
 ) -> Callable[[], Tensor]:
-    """The same without what costs nothing to avoid; the loss stays on the device.
+    """The same without the costs that are free to avoid; the loss stays on the device.
 
     The teacher is frozen, convolutions are autocast to ``precision`` and moments come from one ``var_mean`` in a hook.
-    Eager, and in the library's default memory format.
+    The loop is eager and in the library's default memory format.
     """
     network = copy.deepcopy(teacher).eval().requires_grad_(False)
     hooks = [_FairHook(layer) for layer in _batchnorm_layers(network)]

@@ -1,4 +1,4 @@
-"""Student accuracy for a budget of device-seconds, synthesis and training together: what users pick a recipe by."""
+"""Student accuracy for a budget of device-seconds, synthesis and training together: the figure to pick a recipe by."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from raydfkd.networks.weights import weights_exist
 from raydfkd.store.store import Store
 
 _NOWHERE = "not-there"
-"""Run folder of a recipe while nothing is run: what is within is no part of a digest."""
+"""Run folder of a recipe while nothing is run: paths within it are not part of a digest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,24 +51,24 @@ class Plan:
 
     cell: Cell
     recipe: Recipe
-    """With the cell's seed, and a teacher that other cells share where the recipe trains one."""
+    """The recipe with the cell's seed, and a teacher that other cells share where the recipe trains one."""
     digest: str
     """Eight hexadecimal digits; the same for all seeds, budgets and splits of a recipe."""
 
     @property
     def file(self) -> str:
-        """Name of the result's file; other figures, another file."""
+        """Name of the result's file; results of other figures have another."""
         cell = self.cell
         return f"{Path(cell.recipe).stem}-{self.digest}-{cell.budget_s:g}s-seed{cell.seed}-{cell.split}.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What came of a cell. Accuracies are shares of real images, seconds are device-seconds unless they say wall."""
+    """The result of a cell. Accuracies are shares of real images, seconds are device-seconds unless they say wall."""
 
     recipe: str
     digest: str
-    """Of the resolved recipe, the code, the teacher and the device; see ``Plan``."""
+    """Digest of the resolved recipe, the code, the teacher and the device; see ``Plan``."""
     budget_s: float
     seed: int
     split: Split
@@ -85,15 +85,15 @@ class Result:
     device: str
     versions: dict[str, str]
     command: str
-    """Repeats this cell alone."""
+    """Command that repeats this cell alone."""
 
 
 def bench_quality(cells: Sequence[Cell], folder: Path, *, at_once: int = 1) -> Iterator[Result]:
     """Run the cells that ``folder`` has no result of yet, each in a fresh process of one CPU thread; yield all.
 
     Args:
-        cells: what to measure.
-        folder: results, and the teachers that the recipes train; the same folder goes on where it was stopped.
+        cells: the cells to measure.
+        folder: results, and the teachers that the recipes train; the same folder resumes where it was stopped.
         at_once: processes; more than one only where each has a core of its own.
     """
     store = Store(str(folder))
@@ -125,10 +125,10 @@ def bench_quality(cells: Sequence[Cell], folder: Path, *, at_once: int = 1) -> I
 
 
 def digest_of(recipe: Recipe) -> str:
-    """Names what a cell's figures depend on beside its seed, budget and split.
+    """A digest of all that a cell's figures depend on beside its seed, budget and split.
 
     That is the recipe with its overrides, the engine and torch, the device, the teacher, and the user's own modules
-    that the recipe names (not what those import). Where things are stored and who works on them is no part of it.
+    that the recipe names (not what those import). Storage and workers are not part of it.
     """
     weights = recipe.teacher.weights
     payload = {

@@ -33,7 +33,7 @@ def bench_shards(
 ) -> Iterator[Row]:
     """Rows per second for each image size: writing and reading parts against raw pyarrow, then feeding a student.
 
-    Parts are read whole and checked. Feeding is a first pass over all rows, shuffled, as uint8 batches on the host,
+    Parts are read whole and checked. Feeding is a first epoch over all rows, shuffled, as uint8 batches on the host,
     pinned where there is CUDA; against raw pyarrow and every other of ``feeders`` that is installed. Tensors are
     worked on by one thread.
     """

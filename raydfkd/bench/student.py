@@ -33,7 +33,7 @@ class StudentCase:
     size: int
     """Height and width of the images in pixels."""
     rows: int
-    """Images of the set, one pass a round."""
+    """Images of the set, one epoch a round."""
     batch_size: int
     options: dict[str, Any] = field(default_factory=dict)
     """Keywords of the network's constructor."""
@@ -50,7 +50,7 @@ CUDA_CASES = (
 
 
 class MemorySource:
-    """The same batches over and over; what feeding costs least."""
+    """The same batches over and over, which is the cheapest feeding."""
 
     is_live: ClassVar[bool] = False
 
@@ -62,7 +62,7 @@ class MemorySource:
         return itertools.cycle(self._batches)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: it always begins anew."""
+        """An empty state, since it always begins again."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -72,14 +72,14 @@ class MemorySource:
         """Begin again."""
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing, since nothing is left to do."""
 
 
 def bench_student(*, rounds: int = 5, device: str = "auto") -> Iterator[Row]:
     """Images per second of training on a set on the local disk, and their ratio to training from memory.
 
-    A round is one pass. The students use stored logits and no augmentation, so that nothing but the student's own steps
-    hides the feeding; on CPU, where both share the processor, with one thread.
+    A round is one epoch. The students use stored logits and no augmentation, so that nothing but the student's own
+    steps hides the feeding; on CPU, where both share the processor, with one thread.
     """
     target = pick_device(device)
     if target.type == "cpu":

@@ -24,7 +24,7 @@ THEIR_SHARE = 5
 def bench_synthesis(*, rounds: int = 7, device: str = "auto", cases: tuple[str, ...] = ()) -> Iterator[Row]:
     """One row a case, single-threaded on CPU.
 
-    Ours are the steps of a whole batch, what is done once for it included, in whichever precision this device
+    Ours are the steps of a whole batch, work that is done once for it included, in whichever precision this device
     multiplies matrices faster in.
 
     Raises:

@@ -21,7 +21,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """That of the rounds' values."""
+        """The spread of the rounds' values."""
         return cls(median=statistics.median(values), low=min(values), high=max(values))
 
     def __str__(self) -> str:
@@ -40,19 +40,19 @@ class Row:
     steps_per_s: float | None = None
     rows_per_s: float | None = None
     ratio_published: Spread | None = None
-    """To the loop as published."""
+    """Ratio to the loop as published."""
     ratio_fair: Spread | None = None
-    """To the same loop without what costs nothing to avoid."""
+    """Ratio to the same loop without the costs that are free to avoid."""
     share_of_ceiling: float | None = None
     """The least time that this device could need for our step, over the time that it took; see ``ceilings``."""
     idle_share: Spread | None = None
     """Share of its time that the device waits."""
     ratio_raw: Spread | None = None
-    """To the raw library."""
+    """Ratio to the raw library."""
     note: str = ""
 
     def to_json(self, **about: str) -> str:
-        """One object on one line, with ``about`` in it; a spread is its median, its extremes are ``..._range``."""
+        """A JSON object on one line, with ``about`` in it; a spread is its median, its extremes are ``..._range``."""
         plain: dict[str, object] = {**about}
         for key, value in self.shown().items():
             if isinstance(value, Spread):
@@ -68,7 +68,7 @@ class Row:
 
 
 def alternate(ours: Callable[[], int], theirs: Callable[[], int], *, rounds: int) -> tuple[float, Spread]:
-    """Run both in turn, ``rounds`` times after one warm-up; each returns how many steps it made.
+    """Run both alternately, ``rounds`` times after one warm-up; each returns how many steps it made.
 
     Returns:
         Our median rate per second, and our ratio to theirs.
@@ -80,7 +80,7 @@ def alternate(ours: Callable[[], int], theirs: Callable[[], int], *, rounds: int
 def alternate_all(
     ours: Callable[[], int], theirs: Sequence[Callable[[], int]], *, rounds: int
 ) -> tuple[float, list[Spread]]:
-    """As ``alternate`` with several others: our median rate per second, and our ratio to each of them."""
+    """Do as ``alternate`` with several others: our median rate per second, and our ratio to each of them."""
     works = [ours, *theirs]
     for work in works:
         work()

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from raydfkd.commands.options import AsJson, Overrides, load
-from raydfkd.commands.output import DONE
+from raydfkd.commands.output import DONE, Commands
 
 if TYPE_CHECKING:
     from raydfkd.bench.table import Row
 
 bench = typer.Typer(
-    help="Measure speed against published loops and raw libraries, and accuracy for a budget.", no_args_is_help=True
+    help="Measure speed against published loops and raw libraries, and accuracy for a budget.",
+    no_args_is_help=True,
+    cls=Commands,
 )
 Rounds = Annotated[int, typer.Option(min=1, help="Alternating rounds; median and range are shown.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -82,14 +84,14 @@ def bench_quality(  # noqa: PLR0913 - one option each
     split: Annotated[
         Literal["validation", "test"], typer.Option(help="validation to choose by, test to judge once.")
     ] = "validation",
-    out: Annotated[Path, typer.Option(help="Results and teachers; the same folder goes on.")] = Path("runs/quality"),
+    out: Annotated[Path, typer.Option(help="Results and teachers; the same folder resumes.")] = Path("runs/quality"),
     at_once: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = 1,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> int:
     """Student accuracy for a budget of device-seconds, all work together.
 
-    A recipe, an engine, a teacher or a device that has changed since is measured anew; the digest says so.
+    A recipe, an engine, a teacher or a device that has changed since is measured again; the digest says so.
     """
     from raydfkd.bench.engine import measured_with
     from raydfkd.bench.quality import Cell, markdown

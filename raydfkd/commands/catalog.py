@@ -1,4 +1,4 @@
-"""What `raydfkd show` prints: recipes, jobs, sections of a recipe and plug-ins with their options and meanings."""
+"""Texts of `raydfkd show`: recipes, jobs, sections of a recipe and plug-ins with their options and meanings."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _recipes(group: str) -> Iterator[str]:
 
 
 def _explained(name: str) -> Iterator[str]:
-    """Whatever has that name. Plug-ins take the import of torch: only where the schema does not know the name."""
+    """The lines on that name. Plug-ins, which take importing torch, are asked only if the schema has no such name."""
     sections = [key for key, model in _sections().items() if _is_called(key, name) or _is_class(model, name)]
     options = _options()
     found = [line for key in sections for line in _section(key, _sections()[key])]
@@ -229,7 +229,7 @@ def _callable(name: str) -> Iterator[str]:
 
 
 def _keywords(factory: Any) -> list[OptionDoc]:
-    """What can be given to a callable by name, and has a default or must be; without what takes any number."""
+    """Parameters of a callable that can be given by name, with a default or without; no ``*args`` or ``**kwargs``."""
     try:
         parameters = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError):

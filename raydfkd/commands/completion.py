@@ -1,4 +1,4 @@
-"""What a shell offers on Tab: recipes, keys of `--set` with their values, names that `show` explains. Without torch."""
+"""Completions of the shell: recipes, keys of `--set` with their values, names that `show` explains. Without torch."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 NOT_LOOKED_AT = "networks, code of yours, weights, names of classes, real data, stores and the device"
 BYTES_BESIDE = 28
-"""Of a row of the set beside its pixels and logits: label, seed, unit, position, objective, version of the student."""
+"""Bytes of a row beside its pixels and logits: label, seed, unit, position, objective, version of the student."""
 
 
 def check(
@@ -53,7 +53,7 @@ def check(
 
 
 def _check_everything(plan: Recipe) -> Prepared:
-    """What a run would refuse; a device that only the machine of the run has hides none of the other mistakes."""
+    """Raise every mistake that a run would refuse; a device that only the run's machine has hides no other mistake."""
     from raydfkd.devices import pick_device
     from raydfkd.runner.check import check as build_everything
 
@@ -73,7 +73,7 @@ def _check_everything(plan: Recipe) -> Prepared:
 
 
 def _size_of_set(plan: Recipe) -> list[str]:
-    """How much there will be of what."""
+    """Lines on the classes, images and bytes that the set will have."""
     channels, height, width = plan.teacher.image_space.shape
     images = len(plan.classes) * plan.transfer_set.images_per_class
     row = channels * height * width + 2 * plan.teacher.classes + BYTES_BESIDE

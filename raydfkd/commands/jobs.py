@@ -50,7 +50,7 @@ def submit(  # noqa: PLR0913 - one option each
     detach: Annotated[bool, typer.Option("--detach", help="Do not follow the job to its end.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Run a recipe on a Ray cluster, from here; it goes on when this command ends."""
+    """Run a recipe on a Ray cluster, from here; it continues when this command ends."""
     plan, working_dir = read(recipe, overrides, run_dir), working_dir.expanduser()
     entrypoint = plan_entrypoint(
         recipe,
@@ -122,7 +122,7 @@ def logs(
 
 
 def stop(job: Job, address: Address = None, as_json: AsJson = False) -> int:
-    """Stop a job, which saves what it has first, and wait until it has; submitted again, the run goes on from there."""
+    """Stop a job, which saves what it has first, and wait until it has; submitted again, the run resumes."""
     from raydfkd.distributed.submit.job_server import connect
 
     server = connect(address)
@@ -164,9 +164,9 @@ def _follow(server: JobServer, job: str, address: str | None, *, is_json: bool) 
 
 
 def _exit_code(state: JobState) -> int:
-    """The job's, with a line about an end that it does not explain by itself."""
+    """The job's exit code, with a line about an end that the job does not explain by itself."""
     if state.status == "STOPPED":
-        complain(f"job {state.name} was stopped; what was committed stays, and submitted again it goes on from there")
+        complain(f"job {state.name} was stopped; what was committed stays, and submitted again it resumes from there")
         raise SystemExit(INTERRUPTED)
     if state.exit_code in (DONE, INCOMPLETE, WRONG_INPUT):
         return state.exit_code

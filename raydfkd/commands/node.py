@@ -29,7 +29,8 @@ def node_watch(
 
     if provider not in ("auto", "aws", "gcp"):
         raise RecipeError(f"--provider is {provider!r}; {did_you_mean(provider, ['auto', 'aws', 'gcp'])}")
-    logging.getLogger("raydfkd").setLevel(logging.INFO)
+    logger = logging.getLogger("raydfkd")
+    logger.setLevel(logger.level or logging.INFO)
     drain = partial(drain_nodes, nodes=partial(local_nodes, node_id or ()), ray=RAY)
     try:
         is_drained = watch(provider_of(provider, metadata_url, rebalance=rebalance), drain, every_s=every)

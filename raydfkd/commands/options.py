@@ -1,4 +1,4 @@
-"""What commands take: a recipe with changes to it, and the options that several of them share."""
+"""Arguments of commands: a recipe with changes to it, and the options that several of them share."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def _print(found: dict[str, object], *, is_json: bool) -> None:
 
 
 def _exit_code(job: Job, outcome: SynthesisOutcome, missing: Collection[str]) -> int:
-    """Whether the set has all that was planned; says what is missing and why."""
+    """The exit code, by whether the set has all that was planned; says what is missing and why."""
     if not missing:
         return DONE
     failures = [failure for failure in outcome.given_up if failure.unit in missing]

@@ -16,7 +16,7 @@ SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def verify(recipe: Source, overrides: Overrides = None, run_dir: RunDir = None, as_json: AsJson = False) -> int:
-    """Read everything that is committed; units that are damaged are set aside, and `run` makes them again."""
+    """Read everything that is committed; damaged units are taken out of the set, and `run` makes them again."""
     plan = load(recipe, overrides, run_dir)
     from raydfkd.job import open_job
 

@@ -34,7 +34,7 @@ class OptionDoc:
     default: str
     meaning: str
     choices: tuple[str, ...] = ()
-    """What it may be, where that is a closed choice."""
+    """Values that it may have, where that is a closed choice."""
 
     def __str__(self) -> str:
         default = self.default if self.default == "required" else f"default {self.default}"
@@ -74,7 +74,7 @@ def model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def sections_in(model: type[BaseModel], where: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
-    """Dotted key and model of every section inside ``model``; plug-ins are none."""
+    """Dotted key and model of every section inside ``model``; plug-ins are not sections."""
     for name, field in model.model_fields.items():
         inner = model_in(field.annotation)
         if inner is not None and inner is not PluginSpec:

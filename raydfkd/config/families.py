@@ -1,4 +1,4 @@
-"""Families of plug-ins, and where each has its registry."""
+"""Families of plug-ins and the registry of each."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ REGISTRIES = {
     "generators": "raydfkd.networks.generators:GENERATORS",
     "real_data": "raydfkd.images.real_data:REAL_DATA",
 }
-"""Where each family of plug-ins has its registry."""
+"""Module and name of each family's registry."""
 OWN = ("module:Class", "Code of yours, which runs; `raydfkd check --no-code` looks at a recipe without it.")
 BESIDE = {name: (OWN,) for name in REGISTRIES} | {
     "networks": (("torchvision:NAME", "A classification network of torchvision."), OWN)
 }
-"""What a family takes beside the names in its registry."""
+"""Forms of name that a family takes beside those in its registry."""
 
 
 def family(name: str) -> Registry[Any]:
-    """One of :data:`REGISTRIES`; imports its module, and torch with it."""
+    """The registry of a family, a key of :data:`REGISTRIES`; imports its module, and torch with it."""
     registry: Registry[Any] = pkgutil.resolve_name(REGISTRIES[name])
     return registry

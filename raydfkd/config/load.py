@@ -48,7 +48,7 @@ def load_recipe(
     addressed by its name or position. Paths that begin with ``~`` are expanded here, once.
 
     Raises:
-        RecipeError: with the key, its value and what would be right, a line for each mistake.
+        RecipeError: with the key, its value and the remedy, a line for each mistake.
     """
     data = _read(_locate(str(source)), str(source), seen=())
     for path, value, said in _changes(overrides):
@@ -142,7 +142,7 @@ def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _changes(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    """Key, value and how both were given, for messages."""
+    """Yield the key and value of each override, and the text in which both were given, for messages."""
     if isinstance(overrides, Mapping):
         for path, value in overrides.items():
             yield path, _plain(value), f"override {path}"
@@ -219,7 +219,7 @@ def _may_be_bare_name(model: type[BaseModel], key: str) -> bool:
 
 
 def _default_at(model: type[BaseModel], key: str) -> Any:
-    """What stands at ``key`` unless it is written."""
+    """The value at ``key`` unless it is written."""
     field = model.model_fields.get(key)
     return {} if field is None or field.is_required() else _plain(field.default)
 

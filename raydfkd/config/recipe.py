@@ -46,18 +46,18 @@ class Recipe(Spec):
     real_data: RealDataSet | None = None
     """Real images that train the teacher where it has to be trained, and judge the student; nothing else reads them."""
     synthesis: SynthesisSpec
-    """How images are made."""
+    """The making of the images: synthesizer, objective, labels."""
     rounds: Positive = 1
     """Rounds of synthesis and training one after the other: from the second on, images are made against the student
     that the rounds before have trained."""
     transfer_set: TransferSetSpec
-    """Where the images go, and how many of them."""
+    """The store that the images go to, and their number."""
     distill: DistillSpec
-    """How the student is trained."""
+    """The training of the student."""
     runtime: RuntimeSpec = RuntimeSpec()
-    """Where the work runs."""
+    """The workers and devices that do the work."""
     budget: BudgetSpec = BudgetSpec()
-    """How `raydfkd bench quality` shares its budget out."""
+    """The shares of a budget that `raydfkd bench quality` gives to synthesis and training."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -119,7 +119,7 @@ class Recipe(Spec):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """What the teacher's classes are called: as the recipe or the file that it names says, else their numbers.
+        """Names of the teacher's classes: those in the recipe or in the file that it names, else their numbers.
 
         Raises:
             RecipeError: the file cannot be read, or has another number of names.
@@ -161,11 +161,11 @@ class Recipe(Spec):
         return plan_phases(self.plan(), repeats=self.repeats, rounds=self.rounds, steps=self.distill.steps)
 
     def made_of(self, weights_sha256: str, *, is_against_student: bool = False) -> dict[str, Any]:
-        """What affects a unit's pixels, as plain data: seed, teacher and its weights, synthesis, size of a unit.
+        """Everything that affects a unit's pixels, as plain data: seed, teacher and its weights, synthesis, unit size.
 
-        Not the number of images: a longer plan begins with the units of a shorter one, so a set can be extended. One
-        whose images are made against the student cannot, because its training depends on all of them; there the
-        student and its training count too.
+        The number of images is not part of it: a longer plan begins with the units of a shorter one, so a set can be
+        extended. One whose images are made against the student cannot, because its training depends on all of them;
+        there the student and its training count too.
         """
         payload = {
             "format": 1,
@@ -185,10 +185,10 @@ class Recipe(Spec):
         return payload
 
     def trained_by(self) -> dict[str, Any]:
-        """What a student's training depends on beside its images, as plain data.
+        """Everything that a student's training depends on beside its images, as plain data.
 
-        Not how often it is logged, saved or published, nor how many rows are shuffled together or threads compute:
-        changing those goes on with the training that is there.
+        The intervals of logging, checkpoints and versions, the size of the shuffle buffer and the number of threads
+        are not part of it: a training resumes after a change of those.
         """
         how_only = {"log_every", "checkpoint_every", "publish_every", "threads"}
         distill = self.distill.model_dump(mode="json", exclude=how_only)

@@ -31,7 +31,7 @@ class Registry(Generic[T]):
 
     Args:
         family: what one of them is called, for messages.
-        modules: that register their plug-ins; imported when the first name is asked for.
+        modules: those that register plug-ins of the family; imported when the first name is asked for.
         member: attribute that every plug-in of the family has, so that code of another kind is refused by name.
     """
 
@@ -168,7 +168,7 @@ def _chosen(value: Any, annotation: Any, where: str) -> Iterator[Chosen]:
 
 
 def import_callable(name: str, *, where: str) -> Any:
-    """What ``module:callable`` names.
+    """Import the callable that ``module:callable`` names.
 
     Raises:
         RecipeError: it cannot be imported, whatever its module raises.
@@ -197,7 +197,7 @@ def _keyword_only(factory: Callable[..., Any]) -> list[inspect.Parameter]:
 
 
 def options_model(factory: Callable[..., Any]) -> type[BaseModel]:
-    """What options in a recipe are validated with."""
+    """The pydantic model that validates the options of a plug-in in a recipe."""
     initializer = factory.__init__ if inspect.isclass(factory) else factory
     namespace = getattr(initializer, "__globals__", {})
     fields: dict[str, Any] = {
@@ -232,9 +232,9 @@ def explain(error: ValidationError, where: str, model: type[BaseModel], *, elsew
     A missing key that is there misspelled is one mistake, and so are the forms of one value of which none fits.
 
     Args:
-        error: what validating ``model`` raised.
+        error: the error that validating ``model`` raised.
         where: key of the model's place in the recipe.
-        model: what was validated.
+        model: the model that was validated.
         elsewhere: dotted keys of other places, of which an unknown one may be.
     """
     findings: dict[str, list[ErrorDetails]] = {}
@@ -292,7 +292,7 @@ def _path(loc: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
 
 
 def _unknown(key: str, where: str, model: type[BaseModel], elsewhere: Iterable[str]) -> str:
-    """What may be meant by a key that ``model``, which stands at ``where``, does not know."""
+    """The remedy for a key that ``model``, which stands at ``where``, does not know: keys that may be meant."""
     inside, _, name = key.rpartition(".")
     place = inside.removeprefix(where).removeprefix(".")
     here = _known_keys(model, place.split(".") if place else [])

@@ -1,4 +1,4 @@
-"""The sections of a recipe, as frozen data; a sentence under each field says what it is."""
+"""The schema of a recipe: its sections as frozen data, with a sentence on each field."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ RealDataSet = Annotated[PluginSpec, Family("real_data")]
 
 
 class Ramp(Spec):
-    """A number that changes linearly over a share of the steps, and stays what it has become."""
+    """A number that changes linearly over a share of the steps, and then keeps its last value."""
 
     model_config = ConfigDict(serialize_by_alias=True)
 
@@ -122,7 +122,7 @@ Size = Annotated[int | tuple[int, int], BeforeValidator(_size)]
 
 
 class ImageSpace(Spec):
-    """What the teacher's input looks like: images are in [0, 1], then normalised per channel."""
+    """The form of the teacher's input: images are in [0, 1], then normalised per channel."""
 
     channels: Positive = 3
     """Channels of an image."""
@@ -172,7 +172,7 @@ class ImageSpace(Spec):
 
 
 class TeachSpec(Spec):
-    """How to train the teacher on real data where its weights are not there yet."""
+    """The training of the teacher on real data, where its weights are not there yet."""
 
     epochs: Positive
     """Epochs over the real training split."""
@@ -201,14 +201,14 @@ class TeacherSpec(Spec):
     classes: Annotated[int, Field(ge=2)]
     """Number of classes, the width of the teacher's output."""
     class_names: Text | Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
-    """What the classes are called in galleries and reports, in their order: a list, or a text file with a name a
+    """Names of the classes in galleries and reports, in their order: a list, or a text file with a name a
     line. Numbers, or the names of `real_data`, unless given."""
     image_space: ImageSpace
-    """What the images that it takes look like."""
+    """Channels, size and normalisation of the images that it takes."""
     weights: Text = "${run_dir}/teacher.safetensors"
     """Path or URL of a .safetensors or .pt state dict, or "random" (for benchmarks and tests)."""
     train: TeachSpec | None = None
-    """How `raydfkd teach` trains it; `run` does so first where the weights are not there yet."""
+    """Its training by `raydfkd teach`; `run` trains it first where the weights are not there yet."""
 
     @model_validator(mode="after")
     def _a_name_for_each_class(self) -> TeacherSpec:
@@ -229,7 +229,7 @@ class StudentSpec(Spec):
 
 
 class SynthesisSpec(Spec):
-    """How images are made; keys beyond these are options of the synthesizer (`raydfkd show synthesizers`)."""
+    """The making of the images; keys beyond these are options of the synthesizer (`raydfkd show synthesizers`)."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -238,9 +238,9 @@ class SynthesisSpec(Spec):
     objective: Annotated[tuple[TermSpec, ...], Field(min_length=1)]
     """Weighted terms, added up."""
     targets: Targets = PluginSpec(kind="balanced")
-    """Which labels images are made for."""
+    """Labels that images are made for."""
     augment: tuple[Augmentation, ...] = ()
-    """What the teacher sees instead of the bare image, at every step."""
+    """Augmentations through which the teacher sees the image, at every step."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the teacher's convolutions, `float32` or `bfloat16`, which is faster where the hardware has it;
     pixels, moments and optimiser stay float32."""
@@ -278,7 +278,7 @@ class UnitSpec(Spec):
 
 
 class EncodingSpec(Spec):
-    """How pixels are stored; a bare string is a kind."""
+    """The encoding of stored pixels; a bare string is a kind."""
 
     kind: Literal["raw", "png", "jpeg"] = "raw"
     """`raw` is fastest to write and read; `png` has the same pixels in a little less space, `jpeg` others, close to
@@ -293,20 +293,20 @@ class EncodingSpec(Spec):
 
 
 class TransferSetSpec(Spec):
-    """Where the synthetic images live and how many there are."""
+    """The store of the synthetic images, and their number."""
 
     uri: Text = "${run_dir}/transfer_set"
     """Any fsspec URL or a local path."""
     classes: Literal["all"] | tuple[int, ...] = "all"
-    """Which classes, by number; `all` of them unless chosen."""
+    """Numbers of the classes that images are made for; `all` of them unless chosen."""
     images_per_class: Count = 0
     """Images of each class; synthesis ends when every class has them. 0 for live sources, which make their own."""
     unit: UnitSpec = UnitSpec(classes=1, images_per_class=1)
     """Size of a unit of work."""
     part_rows: Positive = 4096
-    """Rows of one Parquet file at most."""
+    """Maximum of rows in one Parquet file."""
     encoding: EncodingSpec = EncodingSpec()
-    """How pixels are stored: raw, png, jpeg or {kind: jpeg, quality: 90}; png and jpeg are for 1 or 3 channels."""
+    """Encoding of stored pixels: raw, png, jpeg or {kind: jpeg, quality: 90}; png and jpeg are for 1 or 3 channels."""
     storage_options: dict[str, Any] = {}
     """Options of the file system (endpoint, profile, ...); never part of a digest or a report."""
 
@@ -347,7 +347,7 @@ class OptimizerSpec(Spec):
 
 
 class DistillSpec(Spec):
-    """How the student is trained."""
+    """The training of the student."""
 
     steps: Positive
     """Optimiser steps."""
@@ -358,7 +358,7 @@ class DistillSpec(Spec):
     optimizer: OptimizerSpec
     """Optimiser and schedule."""
     source: Source = PluginSpec(kind="growing")
-    """Where its images come from, and when: growing, snapshot or live."""
+    """Source of its images: growing, snapshot or live."""
     holdout: BelowOne = 0.1
     """Share of the images that the student never trains on, so that it can be judged on them; in whole repeats of all
     classes, at least one. Nothing is held out where `real_data` judges."""
@@ -389,9 +389,9 @@ class Range(Spec):
     """An elastic number of workers, from `min` to `max`."""
 
     min: Count = 1
-    """Workers at least: synthesis keeps that many when it runs out of units, training waits for that many."""
+    """Minimum of workers: synthesis keeps that many when it runs out of units, training waits for that many."""
     max: Positive = 1
-    """Workers at most, as far as the cluster has room for them."""
+    """Maximum of workers, as far as the cluster has room for them."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Range:
@@ -401,14 +401,14 @@ class Range(Spec):
 
 
 class RuntimeSpec(Spec):
-    """Where the work runs; nothing here changes a pixel."""
+    """The workers and devices that do the work; nothing here changes a pixel."""
 
     executor: Literal["ray", "local"] = "ray"
     """`ray` works in processes of a Ray cluster, `local` does everything in this process."""
     address: str = "auto"
     """Ray cluster to join; `auto` joins a running one or starts one here."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """What workers compute on: `cpu`, `cuda`, or `auto`, which takes CUDA where the worker has a GPU."""
+    """Device that workers compute on: `cpu`, `cuda`, or `auto`, which takes CUDA where the worker has a GPU."""
     workers: Range = Range()
     """Synthesis actors."""
     cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
@@ -440,7 +440,7 @@ class RuntimeSpec(Spec):
 
 
 class BudgetSpec(Spec):
-    """How a budget of device-seconds is spent where one is given instead of numbers of images and steps."""
+    """The shares of a budget of device-seconds, given instead of numbers of images and steps."""
 
     synthesis_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of it for synthesis; the student's training gets the rest."""

@@ -1,4 +1,4 @@
-"""What a recipe shows to be wrong without any code or file that it names: names and options of plug-ins."""
+"""Finds mistakes in a recipe without the code and files that it names: names and options of plug-ins."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from raydfkd.errors import Mistakes
 def static_check(recipe: Recipe) -> None:
     """Find unknown names and unfit options of the plug-ins that come with raydfkd; imports torch.
 
-    What takes more than the recipe is left to ``run.check``: whether parts suit each other, rules in constructors,
-    everything given as ``module:Class`` or ``torchvision:NAME``, files and devices.
+    Mistakes that take more than the recipe to find are left to ``runner.check``: whether parts suit each other, rules
+    in constructors, everything given as ``module:Class`` or ``torchvision:NAME``, files and devices.
 
     Raises:
         RecipeError: with key, value and remedy, a line for each plug-in with a mistake.

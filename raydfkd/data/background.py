@@ -12,7 +12,7 @@ R = TypeVar("R")
 
 
 def in_threads(call: Callable[[T], R], items: Sequence[T], *, threads: int) -> Iterator[R]:
-    """``call`` of each item, in their order, on up to ``threads`` at once; what was not begun is not, once one raises.
+    """Yield ``call`` of each item in their order, up to ``threads`` at once; none is begun after one has raised.
 
     Results wait until they are taken, so they should be small.
     """
@@ -29,7 +29,7 @@ class OrderedCalls:
     The first one that raises is the last one made; its error is raised here, by every later ``submit`` and ``drain``.
 
     Args:
-        waiting: calls that may wait for their turn; ``submit`` blocks while there are more.
+        waiting: calls that may wait to be made; ``submit`` blocks while there are more.
     """
 
     def __init__(self, *, waiting: int) -> None:
@@ -69,7 +69,7 @@ class OrderedCalls:
 
 
 def ahead(items: Generator[T], *, depth: int) -> Generator[T]:
-    """The same items in the same order, up to ``depth`` of them made ahead on a thread.
+    """Yield the same items in the same order, up to ``depth`` of them made ahead on a thread.
 
     Closing the iterator, or dropping it, waits for the item that is being made and closes ``items``.
     """

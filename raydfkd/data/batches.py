@@ -1,4 +1,4 @@
-"""What flows from synthesizers through the transfer set to students."""
+"""Batches of images that flow from synthesizers through the transfer set to students."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyntheticBatch:
-    """Images that were kept, with what the teacher says of exactly these pixels. Owns its storage.
+    """Images that were kept, with the teacher's logits for exactly these pixels; its memory is its own.
 
     N images of C channels, K classes.
     """
@@ -23,7 +23,7 @@ class SyntheticBatch:
     objective: float
     """Value of the objective when the batch was kept."""
     student_version: int = -1
-    """Student that the objective judged against; -1 for none."""
+    """Version of the student that the objective asked; -1 for none."""
 
     def __len__(self) -> int:
         """Images in the batch."""

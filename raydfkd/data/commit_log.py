@@ -1,10 +1,10 @@
-"""Which commit of a unit counts, by records that are created once and never changed.
+"""The log that decides which commit of a unit counts, by records that are created once and never changed.
 
 ``commits/<unit>.json``       the unit's first commit, of generation 0; ``commits/<unit>@1.json`` the next, and so on
 ``quarantine/<unit>.json``    takes that commit out of the set; ``quarantine/<unit>@1.json`` the next, and so on
 
-The live generation of a unit is the first one without a quarantine, and the unit is committed if that generation has
-a commit. Neither kind of record is ever deleted: a slow attempt could create it a second time.
+The live generation of a unit is the first one without a record of damage, and the unit is committed if that generation
+has a commit. Neither kind of record is ever deleted: a slow attempt could create it a second time.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class CommitLog:
         return self.progress()[0]
 
     def progress(self) -> tuple[set[str], set[str]]:
-        """Both of these, by one look."""
+        """Ids that ``committed`` and ``damaged`` return, by a single listing."""
         live, damaged = self._live()
         return set(live), damaged - live.keys()
 
@@ -56,7 +56,7 @@ class CommitLog:
         return self.progress()[1]
 
     def snapshot(self, within: Collection[str] | None = None) -> Snapshot:
-        """What is committed now; a record is fetched once, and one that is damaged is marked damaged."""
+        """The commits that count now; a record is fetched once, and one that is damaged is marked damaged."""
         live, _ = self._live()
         wanted = live.keys() if within is None else live.keys() & set(within)
         unknown = sorted(unit for unit in wanted if not self._knows(unit, live[unit]))
@@ -64,7 +64,7 @@ class CommitLog:
         return Snapshot(tuple(self._known[unit] for unit in wanted if self._knows(unit, live[unit])))
 
     def find(self, unit: str) -> Commit | None:
-        """The commit of a unit that counts now, looked up by its names; None if there is none."""
+        """The commit of a unit that counts now, looked up by name instead of by listing; None if there is none."""
         generation = self._live_generation(unit)
         commit = self._fetch_if_there(unit, generation)
         return None if self._is_damaged(unit, generation) else commit
@@ -96,7 +96,7 @@ class CommitLog:
         return self._take_out(commit.unit, commit.generation, damage)
 
     def reason(self, unit: str) -> DamageRecord | None:
-        """The newest quarantine of a unit, or None; one whose record is damaged too counts all the same."""
+        """The newest record of damage of a unit, or None; a record that is damaged itself counts all the same."""
         generation = self._live_generation(unit) - 1
         if generation < 0:
             return None
@@ -115,7 +115,7 @@ class CommitLog:
         return {unit: generation for unit, generation in commits if generation == first_free.get(unit, 0)}, quarantined
 
     def _names(self, folder: str) -> Iterator[tuple[str, int]]:
-        """Unit and generation of each record; what is no record's name is not ours."""
+        """Unit and generation of each record; names of another form are not ours and are ignored."""
         for path in self._store.list(folder):
             match = _RECORD_NAME.fullmatch(path, len(folder) + 1)
             if match:
@@ -137,7 +137,7 @@ class CommitLog:
             return None
 
     def _fetch(self, unit: str, generation: int) -> Commit | None:
-        """A commit by its name; None if what is there is no commit, which is marked damaged then."""
+        """The commit of that name; None if the object is not a commit, and then it is marked damaged."""
         if self._knows(unit, generation):
             return self._known[unit]
         path = f"commits/{_name(unit, generation)}"
@@ -155,7 +155,7 @@ class CommitLog:
         try:
             return Commit.from_json(self._store.get(path))
         except ValueError:
-            return Commit.from_json(self._store.get(path))  # what was damaged on its way here arrives the second time
+            return Commit.from_json(self._store.get(path))  # bytes that were damaged only on their way arrive whole now
 
     def _take_out(self, unit: str, generation: int, damage: DamagedError) -> bool:
         self._check()

@@ -1,4 +1,4 @@
-"""Records of what is in a transfer set: parts, commits, damage and snapshots, as data and as JSON."""
+"""Records of a transfer set: parts, commits, damage and snapshots, as data and as JSON."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 T = TypeVar("T")
 # a diverged objective is NaN and has to survive the round trip
 RECORD = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
-"""How every record is read and written."""
+"""Pydantic settings with which every record is read and written."""
 UNIT_ID = r"[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*"
-"""Usable as a file name everywhere; no separator, no ``..`` and no ``@``."""
+"""Pattern of a unit's id, usable as a file name everywhere; no separator, no ``..`` and no ``@``."""
 UnitId = Annotated[str, Field(pattern=rf"^{UNIT_ID}$", max_length=128)]
 Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Count = Annotated[int, Field(ge=1)]
@@ -27,13 +27,13 @@ class Part:
     __pydantic_config__ = RECORD
 
     path: Annotated[str, Field(pattern=rf"^parts/{UNIT_ID}\.parquet$")]
-    """Relative to the set."""
+    """Name of the file, relative to the set."""
     rows: Count
     """Images in it."""
     bytes: Count
     """Size of the file."""
     xxh3: Xxh3
-    """Of the file."""
+    """XXH3 (128 bits) of the file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,25 +44,25 @@ class Commit:
 
     unit: UnitId
     attempt: int
-    """Which attempt at the unit this was, from 1."""
+    """Number of the attempt at the unit, from 1."""
     seed: int
     """The unit's seed."""
     images: Count
     """Rows of all parts."""
     parts: tuple[Part, ...]
-    """In the order the rows were written."""
+    """Files in the order their rows were written."""
     content: Xxh3
     """``rows_digest`` of the rows: the same whoever made them, in whatever parts."""
     objective: float
-    """Mean over images of the objective they were kept with."""
+    """Mean over the images of the objective with which they were kept."""
     student_version: int
-    """Newest student that judged them; -1 for none."""
+    """Newest version of the student that the objective asked; -1 for none."""
     seconds: float
     """Time the attempt took."""
     curve: tuple[dict[str, float], ...] = ()
     """Parts of the objective over the steps, in records of earlier versions; newer ones leave it to the metrics."""
     generation: Generation = 0
-    """How many commits of the unit were marked damaged before this one; set when it is published."""
+    """Number of the unit's commits that were marked damaged before this one; set when it is published."""
 
     def to_json(self) -> bytes:
         """The record as it is stored."""
@@ -73,7 +73,7 @@ class Commit:
         """Read a record.
 
         Raises:
-            ValueError: not exactly such a record, or one that points outside the set's folder.
+            ValueError: the data are not exactly such a record, or it points outside the set's folder.
         """
         commit = parse_record(_COMMIT, data)
         if sum(part.rows for part in commit.parts) != commit.images:
@@ -91,11 +91,11 @@ class DamageRecord:
 
     unit: UnitId
     generation: Generation
-    """Of the commit."""
+    """Generation of the commit."""
     path: str
     """The object that is damaged, relative to the set."""
     reason: str
-    """One line."""
+    """The damage in one line."""
 
     def to_json(self) -> bytes:
         """The record as it is stored."""
@@ -106,17 +106,17 @@ class DamageRecord:
         """Read a record.
 
         Raises:
-            ValueError: not exactly such a record.
+            ValueError: the data are not exactly such a record.
         """
         return parse_record(_DAMAGE, data)
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What was committed at one moment; saved with a student, it says which images an epoch consisted of."""
+    """The commits of a set at one moment; saved with a student, it says which images an epoch consisted of."""
 
     commits: tuple[Commit, ...]
-    """Sorted by unit."""
+    """Commits sorted by unit."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "commits", tuple(sorted(self.commits, key=lambda commit: commit.unit)))
@@ -145,7 +145,7 @@ class Snapshot:
         """Read what ``to_json`` wrote.
 
         Raises:
-            ValueError: not a list of commits.
+            ValueError: the data are not a list of commits.
         """
         return cls(parse_record(_COMMITS, data))
 
@@ -154,7 +154,7 @@ def parse_record(adapter: TypeAdapter[T], data: bytes) -> T:
     """Read JSON that may come from anybody.
 
     Raises:
-        ValueError: in one line, what is wrong first.
+        ValueError: the JSON does not fit; one line with the first mistake.
     """
     try:
         return adapter.validate_json(data)

@@ -15,24 +15,24 @@ from torch import Tensor
 
 EncodingKind = Literal["raw", "png", "jpeg"]
 MODES = {1: "L", 3: "RGB"}
-"""What PNG and JPEG call images of so many channels."""
+"""Names of Pillow's modes for images of so many channels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoding:
-    """How the pixels of a part are stored."""
+    """Form in which the pixels of a part are stored."""
 
     kind: EncodingKind = "raw"
     """``png`` returns the pixels that were written and ``jpeg`` others, close to them."""
     quality: int = 95
-    """Of JPEG, 1 to 100; chroma is not subsampled."""
+    """Quality of JPEG, 1 to 100; chroma is not subsampled."""
 
 
 def encode_images(images: Tensor, encoding: Encoding) -> list[bytes]:
-    """Each of uint8 ``images`` [N, C, H, W] on the host as a file.
+    """Encode each of uint8 ``images`` [N, C, H, W] on the host as a file.
 
     Raises:
-        ValueError: neither grey nor RGB.
+        ValueError: the images are neither grey nor RGB.
     """
     channels = images.shape[1]
     if channels not in MODES:
@@ -52,7 +52,7 @@ def decode_images(files: Iterable[bytes], kind: str, shape: tuple[int, ...]) -> 
     """Read files of images of one ``shape`` (C, H, W) as uint8 [N, C, H, W].
 
     Raises:
-        ValueError: one of them is no such file or of another size; its size is looked at before it is unpacked.
+        ValueError: one of them is not such a file, or is of another size; its size is looked at before it is unpacked.
     """
     channels, height, width = shape
     images = []

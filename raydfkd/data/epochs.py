@@ -1,4 +1,4 @@
-"""Which images each epoch of a training goes over, also for one that goes on after it was killed."""
+"""Snapshots that the epochs of a training go over; a training that resumes after a kill gets the same ones."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class EpochPlanner:
         refresh_steps: steps after which an epoch may end for a newer snapshot; None for never.
         units: the plan; only its commits are seen.
         planned_images: images of the whole plan.
-        log: where choices are noted and looked up; unless given, a training that goes on chooses anew.
+        log: where choices are noted and looked up; unless given, a training that resumes chooses again.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class EpochPlanner:
         self._log = log
 
     def begin(self, number: int, step: int) -> Snapshot | None:
-        """What epoch ``number`` goes over if it begins after ``step`` steps; None if there is not enough yet."""
+        """The snapshot of epoch ``number`` if it begins after ``step`` steps; None if there are too few images yet."""
         newest = self._newest(step)
         if newest is None:
             return None
@@ -51,17 +51,20 @@ class EpochPlanner:
         return earlier or self._begun(number, step, newest)
 
     def is_due(self, snapshot: Snapshot, step_in_epoch: int) -> bool:
-        """Whether to ask ``end_early`` after as many steps of a epoch over ``snapshot``; the same on every rank."""
+        """Whether to ask ``end_early`` after as many steps of an epoch over ``snapshot``; the same on every rank."""
         every = self._refresh_steps
         if every is None or snapshot.images >= self._planned_images:
             return False
         return step_in_epoch > 0 and step_in_epoch % every == 0
 
     def end_early(self, number: int, step: int, snapshot: Snapshot) -> Snapshot | None:
-        """What the next epoch goes over if epoch ``number`` over ``snapshot`` ends after ``step`` steps, else None.
+        """The next epoch's snapshot if epoch ``number`` over ``snapshot`` ends after ``step`` steps, else None.
 
-        It ends for a newer snapshot that is good enough; and where it was here before, if it ended here then.
+        It ends for a newer snapshot that is good enough. A training that resumes and repeats this step decides as it
+        did before.
         """
+        # What the log says of this step is repeated: the next epoch began here, or this one was kept beyond it.
+        # At a step that was never decided on, a snapshot with other units ends it; either decision is written down.
         newest = self._newest(step)
         if newest is None:
             return None
@@ -78,7 +81,7 @@ class EpochPlanner:
         return None
 
     def is_intact(self, snapshot: Snapshot) -> bool:
-        """Whether nothing of ``snapshot`` was marked damaged since."""
+        """Whether every commit of ``snapshot`` is still in the set, none marked damaged since."""
         there = {commit.unit: commit.parts for commit in self._transfer_set.snapshot(within=self._units).commits}
         return all(there.get(commit.unit) == commit.parts for commit in snapshot.commits)
 
@@ -106,13 +109,13 @@ class EpochPlanner:
         return snapshot if closed or snapshot.images >= self._wanted_images(step) else None
 
     def look_again(self) -> None:
-        """A part of what was complete is damaged: the set is incomplete again."""
+        """Forget that the set was complete, because a part of it is damaged."""
         self._complete = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Epoch:
-    """How an epoch began and went on."""
+    """The record of an epoch: when it began, over which units, and how long it was kept."""
 
     __pydantic_config__ = RECORD
 
@@ -121,14 +124,14 @@ class Epoch:
     units: tuple[str, ...]
     """Units that it goes over."""
     kept_until: int
-    """Step of the training at which it was last decided that the epoch goes on."""
+    """Step of the training at which it was last decided to keep this epoch's snapshot."""
 
 
 class EpochLog:
     """The epochs of one training, one small object each.
 
-    A checkpoint says where training stood. What it did after that is repeated when it goes on, and over the same
-    images only if what it chose since, while the set grew, can be looked up.
+    A training that resumes repeats the steps after its checkpoint. The same images come again only if the snapshots
+    that it chose after the checkpoint, while the set grew, can be looked up.
 
     Args:
         store: a folder that all training workers share.
@@ -137,17 +140,17 @@ class EpochLog:
 
     def __init__(self, store: Store, training: str) -> None:
         self._store = store
-        self._folder = f"epochs-{training[:16]}"
+        self._folder = f"passes-{training[:16]}"
 
     def write(self, number: int, record: Epoch) -> None:
-        """Say how epoch ``number`` goes, in place of what was said before."""
+        """Write the record of epoch ``number``, replacing an earlier one."""
         self._store.put(self._path(number), _EPOCH.dump_json(record))
 
     def read(self, number: int) -> Epoch | None:
-        """How epoch ``number`` went; None if nobody said.
+        """The record of epoch ``number``; None if there is none.
 
         Raises:
-            ValueError: what is there is not such a record.
+            ValueError: the object is not such a record.
         """
         try:
             data = self._store.get(self._path(number))

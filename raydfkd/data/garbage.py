@@ -1,4 +1,4 @@
-"""Garbage of a transfer set: what attempts left that died, lost a race, or made what was marked damaged."""
+"""Garbage of a transfer set: files of attempts that died, lost a race, or made a commit that was marked damaged."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _FOLDERS = ("", "commits", "quarantine", "resume")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Garbage:
-    """What ``collect_garbage`` removed, or would have."""
+    """The objects that ``collect_garbage`` removed, or would have."""
 
     paths: tuple[str, ...]
-    """Relative to the set, sorted."""
+    """Names of the objects, relative to the set, sorted."""
     bytes: int
-    """Of all of them."""
+    """Size of all of them."""
 
 
 def collect_garbage(transfer_set: TransferSet, *, older_than_s: float, dry_run: bool) -> Garbage:
-    """Remove parts that no commit names, resume states of committed units, and temporary files of killed processes.
+    """Remove parts that no commit names, checkpoints of committed units, and temporary files of killed processes.
 
     Can run beside writers and readers. Ages are by the store's clock, whose seconds may be whole ones, so that a wrong
     one here or on a worker does no harm. An attempt is as old as its newest part: let ``older_than_s`` be longer than
     an attempt ever takes between two parts and to commit. Should one come back later all the same, its commit is
-    quarantined when it is read and the unit made again. What stays: parts of a unit that has a state to go on from,
-    and the records of commits and of damage, which are small and say what they say for ever. A reader with an old
+    marked damaged when it is read and the unit is made again. Parts of a unit that has a checkpoint stay, and so do
+    the records of commits and of damage, which are small and are true for ever. A reader with an old
     snapshot may miss parts of what was marked damaged since.
 
     Args:
@@ -47,10 +47,12 @@ def collect_garbage(transfer_set: TransferSet, *, older_than_s: float, dry_run: 
 
     Raises:
         RecipeError: the set is of another recipe or format.
-        StoreError: the store did not do it; what was removed until then was garbage.
+        StoreError: the store failed; the objects that were removed until then were garbage.
     """
     transfer_set.check()
     store = transfer_set.store
+    # The listings give candidates: old parts that no commit names, old checkpoints of committed units and leftovers.
+    # Just before the deletion each candidate's unit is looked up once more, since a commit may have come meanwhile.
     # time before listings, listings before commits: all that comes meanwhile is too young, or named by a commit
     latest = store.now() - older_than_s
     parts = store.entries("parts")
@@ -85,7 +87,7 @@ def _of_old_attempts(parts: Iterable[Entry], latest: float) -> Iterator[Entry]:
 
 
 def _still_garbage(transfer_set: TransferSet, orphans: list[Entry], states: list[Entry]) -> list[Entry]:
-    """Those that still are when their units' commits are looked up one by one, which takes long after the listing."""
+    """The entries that are still garbage once their units' commits are looked up singly, long after the listing."""
     by_unit: dict[str, tuple[list[Entry], list[Entry]]] = {}
     for pattern, entries, kind in ((_PART, orphans, 0), (_STATE, states, 1)):
         for entry in entries:

@@ -67,15 +67,15 @@ class LiveSource:
         return {"step": self._step, "generator": self._generator.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``."""
+        """Resume from ``state``."""
         self._step = state["step"]
         self._generator.load_state_dict(state["generator"])
 
     def start_over(self) -> None:
-        """Nothing: every batch is new."""
+        """Do nothing, since every batch is new."""
 
     def finish(self) -> None:
-        """Keep some images."""
+        """Draw the images to keep and commit them to the transfer set."""
         if not self._keep or self._feed.ranks.rank:
             return
         request = Request(classes=(0,), images_per_class=self._keep, seed=self._feed.seed, class_seeds=(0,))

@@ -34,11 +34,11 @@ class TransferSetSource:
 
     An epoch shuffles the snapshot's parts and cuts them into shuffle buffers of about ``window_rows`` rows. Within a
     buffer each rank takes a contiguous range, reads only the parts it lies in, shuffles it and splits it into as many
-    batches as
-    every other rank, so that all make the same number of steps. The order follows from seed, epoch and snapshot.
+    batches as every other rank, so that all make the same number of steps. The order follows from seed, epoch and
+    snapshot.
 
-    Batches are made ahead of their use on a thread, and the next window is read on another one; what ``state_dict``
-    says is what was handed out. Of the images, up to two windows and a few batches are held.
+    Batches are made ahead of their use on a thread, and the next buffer is read on another one; ``state_dict`` counts
+    the batches that were handed out. Up to two buffers of images and a few batches are held in memory.
 
     Before each epoch the newest snapshot is taken. A student that is ahead of the synthesis waits: it starts with
     ``wait_for`` images, and after a share s of its steps wants the share s / ``complete_by`` of the planned images.
@@ -49,17 +49,17 @@ class TransferSetSource:
     committed when it began, old and new ones at equal odds. A new image is as likely to be next as any other within
     ``refresh_steps``, none is forgotten, and once the set is complete every epoch sees each image once.
 
-    A source that goes on from a checkpoint repeats what was done since with the same batches: epochs that were begun
-    while the set grew are looked up in ``epochs``.
+    A source that resumes from a checkpoint repeats the steps after it with the same batches: epochs that were begun
+    while the set grew are looked up in ``feed.epochs``.
 
     Images that turn out to be damaged are taken out, and an epoch over the others begins; with several ranks the
-    error is raised too, since they are not at the same step, and the epoch begins where training goes on.
+    error is raised too, since they are not at the same step, and the epoch begins when training resumes.
 
     Args:
         feed: what the engine supplies.
         wanted_images: how many images the snapshot of an epoch that begins after so many steps must have.
         refresh_steps: steps after which an epoch may end for a newer snapshot; None for never.
-        window_rows: rows that are shuffled together.
+        window_rows: rows of a shuffle buffer.
     """
 
     is_live: ClassVar[bool] = False
@@ -91,6 +91,8 @@ class TransferSetSource:
 
     def __iter__(self) -> Iterator[StudentBatch]:
         """Batches without end; none at all if synthesis has ended without an image."""
+        # One iteration is an epoch, or the rest of the one that a checkpoint is in. The epoch ends with its batches,
+        # or earlier where the ranks agree on a newer snapshot (then pinned already) or a part turns out damaged.
         while True:
             snapshot = self._pinned()
             if not snapshot.images:
@@ -111,16 +113,16 @@ class TransferSetSource:
             self._snapshot = newer
 
     def _mark_damaged(self, damage: DamagedError, snapshot: Snapshot) -> None:
-        """Take what cannot be read out of the set; this epoch is over then."""
+        """Take the unit that cannot be read out of the set; this epoch is over then."""
         commit = next(commit for commit in snapshot.commits if damage.path in [part.path for part in commit.parts])
         self._transfer_set.mark_damaged(commit, damage)
         self._planner.look_again()
         if self._world_size > 1:
             raise damage  # the other ranks wait for this one's step
-        logger.info("the student goes on without unit %s", commit.unit)
+        logger.info("the student trains on without unit %s", commit.unit)
 
     def state_dict(self) -> dict[str, Any]:
-        """Step, epoch, position in it, and the pinned snapshot."""
+        """The step, the epoch, the position in it and the pinned snapshot."""
         return {
             "step": self._step,
             "epoch": self._epoch,
@@ -129,14 +131,14 @@ class TransferSetSource:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``."""
+        """Resume from ``state``."""
         self._step, self._epoch, self._step_in_epoch = state["step"], state["epoch"], state["step_in_epoch"]
         pinned = state["snapshot"]
         self._snapshot = None if pinned is None else Snapshot.from_json(pinned.encode())
         self._is_restored = self._snapshot is not None
 
     def start_over(self) -> None:
-        """Begin another epoch, with the snapshot of then; on every rank alike."""
+        """Begin another epoch, over the snapshot of that moment; every rank does so at once."""
         self._epoch += 1
         self._step_in_epoch = 0
         self._snapshot, self._is_restored = None, False
@@ -164,7 +166,7 @@ class TransferSetSource:
         return self._snapshot
 
     def _newer_than(self, snapshot: Snapshot) -> Snapshot | None:
-        """What the next epoch goes over if this one ends here, before its time; the same on every rank."""
+        """The next epoch's snapshot if this epoch ends here, before its time, else None; the same on every rank."""
         if not self._planner.is_due(snapshot, self._step_in_epoch):
             return None
         is_asked = self._rank == 0
@@ -173,7 +175,7 @@ class TransferSetSource:
     def _buffers(self, snapshot: Snapshot) -> list[list[Part]]:
         """The parts in this epoch's order, cut where a buffer is full.
 
-        A rest too small for a batch joins the window before it: it would make a step of a few images, and none at all
+        A rest too small for a batch joins the buffer before it: it would make a step of a few images, and none at all
         on some ranks.
         """
         parts = [part for commit in snapshot.commits for part in commit.parts]
@@ -190,6 +192,8 @@ class TransferSetSource:
 
     def _remaining(self, snapshot: Snapshot, skip: int) -> Generator[StudentBatch]:
         """This epoch's batches but for the first ``skip``; runs on another thread than the steps are counted on."""
+        # Shares are planned from row counts alone, so that buffers that were used up are skipped unread.
+        # Then one thread reads buffer after buffer while the batches of the one before are taken from memory.
         shares, first_steps = [], []
         for number, parts in enumerate(self._buffers(snapshot)):
             share = self._share_of(parts, number)
@@ -247,7 +251,7 @@ class TransferSetSource:
 
 @SOURCES.register("growing")
 class GrowingSource(TransferSetSource):
-    """Trains on what is committed so far, while the set grows.
+    """Trains on the images that are committed so far, while the set grows.
 
     Args:
         wait_for: images that must be committed before the first step.
@@ -292,12 +296,12 @@ class SnapshotSource(TransferSetSource):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Share:
-    """What one rank has of a window."""
+    """One rank's part of a shuffle buffer."""
 
     pieces: list[Piece]
     bounds: list[int]
-    """Where in the window each rank's rows begin, and its end."""
+    """Numbers of the rows in the buffer at which the ranks' ranges begin, and the buffer's end."""
     steps: int
-    """Batches, as many as every other rank."""
+    """Batches that the rank makes of it, as many as every other rank."""
     order: Tensor
-    """Of this rank's rows."""
+    """Shuffled order of this rank's rows."""

@@ -22,12 +22,12 @@ from raydfkd.data.encodings import Encoding, EncodingKind, decode_images, encode
 
 RAW = Encoding()
 GROUP_BYTES = 32 * 2**20
-"""Pixels in one row group, and in one part that ``TransferSet`` writes; a part is fetched and held whole."""
+"""Bytes of pixels in one row group, and in one part that ``TransferSet`` writes; a part is fetched and held whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredRows:
-    """What students see of a part's rows, in the order they were written.
+    """The rows of a part as students see them, in the order they were written.
 
     N rows, images of C channels, K classes.
     """
@@ -179,8 +179,8 @@ def on_host(batch: SyntheticBatch) -> SyntheticBatch:
 class RowsDigest:
     """XXH3 (128 bits) over pixels, labels and logits of rows that come in batches.
 
-    Each row is hashed by itself, so that rows can come in one batch or in many without a difference and ``state``
-    (16 bytes a row) is all it takes to go on elsewhere.
+    Each row is hashed by itself, so that rows can come in one batch or in many without a difference, and ``state``
+    (16 bytes a row) is all that another process needs to resume.
     """
 
     def __init__(self) -> None:
@@ -206,7 +206,7 @@ class RowsDigest:
 
     @classmethod
     def from_state(cls, header: str, rows: bytes) -> RowsDigest:
-        """Go on from a ``state``."""
+        """Resume from a ``state``."""
         digest = cls()
         digest._header, digest._rows = header, bytearray(rows)
         return digest
@@ -222,7 +222,7 @@ def _bytes_of_rows(values: NDArray[Any]) -> Iterator[memoryview]:
 
 
 def rows_digest(batches: Iterable[SyntheticBatch]) -> str:
-    """XXH3 (128 bits) of what students see of these rows, however they were split into batches or parts."""
+    """XXH3 (128 bits) of pixels, labels and logits of these rows, however they were split into batches or parts."""
     digest = RowsDigest()
     for batch in batches:
         digest.update(on_host(batch))

@@ -51,7 +51,7 @@ class ShuffleBuffer:
         self._begins = [0, *self._ends.tolist()[:-1]]
 
     def take(self, numbers: Tensor, *, pin_memory: bool = False) -> StoredRows:
-        """Copy the rows with these ``numbers``, in the order of the window."""
+        """Copy the rows with these ``numbers``, which count the buffer's rows piece by piece."""
         numbers = numbers.sort().values
         images = torch.empty(len(numbers), *self._images[0].shape[1:], dtype=torch.uint8, pin_memory=pin_memory)
         ends = torch.searchsorted(numbers, self._ends).tolist()

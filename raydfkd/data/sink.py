@@ -1,4 +1,4 @@
-"""How the images of one attempt at a unit get into a transfer set."""
+"""The sink through which the images of one attempt at a unit get into a transfer set."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class ParquetSink:
     """Encodes and writes on a thread of its own, while the caller makes the next images.
 
     A part is written as soon as its rows are there, so that no more than a part and ``WAITING + 2`` batches are held.
-    What fails on the thread is raised by the next ``write`` or by ``commit``.
+    An error on the thread is raised by the next ``write`` or by ``commit``.
 
     Args:
         store: of the transfer set.
         unit: what the images are for.
         attempt: at the unit, from 1.
-        part_rows: rows of a part at most; large images make parts of fewer rows and about 32 MiB of pixels.
+        part_rows: maximum of rows in a part; large images make parts of fewer rows and about 32 MiB of pixels.
         encoding: of the pixels.
         publish: creates the record of a commit, and returns the one that counts.
     """
@@ -152,12 +152,12 @@ class ParquetSink:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Begin where another attempt was.
+        """Resume from the state of another attempt.
 
         Its parts are copied: that attempt may still be alive somewhere, and deletes them when it loses the race.
 
         Raises:
-            ValueError: a part is gone or damaged, or the state is none; begin anew with another sink.
+            ValueError: a part is gone or damaged, or this is not such a state; begin again with another sink.
         """
         assert not self._parts, "nothing was written yet"
         try:
@@ -171,19 +171,19 @@ class ParquetSink:
                     raise ValueError(f"{part.path} is damaged")
                 self._store_part(data, rows=part.rows)
         except (KeyError, FileNotFoundError, pa.ArrowException) as error:
-            raise ValueError(f"the state of unit {self._unit.id} cannot be gone on from: {error}") from None
+            raise ValueError(f"the state of unit {self._unit.id} cannot be resumed: {error}") from None
         self._num_buffered = _count(self._buffer)
         self._inherited = [part.path for part in inherited]
 
     def abandon(self) -> None:
-        """Delete what was written; a commit that was tried may have succeeded, and then its parts stay."""
+        """Delete the parts that were written; if a commit that was tried may have succeeded, its parts stay."""
         self._thread.stop()
         if not self._is_sealed:
             self._discard()
             self._parts = []
 
     def release(self) -> None:
-        """End the attempt, and leave what was written to whoever goes on from its state."""
+        """End the attempt, and leave its parts to the attempt that resumes from its state."""
         self._thread.stop()
 
     def _add(self, pieces: Sequence[tuple[SyntheticBatch, bool]]) -> None:

@@ -1,4 +1,4 @@
-"""What a student trains on: batches from a set that may be growing, or from a generator that is trained beside it."""
+"""Sources of a student's batches: a set that may be growing, or a generator that is trained beside the student."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class StudentBatch:
 
 
 def in_this_process(snapshot: Snapshot | None) -> Snapshot | None:
-    """Agreement among one."""
+    """Agreement of a single rank with itself: ``snapshot`` as it is."""
     return snapshot
 
 
@@ -42,7 +42,7 @@ class Ranks:
     """The processes that train one student together, as each of them sees them."""
 
     rank: int = 0
-    """Of this process."""
+    """Number of this process, from 0."""
     size: int = 1
     """Number of processes."""
     agree: Callable[[Snapshot | None], Snapshot | None] = in_this_process
@@ -62,18 +62,18 @@ class LiveGenerator(Protocol):
         """Draw ``count`` images."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What training goes on from."""
+        """The state from which training resumes."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``."""
+        """Resume from ``state``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Feed:
-    """What the engine supplies to a source."""
+    """The values that the engine supplies to a source."""
 
     transfer_set: TransferSet
-    """Where the images are, or those that a live source keeps."""
+    """Set that has the images, or takes those that a live source keeps."""
     units: Collection[str]
     """The units to train on; only their commits are read."""
     planned_images: int
@@ -83,11 +83,11 @@ class Feed:
     batch_size: int
     """Images per step over all ranks."""
     seed: int
-    """Of the order."""
+    """Seed of the order."""
     ranks: Ranks = field(default_factory=Ranks)
-    """Who trains."""
+    """Processes that train the student."""
     epochs: EpochLog | None = None
-    """Where rank 0 notes and looks up how epochs began; unless given, a source that goes on chooses anew."""
+    """Log in which rank 0 notes and looks up how epochs began; unless given, a source that resumes chooses again."""
     pin_memory: bool = False
     """Whether batches are made in memory that a CUDA device can copy from by itself."""
     generator: Callable[[int], LiveGenerator] | None = None
@@ -105,16 +105,16 @@ class BatchSource(Protocol):
         """Batches from where the source stands."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the source stands, as plain data and tensors."""
+        """The source's position, as plain data and tensors."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Stand there again: the same batches follow."""
+        """Return to the position ``state``: the same batches follow."""
 
     def start_over(self) -> None:
-        """Look for images anew, after a phase that has made some; on every rank alike."""
+        """Look for images again, after a phase that has made some; every rank does so at once."""
 
     def finish(self) -> None:
-        """Called after the last step."""
+        """Finish the source's work after the last step."""
 
 
 SOURCES: Registry[BatchSource] = Registry(

@@ -1,4 +1,4 @@
-"""Versions of a student on their way from its training to the synthesis that is to challenge it.
+"""Student versions: weights on their way from a student's training to the synthesis whose objective asks it.
 
 ``students/<version>.safetensors``   in the transfer set's store, each created once and never changed
 """
@@ -17,10 +17,10 @@ from raydfkd.store.store import Store
 
 FOLDER = "students"
 UNPUBLISHED = -1
-"""Version of a student that nobody has published: the one that a training begins with."""
+"""Version number of a student that was never published: the one that a training begins with."""
 State = Mapping[str, Tensor]
 Source = Callable[[int], tuple[int, State] | None]
-"""Where versions come from: the newest one and its weights, if it is newer than the version given, else None."""
+"""A function that returns the newest version and its weights if it is newer than the version given, else None."""
 
 
 class StudentVersions:
@@ -35,7 +35,7 @@ class StudentVersions:
         return sorted(int(match[1]) for match in found if match)
 
     def newest(self, than: int = UNPUBLISHED) -> tuple[int, State] | None:
-        """The newest version, if it is newer ``than`` that; a :data:`Source`.
+        """The newest version and its weights if it is newer than version ``than``; a :data:`Source`.
 
         Raises:
             ValueError: it is damaged; names it.
@@ -51,7 +51,7 @@ class StudentVersions:
         return None
 
     def pinned(self, version: int) -> Source:
-        """A source of exactly this version, whatever is published beside it."""
+        """A source of this version only, whatever else is published."""
         assert version > UNPUBLISHED, "what nobody has published cannot be read"
         return lambda than: None if than == version else (version, self.state(version))
 
@@ -85,7 +85,7 @@ class StudentPublisher:
         self._keep = keep
 
     def publish(self, version: int, state: State) -> None:
-        """Make ``state`` a version, unless that version is there: of a training that was resumed the first counts."""
+        """Make ``state`` a version unless that one exists: when a resumed training repeats steps, the first counts."""
         assert version > UNPUBLISHED, "a version is a number of steps"
         state = {
             name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()

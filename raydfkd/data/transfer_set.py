@@ -1,4 +1,4 @@
-"""The transfer set at a URI: what is committed, how a unit gets in, and what a student reads.
+"""The transfer set at a URI: its commits, the way a unit gets in, and the rows that a student reads.
 
 ``set.json``                                      format and recipe digest, written once
 ``recipe.json``                                   what the digest is of, for messages
@@ -30,20 +30,20 @@ from raydfkd.store.store import Store
 from raydfkd.units import WorkUnit
 
 FORMAT = 1
-"""Version of layout and records."""
+"""Version of the layout and the records."""
 READS = 4
 """Commits that ``verify`` reads at once; each holds a part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What ``TransferSet.verify`` found of one unit."""
+    """The finding of ``TransferSet.verify`` on one unit."""
 
     unit: str
     images: int
     """Images that were read and are as they were committed."""
     damage: str | None
-    """The first thing that is wrong, in one line; the unit is marked damaged then."""
+    """The first damage in one line, and then the unit is marked damaged; None where there is none."""
 
 
 class TransferSet:
@@ -53,7 +53,7 @@ class TransferSet:
     at any point and any unit made twice; that leaves files which nobody reads, and never a wrong set. A commit that
     turns out to be damaged is taken out: it is in no later snapshot, and its unit can be committed again.
 
-    Whatever the store cannot do for good raises ``StoreError`` in one line.
+    An operation that the store fails for good raises ``StoreError`` in one line.
 
     Args:
         uri: any fsspec URI.
@@ -61,8 +61,8 @@ class TransferSet:
         made_of: the same as plain data; written beside the set, so that a reader with another recipe is told what
             differs.
         storage_options: of the file system.
-        part_rows: rows of a part at most; large images make parts of fewer rows and about 32 MiB of pixels.
-        encoding: of the pixels that are written; what is read says its own.
+        part_rows: maximum of rows in a part; large images make parts of fewer rows and about 32 MiB of pixels.
+        encoding: of the pixels that are written; each part that is read names its own.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class TransferSet:
         self._log = CommitLog(self.store, self.check)
 
     def create(self) -> None:
-        """Start the set, or go on with it.
+        """Start the set, or continue it.
 
         Raises:
             RecipeError: the URI cannot be written, or holds a set of another recipe.
@@ -114,7 +114,7 @@ class TransferSet:
             raise self._refusal(f"holds a set of another recipe ({self._difference(header.digest)})")
 
     def _difference(self, digest: str) -> str:
-        """What differs between the recipe of the set that is there, which has ``digest``, and this one's."""
+        """The differences between the recipe of the set that is there, which has ``digest``, and this one, in words."""
         with contextlib.suppress(FileNotFoundError, ValueError):
             there = json.loads(self.store.get("recipe.json"))
             found = differences(there, self._made_of) if isinstance(there, dict) and self._made_of else []
@@ -144,7 +144,7 @@ class TransferSet:
         return self._log.committed()
 
     def progress(self) -> tuple[set[str], set[str]]:
-        """What ``committed`` and ``damaged`` return, by one look."""
+        """Ids that ``committed`` and ``damaged`` return, by a single listing."""
         return self._log.progress()
 
     def damaged(self) -> set[str]:
@@ -155,12 +155,12 @@ class TransferSet:
         return self._log.damaged()
 
     def snapshot(self, within: Collection[str] | None = None) -> Snapshot:
-        """What is committed now, of the units ``within`` if they are given; a record is fetched once.
+        """The commits that count now, of the units ``within`` if they are given; a record is fetched once.
 
-        A record that is not one is marked damaged with a warning, and its unit left out.
+        A record that cannot be read is marked damaged with a warning, and its unit is left out.
 
         Raises:
-            RecipeError: a record is not one, and the set is of another recipe or format.
+            RecipeError: a record cannot be read, and the set is of another recipe or format.
         """
         return self._log.snapshot(within)
 
@@ -177,7 +177,7 @@ class TransferSet:
         try:
             return self._read_once(part)
         except DamagedError:
-            return self._read_once(part)  # what was damaged on its way here arrives the second time
+            return self._read_once(part)  # bytes that were damaged only on their way arrive whole now
 
     def mark_damaged(self, commit: Commit, damage: DamagedError) -> bool:
         """Take a damaged commit out of the set; returns whether this call did.
@@ -214,7 +214,7 @@ class TransferSet:
         self.store.put("closed.json", _CLOSED.dump_json(_Closed(quarantined=tuple(given_up))))
 
     def reopen(self) -> None:
-        """Say that synthesis goes on."""
+        """Say that synthesis is under way again."""
         self.store.delete("closed.json")
 
     def is_closed(self) -> bool:

@@ -1,4 +1,4 @@
-"""Distances between what student and teacher say of the same images."""
+"""Distances between the answers of student and teacher to the same images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training the student, step by step; no idea where it runs."""
+"""Training the student step by step, wherever it runs."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from raydfkd.seeds import derive_seed, rng_from
 
 logger = logging.getLogger(__name__)
 Pace = Callable[[int], int]
-"""Where in the learning-rate schedule a training stands after a number of steps; the end of the schedule is its end."""
+"""A function from steps made to the place in the learning-rate schedule; the training ends with the schedule."""
 SETTLING_IMAGES, SETTLING_BATCHES = 4096, 32
-"""Images, and batches at most, that BatchNorm statistics are estimated over once the last step is made."""
+"""Maximum of images and of batches that BatchNorm statistics are estimated over once the last step is made."""
 COMPARED_BATCHES = 4
-"""Batches of those on which training and eval mode are compared."""
+"""Number of those batches on which training and eval mode are compared."""
 WORTH_SAYING = 0.1
 """Share of predictions that eval mode may lose without a word."""
 
 
 def by_steps(step: int) -> int:
-    """A place in the schedule for each step."""
+    """One place in the schedule for each step."""
     return step
 
 
@@ -46,19 +46,19 @@ class _Step:
     """A step that was made."""
 
     images: Tensor
-    """[N, C, H, W], as the student saw them."""
+    """Images [N, C, H, W] as the student saw them."""
     teacher: Tensor
     """The teacher's logits of them [N, K]."""
     loss: Tensor
 
 
 def ignore(*_: object) -> None:
-    """A hook of nobody's."""
+    """A hook that does nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepHooks:
-    """Who is told of a trainer's steps, by their numbers."""
+    """Functions that are told of a trainer's steps, by their numbers."""
 
     on_log: Callable[[Mapping[str, float]], None]
     """Receives step, loss, agreement, images_seen and snapshot_images every ``log_every`` steps; agreement is that of
@@ -74,12 +74,12 @@ class StepHooks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingHooks:
-    """Who is told of a training, by its states."""
+    """Functions that are told of a training, by its states."""
 
     on_log: Callable[[Mapping[str, float]], None]
-    """Receives the learning curve, see StepHooks."""
+    """Receives the learning curve, as that of ``StepHooks`` does."""
     on_checkpoint: Callable[[dict[str, Any]], None] = ignore
-    """Receives the state to go on from."""
+    """Receives the state to resume from."""
     on_publish: Callable[[int, Mapping[str, Tensor]], None] | None = None
     """Receives versions of the student and its state dict, on the first rank only: number of steps and tensors. The
     tensors are the student's own; they change with the next step."""
@@ -101,8 +101,8 @@ class StudentTrainer:
     """Trains ``student`` against ``teacher`` on the batches of a source.
 
     Random numbers of a step follow from seed, step and rank, so a resumed training makes the same steps. After the last
-    one the student's BatchNorm statistics are estimated anew, over the batches that would have come next, augmented as
-    those before: without augmentation, digits-generators lost two points of accuracy.
+    one the student's BatchNorm statistics are estimated again, over the batches that would have come next, augmented
+    as those before: without augmentation, digits-generators lost two points of accuracy.
 
     Args:
         student: in its place on the device, wrapped for data parallelism where there are several ranks.
@@ -112,7 +112,7 @@ class StudentTrainer:
         device: of both networks.
         seed: of the augmentations.
         rank: of this process.
-        hooks: who is told what.
+        hooks: functions that are told of the steps.
     """
 
     def __init__(
@@ -238,7 +238,7 @@ class StudentTrainer:
         return Observation(logits=batch.teacher_logits.to(self._device, torch.float32))
 
     def _settle(self, batches: Iterator[StudentBatch]) -> None:
-        """Make the BatchNorm statistics those of the finished weights, and say so where they do not do the student."""
+        """Make the BatchNorm statistics those of the finished weights, and warn where they do not suit the student."""
         if tracking_layers(self._network):
             count = min(SETTLING_BATCHES, math.ceil(SETTLING_IMAGES / self._spec.batch_size))
             compared: list[tuple[Tensor, StudentBatch]] = []
@@ -255,7 +255,7 @@ class StudentTrainer:
         self._is_settled = True
 
     def _compare_modes(self, shown: list[tuple[Tensor, StudentBatch]]) -> None:
-        """Say so where the student, as it will be used, is far from what it was in training."""
+        """Warn where the student in eval mode, as it will be used, agrees far less than it did in training mode."""
         shares = torch.zeros(2)
         for images, batch in shown:
             teacher = self._ask_teacher(images, batch).logits.argmax(1)
@@ -270,7 +270,7 @@ class StudentTrainer:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training goes on from, but for the student itself and its source."""
+        """Everything that a training resumes from, but for the student itself and its source."""
         return {
             "step": self.step,
             "images_seen": self._images_seen,
@@ -280,7 +280,7 @@ class StudentTrainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``."""
+        """Resume from ``state``."""
         self.step, self._images_seen = state["step"], state["images_seen"]
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])

@@ -1,4 +1,4 @@
-"""A job's student training put together, and the state that it can go on from."""
+"""A job's student training put together, and the checkpoint that it resumes from."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class StudentTraining:
     """Student, teacher, trainer and source of one rank, put together as the recipe says.
 
     Args:
-        job: whose student is trained.
-        teacher: of the job.
-        phase: whose images it is trained on.
-        hooks: who is told what.
-        ranks: who trains.
+        job: the job whose student is trained.
+        teacher: the job's teacher.
+        phase: the phase whose images the student is trained on.
+        hooks: functions that are told of the training.
+        ranks: the processes that train.
         generator: makes the generator of a live source.
         parallel: wraps the student for data parallelism.
         device: the recipe's unless given.
@@ -100,7 +100,7 @@ class StudentTraining:
         """Train to the end of the phase; returns the student's state dict.
 
         Learning rates are those of the whole training: the training of the next phase, here or from the checkpoint
-        that was made at the end of this one, goes on as if this one had not stopped. With another ``pace`` the last
+        that was made at the end of this one, continues as if this one had not stopped. With another ``pace`` the last
         step is a place in the schedule, and there are as many steps as it makes of them.
         """
         with cpu_threads(self._spec.threads):
@@ -117,7 +117,7 @@ class StudentTraining:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from ``state``; after a phase with all images that there are then."""
+        """Resume from ``state``; after the end of a phase, with all images that there are now."""
         self._student.load_state_dict(state["student"])
         self.trainer.load_state_dict(state["trainer"])
         self._source.load_state_dict(state["source"])
@@ -144,7 +144,7 @@ class StudentCheckpoint:
 
 
 def note_training(job: Job) -> str | None:
-    """Write down what the job's training depends on; says why it starts anew beside another one in the same folder.
+    """Write down what the job's training depends on; says why it begins again beside another in the same folder.
 
     Returns None for a training that was noted before, and for the first one.
     """
@@ -160,5 +160,5 @@ def note_training(job: Job) -> str | None:
 
 
 def _train_store(job: Job) -> Store:
-    """What is shared by the workers of a training."""
+    """The folder that the workers of a training share."""
     return Store(str(Path(job.recipe.run_dir) / "train"))

@@ -27,8 +27,9 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
 from ray.train.v2._internal.exceptions import (
     CheckpointManagerInitializationError,
-    UserExceptionWithTraceback,
     WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
 )
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import ReschedulingState
@@ -49,6 +50,8 @@ __all__ = [
     "WorkerGroupPollStatus",
     "WorkerGroupStartupTimeoutError",
     "WorkerGroupState",
+    "WorkerHealthCheckFailedError",
+    "WorkerHealthCheckTimeoutError",
 ]
 
 RAYLET: Any = ray._raylet  # compiled, so nothing is known of its types
@@ -231,7 +234,7 @@ def free_resources() -> Mapping[str, Mapping[str, float]]:
     return found
 
 
-# Packages and errors
+# Packages
 
 
 def walk_package(folder: Path, excludes: Sequence[str], visit: Callable[[Path], None]) -> None:
@@ -242,16 +245,3 @@ def walk_package(folder: Path, excludes: Sequence[str], visit: Callable[[Path], 
     excluded = [packaging._get_excludes(folder, [*get_runtime_env_default_excludes(), *excludes])]
     with_gitignore = os.environ.get(RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
     packaging._dir_travel(folder, excluded, visit, include_gitignore=with_gitignore)
-
-
-def raised_in(failure: BaseException) -> BaseException:
-    """The error that a Train worker's code raised, out of Ray's wrapping."""
-    if isinstance(failure, UserExceptionWithTraceback):
-        found: BaseException = failure._base_exc
-        return found
-    return failure
-
-
-def is_lost(failure: BaseException) -> bool:
-    """Whether a Train worker's process or machine went away, rather than its code raising an error."""
-    return not isinstance(failure, UserExceptionWithTraceback)

@@ -25,10 +25,10 @@ from raydfkd.distributed.ray_internals import (
     WorkerGroupPollStatus,
     WorkerGroupStartupTimeoutError,
     WorkerGroupState,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
     draining_nodes,
     free_resources,
-    is_lost,
-    raised_in,
 )
 from raydfkd.errors import one_line
 
@@ -39,6 +39,8 @@ NODE_ID = "ray.io/node-id"
 """Label that every node has."""
 ANSWER_S = 2.0
 """Seconds within which a node that is there takes a connection."""
+LOST = (WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
+"""What stands for a Train worker that went away, rather than for an error that its code raised."""
 LEAVE_S = 3
 """Seconds for ranks to leave their process group; where one of them is lost, the others never can."""
 
@@ -126,10 +128,9 @@ class FailuresInARow(DefaultFailurePolicy):
 def _own_error(error: WorkerGroupError) -> Exception | None:
     """What the code of the lowest rank that failed raised; None where a worker was lost, which makes others fail."""
     failures = [error.worker_failures[rank] for rank in sorted(error.worker_failures)]
-    if not failures or any(is_lost(failure) for failure in failures):
+    if not failures or any(isinstance(failure, LOST) for failure in failures):
         return None
-    found = raised_in(failures[0])
-    return found if isinstance(found, Exception) else None
+    return failures[0] if isinstance(failures[0], Exception) else None
 
 
 class LiveNodesPolicy(ElasticScalingPolicy):

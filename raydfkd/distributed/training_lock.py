@@ -1,15 +1,15 @@
-"""One driver at a time trains a student."""
+"""The lock that lets one driver at a time train a student."""
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.5
@@ -24,7 +24,8 @@ def training_lock(path: Path, on_wait: Callable[[str], None], is_over: Callable[
     mounted with flock). On one without locks drivers do not see each other, which a warning says.
 
     Args:
-        path: a file that stays: to remove it would let two drivers hold locks of the same name.
+        path: a file that stays: to remove it would let two drivers hold locks of the same name. Beside it, ``.holder``
+            says who holds it.
         on_wait: told once, before waiting, who holds the lock.
         is_over: whether to wait no longer.
 
@@ -32,26 +33,35 @@ def training_lock(path: Path, on_wait: Callable[[str], None], is_over: Callable[
         TimeoutError: it was over before the lock was free.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        is_waiting = False
-        while not _is_taken(path, file.fileno()):
-            if not is_waiting:
-                on_wait(path.read_text() or "somebody")
-                is_waiting = True
-            if is_over():
-                raise TimeoutError(f"{path} was not free in time")
-            time.sleep(POLL_S)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield is_waiting
-
-
-def _is_taken(path: Path, descriptor: int) -> bool:
+    holder = path.with_suffix(".holder")
+    lock = FileLock(path, fallback_to_soft=False, preserve_lock_file=True)
+    is_waiting = False
+    while not _is_taken(lock, wait_s=POLL_S if is_waiting else 0.0):
+        if not is_waiting:
+            on_wait(_read(holder))
+            is_waiting = True
+        if is_over():
+            raise TimeoutError(f"{path} was not free in time")
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield is_waiting
+    finally:
+        lock.release()
+
+
+def _is_taken(lock: FileLock, *, wait_s: float) -> bool:
+    try:
+        lock.acquire(timeout=wait_s)
+    except Timeout:
         return False
     except OSError as error:
+        path = lock.lock_file
         logger.warning("%s cannot be locked (%s): do not run the same recipe twice at once here", path, error.strerror)
     return True
+
+
+def _read(holder: Path) -> str:
+    try:
+        return holder.read_text() or "somebody"
+    except FileNotFoundError:  # who has the lock has not come to write it yet
+        return "somebody"

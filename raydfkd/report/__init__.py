@@ -1,1 +1,1 @@
-"""What a run leaves for people."""
+"""Metrics, report and pictures that a run leaves for people."""

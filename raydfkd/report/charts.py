@@ -32,7 +32,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 42.0, 310.0, 8.0, 138.0
 
 def student_curves(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """Loss, agreement and size of the snapshot over the student's steps."""
-    # a student that resumes from a checkpoint repeats steps: the last word on a step counts
+    # a student that resumes from a checkpoint repeats steps: the last entry on a step counts
     by_step = {event["step"]: event for event in metrics if event["event"] == "student"}
     steps = _thin(sorted(by_step))
     charts = []
@@ -96,7 +96,7 @@ def _chart(title: str, points: Sequence[tuple[int, float, float, float]], form: 
 def _axis(
     low: float, high: float, start: float, end: float, *, log: bool, tight: bool
 ) -> tuple[Callable[[float], float], list[float]]:
-    """Where a value lies between ``start`` and ``end``, and round values to mark; a tight axis ends with the data."""
+    """A function to a place from ``start`` to ``end``, and round values to mark; a tight axis ends with the data."""
     if log:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         first, last = decades[0], decades[-1]
@@ -117,7 +117,7 @@ def _axis(
 
 
 def _thin(steps: list[int]) -> list[int]:
-    """At most ``MAX_POINTS`` of them, the first and the last included: more cannot be seen."""
+    """Some of the steps, the first and the last included, at most ``MAX_POINTS``: more cannot be seen."""
     indices = np.linspace(0, len(steps) - 1, min(len(steps), MAX_POINTS)).round().astype(int)
     return [steps[index] for index in indices]
 

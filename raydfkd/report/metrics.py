@@ -48,16 +48,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStats:
-    """What all sessions of a run did together, from its metrics; a session that was killed counts up to its end."""
+    """The totals of all sessions of a run, from its metrics; a session that was killed counts up to its last entry."""
 
     seconds: float
-    """Of all sessions."""
+    """Duration of all sessions."""
     synthesis_seconds: float
-    """From the first unit's start to the last commit, in each session that made images."""
+    """Time from the first unit's start to the last commit, in each session that made images."""
     distillation_seconds: float
-    """From the first entry of the learning curve to the last, in each session that trained."""
+    """Time from the first entry of the learning curve to the last, in each session that trained."""
     images: int
-    """That were committed."""
+    """Images that were committed."""
     attempted: int
     """Attempts at units, those that failed or were lost included."""
 
@@ -91,7 +91,7 @@ def run_stats(metrics: Sequence[Mapping[str, Any]], *, job: str, training: str) 
 
 
 def _done(session: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The session without what only says that something is about to begin: it may find all of it done."""
+    """The session without events that only announce a beginning: all the work may turn out to be done."""
     return [event for event in session if event["event"] not in ("synthesis", "training")]
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves for people: metrics as it goes, then report.json, report.html and pictures of the transfer set."""
+"""The report of a run for people: report.json, report.html and pictures of the transfer set."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ NEWER_KEYS: Mapping[str, JSON] = {
     "answered_classes": None,
     "warnings": (),
 }
-"""Keys of report.json that earlier versions did not write, and what is read instead."""
+"""Keys of report.json that earlier versions did not write, and the values that are read instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gallery:
-    """Some images of each class, with what the teacher thinks of them."""
+    """Some images of each class, with the teacher's confidence in them."""
 
     images: Tensor
     """uint8 [K, M, C, H, W]: a row of M images for each of K classes."""
@@ -98,11 +98,11 @@ def write_pictures(
 
 
 def read_report(run_dir: Path) -> dict[str, Any] | None:
-    """What ``report.json`` says, also that of an earlier version; None where there is none."""
+    """The content of ``report.json``, also of an earlier version; None where there is no such file."""
     path = run_dir / "report.json"
     if not path.is_file():
         return None
-    return _plain({**NEWER_KEYS, **json.loads(path.read_text(encoding="utf-8"))})
+    return _plain(json.loads(path.read_text(encoding="utf-8")))
 
 
 def _rendered(template: str, **values: Any) -> str:
@@ -124,7 +124,7 @@ def _yaml(data: Mapping[str, Any]) -> str:
 
 def summary_table(report: Mapping[str, JSON]) -> Table:
     """The result in a terminal: teacher and student side by side."""
-    data = _plain({**NEWER_KEYS, **report})
+    data = _plain(report)
     images = f"{count(data['judged_images'])} " if data["judged_images"] is not None else ""
     table = Table(box=None, pad_edge=False)
     table.add_column("")
@@ -183,7 +183,7 @@ def _difference(teacher: float | None, student: float | None) -> str:
 
 
 def _gallery_rows(gallery: Gallery) -> dict[str, Any]:
-    """What the page shows of a gallery: evenly spaced classes, as many columns as its weight allows."""
+    """The part of a gallery that the page shows: evenly spaced classes, as many columns as its weight allows."""
     num_classes, num_columns, _, height, width = gallery.images.shape
     chosen = np.linspace(0, num_classes - 1, min(num_classes, MAX_CLASSES)).round().astype(int).tolist()
     rows: list[dict[str, Any]] = [{"name": gallery.class_names[index], "pictures": []} for index in chosen]
@@ -230,7 +230,7 @@ def _picture(image: Tensor) -> Image.Image:
 
 def _plain(report: Mapping[str, JSON]) -> dict[str, Any]:
     """The report as a reader of ``report.json`` gets it."""
-    data: dict[str, Any] = json.loads(json.dumps(finite(report)))
+    data: dict[str, Any] = json.loads(json.dumps(finite({**NEWER_KEYS, **report})))
     return data
 
 

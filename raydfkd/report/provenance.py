@@ -1,4 +1,4 @@
-"""What ran, and how it was called."""
+"""Provenance of a report: the versions that ran and the command that started them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from raydfkd import __version__
 
 
 def versions() -> dict[str, str]:
-    """What ran, for provenance."""
+    """Versions of the software that ran."""
     found = {"raydfkd": __version__, "python": platform.python_version()}
     for package in ("torch", "torchvision", "ray", "pyarrow"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

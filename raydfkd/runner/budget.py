@@ -32,10 +32,10 @@ MARGIN = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a budget bought."""
+    """The student, images and steps that a budget bought."""
 
     recipe: Recipe
-    """With the number of images and steps that fitted."""
+    """The recipe with the number of images and steps that fitted."""
     student: Path
     images: int
     student_steps: int
@@ -105,7 +105,7 @@ def run_within(recipe: Recipe, seconds: float) -> Outcome:
 
 
 def _pace(clock: Clock, *, until: float, steps: int) -> Callable[[int], int]:
-    """Where in a schedule of ``steps`` a training stands that began now and is to end at ``until``."""
+    """The place in a schedule of ``steps`` of a training that begins now and is to end at ``until``."""
     began = clock()
 
     def pace(_: int) -> int:
@@ -116,7 +116,7 @@ def _pace(clock: Clock, *, until: float, steps: int) -> Callable[[int], int]:
 
 
 def _synthesize(recipe: Recipe, teacher: Teacher, device: torch.device, clock: Clock, *, until: float) -> Job:
-    """The job of a set that holds what could be made in time, closed."""
+    """Make the images that there is time for; returns the job, whose set is closed."""
     job = open_job(recipe, teacher)
     synthesizer = build_synthesizer(recipe, teacher.module, device)
     job.transfer_set.create()
@@ -138,7 +138,7 @@ def _synthesize(recipe: Recipe, teacher: Teacher, device: torch.device, clock: C
 
 
 def _piece_timer(clock: Clock, until: float) -> Callable[[], bool]:
-    """Says after each piece whether it was the last: ``until`` is nearer now than after another one as long."""
+    """A function that says after each piece if it was the last: another as long would end further from ``until``."""
     began = clock()
 
     def is_last() -> bool:

@@ -1,4 +1,4 @@
-"""The user's mistakes, found before any work; what is built for that is handed on."""
+"""Finds the user's mistakes before any work; the networks and data that it builds are handed on."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Prepared:
     network: nn.Module
     """The teacher's network; its weights are fresh where there is no ``teacher``."""
     student: nn.Module
-    """Before training, with weights of no particular seed."""
+    """The student before training, with weights of no particular seed."""
     teacher: Teacher | None
-    """None where it has to be taught first."""
+    """The trained teacher; None where it has to be taught first."""
     data: RealData | None
-    """What judges, and teaches."""
+    """Real images that judge the student, and train the teacher where it has to be taught."""
     notes: tuple[str, ...]
-    """What the user should know of teacher and student, a line each."""
+    """Things that the user should know of teacher and student, a line each."""
 
 
 def check(recipe: Recipe) -> Prepared:

@@ -1,4 +1,4 @@
-"""What happens in a run, and who is told: the metrics file, the terminal, whoever else listens."""
+"""Events of a run, and the listeners that are told of them: the metrics file, the terminal, any other."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from raydfkd.report.metrics import MetricsLog
 from raydfkd.units import Failure, UnitProgress
 
 PROGRESS_EVERY_S = 4.0
-"""Seconds between entries on how far a unit is, in the metrics."""
+"""Seconds between entries on a unit's progress in the metrics."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a session is to do, and what earlier ones have done of it."""
+    """The work of a session, and the part of it that earlier sessions have done."""
 
     job: str
     """Digest of the images."""
@@ -37,7 +37,7 @@ class Listener:
     """Is told what happens in a run; by default nothing comes of it."""
 
     def say(self, topic: str, text: str) -> None:
-        """One line for people that stays."""
+        """A line for people has come, which stays on the terminal."""
 
     def planned(self, plan: Plan) -> None:
         """A session begins."""
@@ -114,7 +114,7 @@ class Events(Listener):
 
 
 class MetricsWriter(Listener):
-    """Writes what can be counted or drawn to ``metrics.jsonl``; ``report.metrics.RunStats`` reads it again."""
+    """Writes all events that count or are drawn to ``metrics.jsonl``; ``report.metrics.RunStats`` reads it again."""
 
     def __init__(self, log: MetricsLog) -> None:
         self._log = log

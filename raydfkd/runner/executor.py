@@ -1,4 +1,4 @@
-"""Where the work of a job happens."""
+"""Executors: they do the work of a job in this process or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from raydfkd.runner.events import Events
 from raydfkd.units import Phase
 
 EXECUTORS = {"local": "raydfkd.runner.local:LocalExecutor", "ray": "raydfkd.distributed.executor:RayExecutor"}
-"""Where each executor is; named rather than imported, since what runs on Ray imports what runs anywhere."""
+"""Module and class of each executor; named rather than imported, since the one for Ray imports this package."""
 
 
 class Executor(Protocol):
-    """Where the work happens: this process or a Ray cluster."""
+    """Does the work of a job, in this process or on a Ray cluster."""
 
     def synthesize(self, job: Job, phase: Phase, teacher: Teacher, events: Events) -> SynthesisOutcome:
         """Work until every unit of the phase is committed or given up; the set is closed then."""
@@ -31,7 +31,7 @@ class Executor(Protocol):
         """
 
     def run(self, job: Job, teacher: Teacher, events: Events) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:
-        """Every phase, its synthesis and training at once where that is possible."""
+        """Do every phase, its synthesis and training at once where that is possible; returns as the two do."""
 
 
 def executor_of(recipe: Recipe) -> Executor:
@@ -43,7 +43,7 @@ def executor_of(recipe: Recipe) -> Executor:
 def one_after_the_other(
     job: Job, teacher: Teacher, events: Events, executor: Executor
 ) -> tuple[SynthesisOutcome, Mapping[str, Tensor]]:
-    """Synthesis and training in turns, phase by phase."""
+    """Synthesize, then train, phase by phase."""
     attempted = 0
     for phase in job.phases:
         outcome = executor.synthesize(job, phase, teacher, events)

@@ -1,4 +1,4 @@
-"""Pictures of a transfer set, with what the teacher thinks of them."""
+"""Pictures of a transfer set, with the teacher's confidence in them."""
 
 from __future__ import annotations
 
@@ -40,6 +40,6 @@ def gallery(
 
 
 def _in_turns(pieces: list[list[tuple[Tensor, Tensor]]], count: int) -> list[tuple[Tensor, Tensor]]:
-    """One of each piece, then another of each, up to ``count``."""
+    """Take one of each piece, then another of each, up to ``count``."""
     turns = [piece[turn] for turn in range(count) for piece in pieces if turn < len(piece)]
     return turns[:count]

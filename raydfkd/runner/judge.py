@@ -57,7 +57,7 @@ def judge_student(
 
 
 def data_name(recipe: Recipe) -> str:
-    """What the real data set is called."""
+    """The name of the real data set."""
     return "" if recipe.real_data is None else recipe.real_data.kind
 
 
@@ -71,18 +71,18 @@ def _synthetic(job: Job, view: SetView) -> tuple[Tensor, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """What the teacher says of the synthetic images: whether synthesis has worked at all."""
+    """The teacher's answers to the synthetic images, which tell whether synthesis has worked at all."""
 
     intended: float | None
     """Share of images in which the teacher finds the class that they were made for; None without targets."""
     answered: int
-    """Classes that it finds in any."""
+    """Classes that it finds in any image."""
     classes: int
     """Classes that there should be."""
 
     @property
     def warnings(self) -> list[str]:
-        """What is wrong with the images, in one line each."""
+        """Faults of the images, in one line each."""
         chance = 1 / self.classes
         found = []
         if self.intended is not None and self.intended < chance + 0.25 * (1 - chance):
@@ -99,7 +99,7 @@ class Look:
 
 
 def look_at_images(job: Job, view: SetView, *, has_targets: bool) -> Look | None:
-    """Ask what the stored logits say of a sample of the set; None where it is empty."""
+    """Count the classes that stored logits find in a sample of the set; None where the set is empty."""
     rows: StoredRows | None = view.sample(SAMPLE)
     if rows is None:
         return None

@@ -24,7 +24,7 @@ from raydfkd.units import Phase, UnitQueue, WorkUnit
 
 logger = logging.getLogger(__name__)
 FINISH_S = 6.0
-"""How long the unit in work may still finish once the run is interrupted; after that it is left, its state saved."""
+"""Seconds that the unit in work has to finish once the run is interrupted; after that its checkpoint is saved."""
 
 
 class LocalExecutor(Executor):
@@ -54,7 +54,7 @@ class LocalExecutor(Executor):
                 commit = worker.run(unit, queue.attempt_of(unit))
             except Interrupted:
                 raise KeyboardInterrupt from None
-            except Exception as error:  # the edge of a unit: whatever it was, the others go on
+            except Exception as error:  # the edge of a unit: whatever it was, the other units are made
                 logger.debug("unit %s failed", unit.id, exc_info=True)
                 failure = queue.failed(unit, f"{type(error).__name__}: {error}")
                 events.failed(failure, is_final=queue.is_given_up(unit))

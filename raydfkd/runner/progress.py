@@ -24,11 +24,11 @@ SETTLED_S = 2.0
 
 @dataclass(slots=True)
 class _Topic:
-    """A thing that goes on, such as the synthesis."""
+    """Work whose progress is shown, such as the synthesis."""
 
     status: str
     done: float = 0.0
-    """Share of it."""
+    """Share of the work that is done, from 0 to 1."""
     began: float = field(default_factory=time.monotonic)
     told: float = float("-inf")
     rate_from: tuple[float, float] | None = None
@@ -41,7 +41,7 @@ class _Topic:
 
     @property
     def eta(self) -> str:
-        """When it will be done, if that can be said."""
+        """The time when it will be done, if that can be said."""
         if self.rate_from is None or self.done >= 1:
             return ""
         began, first = self.rate_from
@@ -52,7 +52,7 @@ class _Topic:
 
 
 class Display(Listener):
-    """Shows a run on a console; also without news the lines go on, so that a slow step can be told from a hang."""
+    """Shows a run on a console; lines come also without news, so that a slow step can be told from a hang."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -191,7 +191,7 @@ class Display(Listener):
         self.say(name, topic.status + topic.eta)
 
     def _keep_telling(self) -> None:
-        """A line also where nothing has moved, with the time that it has been going on."""
+        """Write lines also where nothing has moved, with the time that the work has taken."""
         while not self._is_over.wait(PLAIN_EVERY_S / 5):
             with self._lock:
                 silent = [

@@ -1,4 +1,4 @@
-"""One run from the recipe to the report, and its parts: what the command line and the library call."""
+"""One run from the recipe to the report, and its parts, for the command line and the library."""
 
 from __future__ import annotations
 
@@ -44,29 +44,29 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What a run came to."""
+    """The result of a run."""
 
     job: Job
     outcome: SynthesisOutcome
     missing: frozenset[str]
     """Units of the plan that are not in the set."""
     report: Mapping[str, Any]
-    """What report.json says; empty where there was no image to train on."""
+    """Content of report.json; empty where there was no image to train on."""
     student: Path | None = None
-    """The student's weights."""
+    """File of the student's weights."""
     page: Path | None = None
     """The report for people."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Synthesis:
-    """What a synthesis without a student came to."""
+    """The result of a synthesis without a student."""
 
     job: Job
     outcome: SynthesisOutcome
     view: SetView
     page: Path | None
-    """Pictures; None where there are none."""
+    """Page of pictures; None where there are none."""
 
     @property
     def missing(self) -> frozenset[str]:
@@ -75,7 +75,7 @@ class Synthesis:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What scripts and people are told."""
+        """The figures that scripts and people are told."""
         snapshot, job = self.view.snapshot, self.job
         stats = run_stats(
             read_metrics(Path(job.recipe.run_dir) / METRICS), job=job.digest, training=job.student_digest[:8]
@@ -92,22 +92,22 @@ class Synthesis:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distillation:
-    """What a training on images that were there came to."""
+    """The result of a training on images that were there."""
 
     job: Job
     student: nn.Module
-    """In eval mode, on the CPU."""
+    """The student in eval mode, on the CPU."""
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What scripts and people are told."""
+        """The figures that scripts and people are told."""
         return {"student": str(student_path(self.job.recipe)), "images": self.job.snapshot().images}
 
 
 def run(recipe: Recipe, *, console: Console | None = None) -> Result:
     """Do everything that the recipe says: teach if needed, synthesize and distil at once, judge, report.
 
-    What is there already of an earlier run stays, and the run resumes from it.
+    The images and checkpoints of an earlier run stay, and the run resumes from them.
 
     Args:
         recipe: what to do.
@@ -144,7 +144,7 @@ def synthesize(recipe: Recipe, *, console: Console | None = None) -> TransferSet
 
 
 def synthesize_job(recipe: Recipe, *, console: Console | None = None) -> Synthesis:
-    """As ``synthesize``, with how it ended and a page of pictures.
+    """Do as ``synthesize``; returns also how it ended and a page of pictures.
 
     Raises:
         RecipeError: its images are made against the student, who is trained beside them, so only ``run`` makes them.
@@ -177,7 +177,7 @@ def distill(recipe: Recipe, images: TransferSet | None = None, *, console: Conso
 
 
 def distill_job(recipe: Recipe, images: TransferSet | None = None, *, console: Console | None = None) -> Distillation:
-    """As ``distill``, with the job whose student it is."""
+    """Do as ``distill``; returns the student with its job."""
     prepared = check(recipe)
     with listening(recipe, console) as events:
         teacher = _teacher(prepared, events)
@@ -195,7 +195,7 @@ def distill_job(recipe: Recipe, images: TransferSet | None = None, *, console: C
 
 
 def evaluate(recipe: Recipe, student: str | os.PathLike[str] | None = None, *, split: Split = "test") -> dict[str, Any]:
-    """Judge a saved student, the recipe's own unless its weights are given; see ``judge_student`` for what it says.
+    """Judge a saved student, the recipe's own unless its weights are given; ``judge_student`` says what it returns.
 
     Raises:
         RecipeError: there are no such weights, or they are of another network.
@@ -215,7 +215,7 @@ def evaluate(recipe: Recipe, student: str | os.PathLike[str] | None = None, *, s
 def report_again(recipe: Recipe) -> tuple[dict[str, Any], Path]:
     """Write the page of a finished run again, or, where no student was trained yet, pictures of its set.
 
-    Returns what report.json says, or little more than the number of images, and the page's path.
+    Returns the content of report.json, or little more than the number of images, and the page's path.
 
     Raises:
         RecipeError: there is neither a report nor an image.
@@ -283,7 +283,7 @@ def student_of(recipe: Recipe, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def student_path(recipe: Recipe) -> Path:
-    """Where the student's weights are written."""
+    """The file to which the student's weights are written."""
     return Path(recipe.run_dir) / "student.safetensors"
 
 
@@ -365,5 +365,5 @@ def write_gallery(job: Job, view: SetView, data: RealData | None) -> Path | None
 
 
 def class_names(recipe: Recipe, data: RealData | None) -> tuple[str, ...]:
-    """What the classes are called: by the recipe, else by the real data, else their numbers."""
+    """Names of the classes: those of the recipe, else of the real data, else their numbers."""
     return recipe.class_names if data is None or recipe.teacher.class_names is not None else data.class_names

@@ -16,10 +16,10 @@ STOPPING = "stopping within 10 s, what is in work first; the same again stops no
 
 
 class Interruption:
-    """Within it, the first Ctrl-C or SIGTERM is a request to end in order, and a second one ends at once.
+    """A block within which the first Ctrl-C or SIGTERM is a request to end in order, and a second one ends at once.
 
     Where it is entered on another than the main thread, which gets no signals, nothing is ever requested. The
-    handlers that were there return with its end.
+    earlier handlers are put back when it ends.
 
     Args:
         on_request: told once, at once, the line for people; for displays that draw on the terminal, which would

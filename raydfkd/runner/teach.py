@@ -26,7 +26,7 @@ from raydfkd.store.store import Store
 
 
 def check_teaching(recipe: Recipe) -> None:
-    """Find mistakes in what it takes to train the teacher; the rest of the recipe may still be unfinished."""
+    """Find mistakes in the keys that training the teacher needs; the rest of the recipe may still be unfinished."""
     if recipe.teacher.train is None or recipe.real_data is None:
         raise RecipeError("teacher.train is missing, so there is nothing to teach; say how, or give teacher.weights")
     if recipe.teacher.weights == "random":

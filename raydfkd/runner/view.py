@@ -1,4 +1,4 @@
-"""What is in a transfer set, as those look at it who judge, show or report it."""
+"""A view of a transfer set for judging, showing and reporting it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from raydfkd.store.errors import DamagedError
 
 
 class SetView:
-    """A job's set at one moment; what turns out to be damaged is taken out of the set and left out here."""
+    """A job's set at one moment; units that turn out to be damaged are taken out of the set and left out here."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -22,7 +22,7 @@ class SetView:
 
     @cached_property
     def snapshot(self) -> Snapshot:
-        """What was committed at the first look."""
+        """The commits of the job's units at the first look."""
         return self._job.snapshot()
 
     @property
@@ -31,7 +31,9 @@ class SetView:
         return set(self._job.unit_ids).difference(self.snapshot.units) | self._damaged
 
     def rows(self, within: Collection[str] | None = None) -> Iterator[StoredRows]:
-        """The first part of each unit, then their second ones, and so on; of the units ``within`` if they are given."""
+        """Yield the first part of each unit, then the second ones, and so on; of units ``within`` if they are given."""
+        # Part number before unit, so that a caller who stops early has seen every unit. A unit that turns out damaged
+        # half-way is skipped from then on; the parts of it that were yielded before stay with the caller.
         commits = [commit for commit in self.snapshot.commits if within is None or commit.unit in within]
         for number in range(max((len(commit.parts) for commit in commits), default=0)):
             for commit in commits:
@@ -42,6 +44,8 @@ class SetView:
 
     def sample(self, count: int, within: Collection[str] | None = None) -> StoredRows | None:
         """About ``count`` rows, as many of each unit as of any other; None where there is none."""
+        # Each part gives at most an equal share of the rows, evenly spaced over it, and the first parts of all units
+        # come first; so the parts that follow are read only where the first ones were too short.
         units = [unit for unit in self.snapshot.units if within is None or unit in within]
         each = max(1, count // max(1, len(units)))
         pieces, found = [], 0

@@ -1,1 +1,1 @@
-"""Spot machines' notices."""
+"""Spot machines: their clouds' notices, and what is done about one."""

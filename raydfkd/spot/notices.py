@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from email.message import Message
 from typing import Protocol
 
+from typing_extensions import override
+
 AWS_URL = "http://169.254.169.254"
 GCP_URL = "http://metadata.google.internal"
 AWS_NOTICE_S = 120
@@ -45,26 +47,29 @@ class Provider(Protocol):
 
         Raises:
             OSError: the server did not answer.
-        ValueError: it did not say what it should.
+            ValueError: it did not say what it should.
         """
         ...
 
 
-class Aws:
-    """EC2's instance metadata, version 2 only.
+class Aws(Provider):
+    """EC2's instance metadata, version 2 only; it does not wait for a notice.
 
     ``rebalance`` counts its recommendation, which may come long before the notice or in vain, as a notice too.
     """
 
-    name = "aws"
+    @property
+    @override
+    def name(self) -> str:
+        return "aws"
 
     def __init__(self, url: str = AWS_URL, *, rebalance: bool = False) -> None:
         self._url = url
         self._paths = ["spot/instance-action", *(["events/recommendations/rebalance"] if rebalance else [])]
         self._token = ""
 
+    @override
     def notice(self, wait_s: float) -> Notice | None:
-        """See Provider; AWS does not wait."""
         for path in self._paths:
             found = self._get(path)
             if found is not None:
@@ -93,17 +98,20 @@ class Aws:
         raise AssertionError("the second time is the last")
 
 
-class Gcp:
+class Gcp(Provider):
     """Compute Engine's metadata."""
 
-    name = "gcp"
+    @property
+    @override
+    def name(self) -> str:
+        return "gcp"
 
     def __init__(self, url: str = GCP_URL) -> None:
         self._url = url
         self._seen = ""
 
+    @override
     def notice(self, wait_s: float) -> Notice | None:
-        """See Provider."""
         event, _ = self._get("maintenance-event")
         if event.startswith("TERMINATE"):
             return Notice(reason=f"gcp maintenance-event: {event}", seconds=GCP_MAINTENANCE_S)
@@ -120,19 +128,19 @@ class Gcp:
         return text.strip(), headers.get("ETag", "")
 
 
-class Either:
+class Either(Provider):
     """Whichever cloud answers first, and from then on that one."""
 
     def __init__(self, providers: Sequence[Provider]) -> None:
         self._providers = list(providers)
 
     @property
+    @override
     def name(self) -> str:
-        """Those that may still be."""
         return " or ".join(provider.name for provider in self._providers)
 
+    @override
     def notice(self, wait_s: float) -> Notice | None:
-        """See Provider."""
         failure = OSError("there is no cloud to ask")
         for provider in self._providers:
             try:

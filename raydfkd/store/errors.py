@@ -1,4 +1,4 @@
-"""How storage fails, and what is said of it, in one line without secrets."""
+"""Errors of storage, explained in one line without secrets."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class StoreError(OSError):
 
 
 class OutageError(StoreError):
-    """A store did not answer, or with errors that pass, for as long as it was asked again: about a minute."""
+    """A store did not answer, or with transient errors, for as long as it was asked again: about a minute."""
 
 
 class DamagedError(ValueError):
-    """What a set has stored is not what was committed; one line that names the object.
+    """An object of a set is not as it was committed; one line that names the object.
 
     Args:
         uri: of the set, without any password in it.
         path: of the damaged object, relative to the set.
-        reason: what is wrong with it; goes on from its name.
+        reason: the damage, as words that follow the object's name.
     """
 
     def __init__(self, uri: str, path: str, reason: str) -> None:
@@ -41,7 +41,7 @@ class DamagedError(ValueError):
 
 
 def is_missing_bucket(error: BaseException) -> bool:
-    """Whether it is the bucket that does not exist; file systems report it as they do a missing object."""
+    """Whether the bucket does not exist; file systems report it as they do a missing object."""
     return any(_answer(link)[0] == "NoSuchBucket" for link in _chain(error))
 
 

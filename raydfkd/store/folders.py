@@ -28,15 +28,15 @@ class Entry:
     """An object as a listing has it."""
 
     path: str
-    """Relative to the store."""
+    """Name of the object, relative to the store."""
     bytes: int
     """Its size."""
     modified: float | None
-    """When it was written, in seconds since 1970 by the clock of the store; None where the store does not say."""
+    """Time of writing, in seconds since 1970 by the clock of the store; None where the store does not say."""
 
 
 class Folder(Protocol):
-    """What a kind of file system has to do for ``Store``; what reads or deletes may raise FileNotFoundError."""
+    """The operations that a kind of file system has for ``Store``; to read or delete may raise FileNotFoundError."""
 
     def put(self, path: str, data: bytes) -> None:
         """Write a file, replacing one of the same name."""
@@ -66,7 +66,7 @@ class Folder(Protocol):
         ...
 
     def modified(self, path: str) -> float | None:
-        """When a file was written, by the clock of the store."""
+        """Time at which a file was written, by the clock of the store."""
         ...
 
     def delete(self, path: str) -> None:
@@ -220,7 +220,7 @@ class ObjectFolder(Folder):
 
     @override
     def modified(self, path: str) -> float | None:
-        """When an object was written, by the server's clock."""
+        """Time at which an object was written, by the server's clock."""
         fs, key = self._open(path)
         fs.invalidate_cache()
         return _modified(fs.info(key, refresh=True))

@@ -1,4 +1,4 @@
-"""Errors of storage that pass by themselves are tried again."""
+"""Retries of storage operations after transient errors."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ T = TypeVar("T")
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether a file system's error is one that epochs: throttling, 5xx, a time-out, a connection that was lost.
+    """Whether a file system's error is transient: throttling, 5xx, a time-out, a connection that was lost.
 
-    What a server answered decides if there is an answer in the chain of causes; credentials, permissions, missing
+    The server's answer decides if there is one in the chain of causes; credentials, permissions, missing
     objects and clocks that differ stay as they are however often one asks.
     """
     chain = list(_chain(error))
@@ -88,12 +88,12 @@ def is_transient(error: BaseException) -> bool:
 
 
 def patiently(call: Callable[[], T], *, tell: Callable[[BaseException, float], None], attempts: int | None = None) -> T:
-    """Do ``call`` until it succeeds or fails for good: with random, growing waits, for about a minute at most.
+    """Do ``call`` until it succeeds or fails for good: with random, growing waits, for at most about a minute.
 
     Args:
-        call: what may be done more than once.
+        call: an operation that may be done more than once.
         tell: is given every transient error and the seconds until the next attempt.
-        attempts: at most; None for as many as that minute has room for.
+        attempts: maximum of attempts; None for as many as that minute has room for.
 
     Raises:
         Exception: the last one of ``call``.

@@ -35,7 +35,7 @@ class Store:
     Can be pickled and used from several threads. A local path is made absolute at once, so that a copy that was
     pickled to a process elsewhere means the same folder.
 
-    Object stores that throttle, time out or lose a connection are asked again for about a minute. What fails for good
+    Object stores that throttle, time out or lose a connection are asked again for about a minute. A failure for good
     is a ``StoreError`` in one line without any secret: FileNotFoundError is left for objects that are not there.
 
     ``put_new`` is exact on local file systems that have hard links, in memory, and wherever fsspec's
@@ -96,7 +96,7 @@ class Store:
         return self._do("read", path, partial(self._folder.get, path))
 
     def view(self, path: str) -> bytes | mmap.mmap:
-        """As ``get``, for objects that are never changed: a local one is mapped rather than copied into memory.
+        """Read as ``get`` does, for objects that are never changed: a local one is mapped, not copied into memory.
 
         Raises:
             FileNotFoundError: there is none of that name.
@@ -124,7 +124,7 @@ class Store:
         return []
 
     def entries(self, prefix: str) -> tuple[Entry, ...]:
-        """As ``list``, with size and time of writing, and with the names that begin with a dot.
+        """The objects that ``list`` lists, with size and time of writing, and those whose names begin with a dot.
 
         Raises:
             StoreError: it cannot be listed; also where it is the bucket that does not exist.

@@ -1,4 +1,4 @@
-"""Teachers that fail in a synthesis worker, but not in the process that runs the tests."""
+"""Networks that fail in a worker, but not in the process that runs the tests."""
 
 from __future__ import annotations
 
@@ -39,4 +39,23 @@ class CutOff(ConvNet):
             with self._told.open("a") as file:
                 file.write("x")
             raise OutageError("s3://bucket/set/parts/x.parquet cannot be written (timed out; tried again and again)")
+        return super().forward(images)
+
+
+def build_failing(*, at: int) -> FailsInTraining:
+    """A student whose training fails at a step of its own."""
+    return FailsInTraining(at)
+
+
+class FailsInTraining(ConvNet):
+    """Raises in training from its call ``at`` on."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__(10, 1, widths=(4,))
+        self._at, self._calls = at, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self._calls += self.training
+        if self._calls >= self._at and "pytest" not in sys.modules:
+            raise IndexError("index 7 is out of range")
         return super().forward(images)

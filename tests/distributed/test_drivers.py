@@ -142,9 +142,9 @@ def test_a_second_driver_goes_on_with_the_training_of_one_that_is_killed(tmp_pat
         try:
             until(lambda: any("waiting for it" in driver.said for driver in drivers.values()), *drivers.values())
             until(lambda: list(tmp_path.glob("run/student-*/checkpoint_*/state.pt")), *drivers.values())
-            [lock] = (tmp_path / "run" / "train").glob("*.lock")
-            found = re.match(r"process (\d+) on ", lock.read_text())
-            assert found, "the lock tells its holder"
+            [holder] = (tmp_path / "run" / "train").glob("*.holder")
+            found = re.match(r"process (\d+) on ", holder.read_text())
+            assert found, "the lock's holder is told"
             drivers[int(found[1])].kill()
             before, killed = len(student_steps(tmp_path)), time.monotonic()
             other = next(driver for pid, driver in drivers.items() if pid != int(found[1]))

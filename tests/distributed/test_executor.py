@@ -94,15 +94,6 @@ def test_a_run_survives_a_killed_worker_makes_the_set_that_one_process_makes_and
     assert all(torch.equal(saved[name], student[name]) for name in student)
 
 
-def test_asking_for_more_workers_than_fit_is_said(ray_cluster, tmp_path):
-    from raydfkd.distributed.room import check_room
-
-    job = open_job(small_recipe(tmp_path, "runtime.workers.max=64"))
-    console = Console(file=io.StringIO(), width=500)
-    check_room(job, Display(console).say)
-    assert "runtime.workers.max is 64, but Ray has 4 CPUs and 0 GPUs, room for 8" in console.file.getvalue()
-
-
 def test_a_mistake_that_only_a_worker_can_see_reaches_the_user_as_it_is(ray_cluster, tmp_path):
     from raydfkd.distributed.executor import RayExecutor
     from raydfkd.errors import RecipeError

@@ -33,7 +33,8 @@ REPORT = {
     "teacher": {"top1": 0.99},
     "student": {"top1": 0.97},
     "agreement": 0.98,
-    "judged_on": "digits test",
+    "judged_on": "real digits test images",
+    "judged_images": 540,
     "recipe_digest": "ab",
     "recipe": {"name": "smoke"},
 }
@@ -346,7 +347,7 @@ def test_followed_job_is_shown_without_its_report_which_becomes_the_table(folder
     lines = answer.out.splitlines()
     assert lines[1:5] == ["job j1; Ctrl-C only stops following it", LOG[0], LOG[1], LOG[3]]
     assert "recipe_digest" not in answer.out
-    assert "agreement on digits test" in answer.out
+    assert "agreement on 540 real digits test images" in answer.out
     assert lines[-2:] == ["report    /runs/smoke/report.html", "student   /runs/smoke/student.safetensors"]
 
 
@@ -366,7 +367,7 @@ def test_json_is_the_jobs_report_alone_and_people_read_on_standard_error(folder,
         ("FAILED", 130, 130, ""),
         ("FAILED", 137, 1, "job j1: FAILED; killed for memory\n"),
         ("FAILED", None, 1, "job j1: FAILED; killed for memory\n"),
-        ("STOPPED", None, 130, "job j1 was stopped; what was committed stays, and submitted again it goes on from "),
+        ("STOPPED", None, 130, "job j1 was stopped; what was committed stays, and submitted again it resumes from "),
     ],
 )
 def test_exit_code_is_the_jobs(folder, client, status, exit_code, code, said):
@@ -383,7 +384,7 @@ def test_lost_connection_costs_no_line_and_repeats_none(folder, client, breaks):
     answer = submit("--name", "j1")
     assert answer.code == 0
     assert [line for line in answer.out.splitlines() if line in LOG] == [LOG[0], LOG[1], LOG[3]]
-    assert "agreement on digits test" in answer.out
+    assert "agreement on 540 real digits test images" in answer.out
 
 
 def test_job_that_ends_while_its_connection_is_lost_is_shown_to_its_end(folder, client):
@@ -416,7 +417,7 @@ def test_logs_with_follow_end_as_submit_does(client):
     client.status, client.exit_code = "FAILED", 1
     answer = raydfkd("logs", "j1", "--follow", "--address", ADDRESS)
     assert answer.code == 1
-    assert "agreement on digits test" in answer.out
+    assert "agreement on 540 real digits test images" in answer.out
 
 
 @pytest.mark.parametrize("line", ["", "{", "{]", '{"teacher": 1}', "[1]", "{1: 2}", '"teacher"', json.dumps(LOG)])

@@ -119,12 +119,18 @@ def test_packages_are_walked_with_ignored_files_left_out(tmp_path, caplog):
     assert {path.name for path in seen if path.is_file()} == {"a.py", ".gitignore"}
 
 
-def test_errors_of_train_workers_are_told_from_lost_workers():
-    failure = ray_internals.UserExceptionWithTraceback(ValueError("mine"), traceback_str="Traceback ...")
-    found = ray_internals.raised_in(failure)
-    assert (type(found), str(found)) == (ValueError, "mine")
-    assert not ray_internals.is_lost(failure)
-    assert ray_internals.is_lost(RuntimeError("Worker health check failed"))
+def test_errors_that_train_workers_raised_arrive_as_they_are_and_lost_workers_as_errors_of_rays():
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+    from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
+
+    def status(error):
+        return WorkerStatus(running=False, error=error, training_report=None)
+
+    own, lost = ValueError("mine"), ray_internals.WorkerHealthCheckFailedError("...", failure=RuntimeError("died"))
+    statuses = {0: status(UserExceptionWithTraceback(own, traceback_str="...")), 1: status(lost), 2: status(None)}
+    failures = ray_internals.WorkerGroupPollStatus(statuses).get_worker_group_error().worker_failures
+    assert failures == {0: own, 1: lost}
+    assert issubclass(ray_internals.WorkerHealthCheckTimeoutError, Exception)
 
 
 def test_names_of_ray_train_have_the_members_that_are_overridden_or_read():

@@ -1,5 +1,7 @@
 """One driver at a time trains a student, and none is held up by one that is gone."""
 
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -27,7 +29,7 @@ def unexpected(who: str) -> None:
     raise AssertionError(f"{who} holds it")
 
 
-def test_a_turn_that_is_free_is_not_waited_for(tmp_path):
+def test_a_lock_that_is_free_is_not_waited_for(tmp_path):
     for _ in range(2):
         with training_lock(tmp_path / "train" / "lock", unexpected, lambda: True) as has_waited:
             assert not has_waited
@@ -58,6 +60,16 @@ def test_waiting_ends_when_it_is_over(tmp_path):
         training_lock(tmp_path / "lock", lambda who: None, lambda: True),
     ):
         pass
+
+
+def test_file_system_without_locks_is_gone_on_without_one_and_said(tmp_path, monkeypatch, caplog):
+    def refuse(descriptor, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with training_lock(tmp_path / "lock", unexpected, lambda: True) as has_waited:
+        assert not has_waited
+    assert "do not run the same recipe twice at once here" in caplog.text
 
 
 @pytest.mark.ray

@@ -1,4 +1,4 @@
-"""What a cluster elsewhere is told to run: a recipe of this machine as a command, refused where files would be lost."""
+"""The command that a cluster elsewhere is told to run: made of a recipe here, refused where files would be lost."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SECRET = re.compile(r"key|secret|token|password|credential", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entrypoint:
-    """A run as the cluster gets it."""
+    """A run as a job of a cluster."""
 
     name: str
     """Of the job, unique in its cluster."""
     command: str
     """Line of shell that starts in ``working_dir`` on the head."""
     working_dir: Path
-    """What is packed and sent along."""
+    """Folder that is packed and sent along."""
     needs: tuple[str, ...]
     """Files in it that the command reads, relative to it."""
     variables: Mapping[str, str]
@@ -47,7 +47,7 @@ def plan_entrypoint(  # noqa: PLR0913 - one option each
     env: Sequence[str],
     name: str | None,
 ) -> Entrypoint:
-    """Put together how ``recipe``, which was loaded from ``source`` with ``overrides``, runs on a cluster.
+    """The job that runs ``recipe``, which was loaded from ``source`` with ``overrides``, on a cluster.
 
     Raises:
         RecipeError: a file would not be found there, or what is made there would be lost.

@@ -60,7 +60,7 @@ class JobState:
 
 
 class JobClient(Protocol):
-    """What is used of Ray's ``JobSubmissionClient``."""
+    """The part of Ray's ``JobSubmissionClient`` that is used."""
 
     def submit_job(
         self, *, entrypoint: str, submission_id: str, runtime_env: dict[str, Any], metadata: dict[str, str]
@@ -146,7 +146,7 @@ class JobServer:
             self._once_ready(start)
 
     def _once_ready(self, start: Callable[[], object]) -> None:
-        """Do what a head that has just begun refuses until its own agent is there."""
+        """Call ``start`` until a head that has just begun, and refuses without its own agent, takes it."""
         until = time.monotonic() + BEGIN_S
         while True:
             try:
@@ -267,7 +267,7 @@ def _state_of(details: Any) -> JobState:
 
 @contextlib.contextmanager
 def _in_one_line(address: str, name: str | None = None) -> Iterator[None]:
-    """What can go wrong between here and a cluster, with the remedy."""
+    """Turn what can go wrong between here and a cluster into one line with the remedy."""
     try:
         yield
     except AuthenticationError:

@@ -1,4 +1,4 @@
-"""What of a folder is sent along with a job, as Ray itself chooses it."""
+"""The files of a folder that are sent along with a job, as Ray itself chooses them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from raydfkd.distributed.ray_internals import walk_package
 from raydfkd.errors import RecipeError
 
 EXCLUDES = ("/runs", "/build", "/dist", "*.egg-info", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis")
-"""What is never sent, in the manner of .gitignore, beside what that names and Ray's own .git, .venv, __pycache__."""
+"""Never sent, in the manner of .gitignore, beside what that names and Ray's own .git, .venv, __pycache__."""
 MOST_BYTES = 100 * 2**20
 
 
@@ -28,7 +28,7 @@ class Package:
 
 
 def package_of(folder: Path) -> Package:
-    """What Ray would send of ``folder``; reads no file but .gitignore and .rayignore."""
+    """The files that Ray would send of ``folder``; reads no file but .gitignore and .rayignore."""
     sizes: dict[str, int] = {}
 
     def note(path: Path) -> None:
@@ -45,7 +45,7 @@ def package_of(folder: Path) -> Package:
 
 
 def check_package(package: Package, folder: Path, needs: Sequence[str]) -> None:
-    """Refuse what is too large to send, and what lacks a file in ``needs``.
+    """Refuse a package that is too large to send or lacks a file in ``needs``.
 
     Raises:
         RecipeError: with the remedy.
