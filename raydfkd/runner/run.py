@@ -23,6 +23,7 @@ from raydfkd.errors import RecipeError
 from raydfkd.images.real_data import RealData, Split
 from raydfkd.job import Job, SynthesisOutcome, open_job
 from raydfkd.networks.build import build_network, count_parameters
+from raydfkd.networks.probe import probe_teacher
 from raydfkd.networks.teacher import Teacher
 from raydfkd.networks.weights import load_weights, weights_exist
 from raydfkd.report.metrics import MetricsLog, read_metrics, run_stats
@@ -248,8 +249,11 @@ def listening(recipe: Recipe, console: Console | None, *others: Listener) -> Ite
 
 def _teacher(prepared: Prepared, events: Events) -> Teacher:
     """The teacher that was opened, or one that is taught now; says what the user should know of it."""
-    teacher = prepared.teacher or teach(prepared.recipe, events, prepared.network)
-    for note in prepared.notes:
+    notes, teacher = list(prepared.notes), prepared.teacher
+    if teacher is None:
+        teacher = teach(prepared.recipe, events, prepared.network)
+        notes += probe_teacher(teacher.module, prepared.recipe.teacher)
+    for note in notes:
         events.say("note", note)
     return teacher
 
