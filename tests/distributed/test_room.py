@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from raydfkd.run.local import LocalExecutor
 from small import small_recipe
-from toy import quiet_monitor
+from toy import quiet_events, synthesize_here
 
 from raydfkd.errors import RecipeError
 from raydfkd.job import Job, open_job
+from raydfkd.networks.teacher import open_teacher
 
 pytestmark = pytest.mark.ray
 
@@ -64,7 +64,7 @@ def test_only_what_is_about_to_run_needs_room(ray_cluster, tmp_path, said):
 def test_synthesis_that_is_done_needs_no_room(ray_cluster, tmp_path, said):
     small = ("transfer_set.images_per_class=4", "synthesis.steps=4")
     done = job_of(tmp_path, *small)
-    LocalExecutor().synthesize(done, quiet_monitor(tmp_path))
+    synthesize_here(done, quiet_events(tmp_path))
     check(job_of(tmp_path, *small, "runtime.gpus_per_worker=1"), said)
 
 
@@ -119,8 +119,7 @@ def test_run_in_turns_makes_the_set_and_the_student(ray_cluster, tmp_path):
 
     settings = ("transfer_set.images_per_class=4", "synthesis.steps=4", "runtime.cpus_per_student_worker=4")
     job = job_of(tmp_path, *settings)
-    monitor = quiet_monitor(tmp_path)
-    outcome, student = RayExecutor().run(job, monitor)
+    outcome, student = RayExecutor().run(job, open_teacher(job.recipe), quiet_events(tmp_path))
     assert job.snapshot().images == job.planned_images
     assert student
     assert outcome.attempted == len(job.units)
@@ -131,5 +130,5 @@ def test_refusal_comes_before_any_image_is_made(ray_cluster, tmp_path):
 
     job = job_of(tmp_path, "runtime.gpus_per_student_worker=1")
     with pytest.raises(RecipeError, match="gpus_per_student_worker is 1"):
-        RayExecutor().run(job, quiet_monitor(tmp_path))
+        RayExecutor().run(job, open_teacher(job.recipe), quiet_events(tmp_path))
     assert job.transfer_set.committed() == set()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 
 import pytest
 from rich.console import Console
@@ -88,9 +87,7 @@ def test_student_that_fails_for_a_reason_of_its_own_ends_its_run_with_that_error
     job = open_job(small_recipe(tmp_path, *settings, *student))
     console = Console(file=io.StringIO(), width=500)
     events = Events(Display(console))
-    began = time.monotonic()
     with pytest.raises(IndexError, match="index 7 is out of range"):
         RayExecutor().run(job, open_teacher(job.recipe), events)
-    assert time.monotonic() - began < 90, "five times are two minutes and more"
     said = console.file.getvalue()
     assert said.count("a worker failed: IndexError: index 7 is out of range (after step 20)") == 1
