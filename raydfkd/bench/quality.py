@@ -214,7 +214,7 @@ def measure(plan: Plan) -> Result:
         recipe = plan.recipe.model_copy(update={"run_dir": scratch, "transfer_set": transfer_set})
         check(recipe)
         outcome = run_within(recipe, cell.budget_s)
-        judged = evaluate(outcome.recipe, outcome.student, split=cell.split)
+        judged = evaluate(recipe, outcome.student, split=cell.split)  # whose plan is whole; a cut one is not
     sets = "".join(f" --set {shlex.quote(override)}" for override in cell.overrides)
     return Result(
         recipe=cell.recipe,

@@ -3,12 +3,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 
 from raydfkd.bench import quality
 from raydfkd.bench.quality import Cell, Result, bench_quality, markdown
 from raydfkd.config.load import load_recipe
+from raydfkd.runner import budget
 
 OVERRIDES = (
     *("teacher.train.epochs=1", "teacher.options.widths=[8,16]", "student.options.widths=[4,8]"),
@@ -67,6 +69,21 @@ def test_a_cell_is_measured_once(tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "ProcessPoolExecutor", None)
     monkeypatch.setattr(quality, "_teach", None)
     assert list(bench_quality([cell], tmp_path)) == [result]
+
+
+def test_set_that_the_clock_cut_within_a_unit_is_judged_like_any_other(tmp_path, monkeypatch):
+    run_within = budget.run_within
+
+    def cut(recipe, seconds):
+        outcome = run_within(recipe, seconds)
+        spec = outcome.recipe.transfer_set.model_copy(update={"images_per_class": 41})
+        return replace(outcome, recipe=outcome.recipe.model_copy(update={"transfer_set": spec}))
+
+    monkeypatch.setattr(budget, "run_within", cut)
+    monkeypatch.setattr(quality, "ProcessPoolExecutor", Here)
+    cell = Cell(recipe="digits-generators", budget_s=2.0, seed=3, split="validation", overrides=OVERRIDES)
+    (result,) = bench_quality([cell], tmp_path)
+    assert result.agreement > 0
 
 
 def recipe_file(folder, name="own.yaml", text=""):
