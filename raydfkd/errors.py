@@ -76,6 +76,9 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+_MISSING = object()
+
+
 def differences(there: Any, here: Any, where: str = "") -> list[str]:
     """Keys at which two trees of plain data differ, as ``--set`` takes them, with both values.
 
@@ -84,7 +87,9 @@ def differences(there: Any, here: Any, where: str = "") -> list[str]:
     if isinstance(there, Mapping) and isinstance(here, Mapping) and there.get("kind") == here.get("kind"):
         keys = dict.fromkeys((*there, *here))
         return [
-            line for key in keys for line in differences(there.get(key), here.get(key), f"{where}.{key}".lstrip("."))
+            line
+            for key in keys
+            for line in differences(there.get(key, _MISSING), here.get(key, _MISSING), f"{where}.{key}".lstrip("."))
         ]
     if isinstance(there, list) and isinstance(here, list) and _entries(there) == _entries(here) != []:
         named = zip(_entries(there), there, here, strict=True)
@@ -101,5 +106,7 @@ def _entries(values: list[Any]) -> list[str]:
 
 
 def _short(value: Any) -> str:
+    if value is _MISSING:
+        return "not given"
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."
