@@ -75,10 +75,15 @@ class Job:
         """Everything that the student's training depends on, as plain data."""
         return {"transfer_set": self.digest, "held_out": sorted(self.held_out), **self.recipe.trained_by()}
 
-    @property
+    @cached_property
     def student_digest(self) -> str:
         """Names a training: another student, criterion or plan begins again instead of resuming; same in each phase."""
         return _sha256(self.trained_by)
+
+    @property
+    def training_name(self) -> str:
+        """Names the training in the metrics."""
+        return self.student_digest[:8]
 
     def snapshot(self) -> Snapshot:
         """The commits of the planned units; all commits of the set where the source is live."""
@@ -133,8 +138,12 @@ class SynthesisOutcome:
 
 def open_job(recipe: Recipe, teacher: Teacher | None = None) -> Job:
     """Fix the plan and the set that it fills; the teacher is opened unless it is given."""
-    teacher = teacher or open_teacher(recipe)
-    return job_of(recipe, recipe.made_of(teacher.sha256, is_against_student=asks_student(recipe)))
+    return job_of(recipe, dependencies_of(recipe, teacher or open_teacher(recipe)))
+
+
+def dependencies_of(recipe: Recipe, teacher: Teacher) -> Mapping[str, object]:
+    """Everything that the recipe's images depend on, with the ``teacher``'s weights, as plain data."""
+    return recipe.made_of(teacher.sha256, is_against_student=asks_student(recipe))
 
 
 def job_of(recipe: Recipe, made_of: Mapping[str, object]) -> Job:

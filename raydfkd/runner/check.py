@@ -15,7 +15,7 @@ from raydfkd.distillation.criteria import CRITERIA
 from raydfkd.errors import Mistakes, RecipeError
 from raydfkd.images.augment import build_augmentations
 from raydfkd.images.real_data import RealData, open_real_data
-from raydfkd.job import open_job, transfer_set_of
+from raydfkd.job import dependencies_of, transfer_set_of
 from raydfkd.networks.build import build_network
 from raydfkd.networks.probe import probe_student, probe_teacher
 from raydfkd.networks.teacher import Teacher, build_teacher, open_teacher
@@ -78,7 +78,7 @@ def check(recipe: Recipe) -> Prepared:
     if recipe.teacher.train is None or weights_exist(recipe.teacher.weights, where="teacher.weights"):
         teacher = open_teacher(recipe, network, say=notes.append)
         notes += probe_teacher(teacher.module, recipe.teacher)
-        open_job(recipe, teacher).transfer_set.check()
+        transfer_set_of(recipe, dependencies_of(recipe, teacher)).check()
     else:
         check_teaching(recipe)
     return Prepared(recipe=recipe, network=network, student=student, teacher=teacher, data=data, notes=tuple(notes))

@@ -18,6 +18,7 @@ from raydfkd.job import Job
 from raydfkd.networks.build import count_parameters
 from raydfkd.networks.teacher import Teacher
 from raydfkd.runner.view import SetView
+from raydfkd.synthesis.build import has_targets
 
 SAMPLE = 5000
 """Synthetic images that are looked at."""
@@ -98,14 +99,14 @@ class Look:
         return found
 
 
-def look_at_images(job: Job, view: SetView, *, has_targets: bool) -> Look | None:
+def look_at_images(job: Job, view: SetView) -> Look | None:
     """Count the classes that stored logits find in a sample of the set; None where the set is empty."""
     rows: StoredRows | None = view.sample(SAMPLE)
     if rows is None:
         return None
     answers = rows.teacher_logits.float().argmax(1)
     return Look(
-        intended=float((answers == rows.labels).float().mean()) if has_targets else None,
+        intended=float((answers == rows.labels).float().mean()) if has_targets(job.recipe) else None,
         answered=len(answers.unique()),
         classes=len(job.recipe.classes),
     )

@@ -26,7 +26,7 @@ from raydfkd.networks.build import build_network, count_parameters
 from raydfkd.networks.probe import probe_teacher
 from raydfkd.networks.teacher import Teacher
 from raydfkd.networks.weights import load_weights, weights_exist
-from raydfkd.report.metrics import MetricsLog, read_metrics, run_stats
+from raydfkd.report.metrics import MetricsLog, RunStats, read_metrics, run_stats
 from raydfkd.report.page import read_report, write_pictures, write_report
 from raydfkd.report.provenance import command_line, versions
 from raydfkd.runner.check import Prepared, check
@@ -38,7 +38,7 @@ from raydfkd.runner.progress import Display
 from raydfkd.runner.teach import teach
 from raydfkd.runner.view import SetView
 from raydfkd.store.store import Store
-from raydfkd.synthesis.build import has_targets, is_live
+from raydfkd.synthesis.build import is_live
 
 METRICS = "metrics.jsonl"
 
@@ -78,9 +78,7 @@ class Synthesis:
     def summary(self) -> dict[str, Any]:
         """The figures that scripts and people are told."""
         snapshot, job = self.view.snapshot, self.job
-        stats = run_stats(
-            read_metrics(Path(job.recipe.run_dir) / METRICS), job=job.digest, training=job.student_digest[:8]
-        )
+        stats = stats_of(job)
         return {
             "images": snapshot.images,
             "images_per_second": round(stats.images_per_second, 3),
@@ -264,7 +262,7 @@ def announce(job: Job, events: Events) -> None:
     events.planned(
         Plan(
             job=job.digest,
-            training=job.student_digest[:8],
+            training=job.training_name,
             images=job.planned_images,
             units=len(job.units),
             images_before=done.images,
@@ -301,13 +299,18 @@ def save_student(job: Job, state: Mapping[str, Tensor]) -> Path:
     return path
 
 
+def stats_of(job: Job) -> RunStats:
+    """The totals of all sessions of the job, as its metrics have them."""
+    return run_stats(read_metrics(Path(job.recipe.run_dir) / METRICS), job=job.digest, training=job.training_name)
+
+
 def report(
     job: Job, judged: Mapping[str, Any], view: SetView, outcome: SynthesisOutcome, *, command: str
 ) -> dict[str, Any]:
     """Put the report together; ``write`` saves it. Scripts rely on the keys."""
     snapshot = view.snapshot
-    stats = run_stats(read_metrics(Path(job.recipe.run_dir) / METRICS), job=job.digest, training=job.student_digest[:8])
-    look = look_at_images(job, view, has_targets=has_targets(job.recipe))
+    stats = stats_of(job)
+    look = look_at_images(job, view)
     return {
         **judged,
         "intended_class": None if look is None else look.intended,
@@ -345,7 +348,7 @@ def write(job: Job, found: Mapping[str, Any], view: SetView, data: RealData | No
     metrics = [
         entry
         for entry in read_metrics(folder / METRICS)
-        if entry["event"] != "student" or entry.get("training") == job.student_digest[:8]
+        if entry["event"] != "student" or entry.get("training") == job.training_name
     ]
     pictures = gallery(view, job.recipe.classes, class_names(job.recipe, data))
     write_report(folder, found, metrics=metrics, gallery=pictures)
@@ -358,7 +361,7 @@ def write_gallery(job: Job, view: SetView, data: RealData | None) -> Path | None
     if pictures is None:
         return None
     folder = Path(job.recipe.run_dir)
-    look = look_at_images(job, view, has_targets=has_targets(job.recipe))
+    look = look_at_images(job, view)
     return write_pictures(
         folder,
         pictures,

@@ -25,8 +25,11 @@ from raydfkd.seeds import derive_seed, rng_from
 from raydfkd.store.store import Store
 
 
-def check_teaching(recipe: Recipe) -> None:
-    """Find mistakes in the keys that training the teacher needs; the rest of the recipe may still be unfinished."""
+def check_teaching(recipe: Recipe) -> RealData:
+    """Find mistakes in the keys that training the teacher needs; the rest of the recipe may still be unfinished.
+
+    Returns the data that it is trained on.
+    """
     if recipe.teacher.train is None or recipe.real_data is None:
         raise RecipeError("teacher.train is missing, so there is nothing to teach; say how, or give teacher.weights")
     if recipe.teacher.weights == "random":
@@ -34,8 +37,9 @@ def check_teaching(recipe: Recipe) -> None:
     build_augmentations(
         recipe.teacher.train.augment, where="teacher.train.augment", label_reader="the teacher's training"
     )
-    open_real_data(recipe.real_data, recipe.teacher.image_space, recipe.teacher.classes)
+    data = open_real_data(recipe.real_data, recipe.teacher.image_space, recipe.teacher.classes)
     Store(_split(recipe.teacher.weights)[0]).probe("the folder of teacher.weights")
+    return data
 
 
 def teach(recipe: Recipe, events: Events, network: nn.Module | None = None) -> Teacher:
@@ -44,12 +48,11 @@ def teach(recipe: Recipe, events: Events, network: nn.Module | None = None) -> T
     Raises:
         RecipeError: the recipe does not say how, or its data are not there.
     """
-    check_teaching(recipe)
+    data = check_teaching(recipe)
     spec, real = recipe.teacher.train, recipe.real_data
     assert spec is not None
     assert real is not None
     network = build_teacher(recipe) if network is None else network
-    data = open_real_data(real, recipe.teacher.image_space, recipe.teacher.classes)
     started, device = time.monotonic(), pick_device(recipe.runtime.device)
 
     def on_epoch(epoch: int, loss: float) -> None:

@@ -51,7 +51,7 @@ def build_student(recipe: Recipe, source: Source, device: torch.device) -> Store
         source,
         device=device,
         precision=getattr(torch, spec.precision),
-        compiled=device.type == "cuda" if spec.compile == "auto" else spec.compile,
+        compiled=_is_compiled(recipe, device),
     )
 
 
@@ -87,7 +87,7 @@ def build_synthesizer(
         image_shape=recipe.teacher.image_space.shape,
         frozen=True,
         precision=getattr(torch, spec.precision),
-        compiled=device.type == "cuda" if spec.compile == "auto" else spec.compile,
+        compiled=_is_compiled(recipe, device),
     ).to(device)
     pixels = PixelRange(recipe.teacher.image_space, device)
     setting = Setting(
@@ -98,6 +98,12 @@ def build_synthesizer(
         device=device,
     )
     return SYNTHESIZERS.build(spec.synthesizer, spec.options, setting, where="synthesis")
+
+
+def _is_compiled(recipe: Recipe, device: torch.device) -> bool:
+    """Whether networks are compiled: as ``synthesis.compile`` says, with auto on CUDA only."""
+    wanted = recipe.synthesis.compile
+    return device.type == "cuda" if wanted == "auto" else wanted
 
 
 def has_targets(recipe: Recipe) -> bool:

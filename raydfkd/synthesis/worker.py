@@ -14,7 +14,7 @@ from raydfkd.data.sink import ParquetSink
 from raydfkd.data.student_versions import StudentVersions
 from raydfkd.devices import cpu_threads, keep_freed_memory
 from raydfkd.errors import RecipeError
-from raydfkd.job import Job, open_job
+from raydfkd.job import Job, dependencies_of, transfer_set_of
 from raydfkd.networks.teacher import Teacher
 from raydfkd.synthesis.build import build_student, build_synthesizer
 from raydfkd.synthesis.checkpoint import CheckpointHook, Interrupted, UnitCheckpoint
@@ -51,7 +51,7 @@ class SynthesisWorker:
         on_progress: Callable[[UnitProgress], None] = tell_nobody,
     ) -> None:
         recipe = job.recipe
-        if open_job(recipe, teacher).digest != job.digest:
+        if transfer_set_of(recipe, dependencies_of(recipe, teacher)).digest != job.digest:
             raise RecipeError(
                 f"teacher.weights is {recipe.teacher.weights!r}: not the weights that this run began with; "
                 "restore them or use another run_dir"
