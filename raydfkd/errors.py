@@ -76,6 +76,12 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def last_line(error: BaseException) -> str:
+    """The last line of what an error says, its name where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else one_line(error)
+
+
 _MISSING = object()
 
 

@@ -98,13 +98,13 @@ def bench_quality(cells: Sequence[Cell], folder: Path, *, at_once: int = 1) -> I
     """
     store = Store(str(folder))
     waiting, teaching = [], {}
+    known: dict[tuple[str, tuple[str, ...]], tuple[Recipe, str]] = {}
     for cell in cells:
-        unseeded = load_recipe(cell.recipe, list(cell.overrides), run_dir=_NOWHERE)
-        recipe = unseeded.model_copy(update={"seed": cell.seed})
-        if unseeded.teacher.train is not None:
-            weights = folder / "teachers" / _teacher_file(unseeded)
-            unseeded, recipe = (_with_weights(either, weights) for either in (unseeded, recipe))
-        plan = Plan(cell=cell, recipe=recipe, digest=digest_of(recipe))
+        key = (cell.recipe, cell.overrides)
+        if key not in known:
+            known[key] = _opened(cell, folder)
+        unseeded, digest = known[key]
+        plan = Plan(cell=cell, recipe=unseeded.model_copy(update={"seed": cell.seed}), digest=digest)
         if store.exists(plan.file):
             yield Result(**json.loads(store.get(plan.file)))
         else:
@@ -122,6 +122,14 @@ def bench_quality(cells: Sequence[Cell], folder: Path, *, at_once: int = 1) -> I
             result = done.result()
             store.put(running[done].file, json.dumps(asdict(result), indent=1).encode())
             yield result
+
+
+def _opened(cell: Cell, folder: Path) -> tuple[Recipe, str]:
+    """The cell's recipe with its own seed and a teacher that its cells share, and the digest of them all."""
+    recipe = load_recipe(cell.recipe, list(cell.overrides), run_dir=_NOWHERE)
+    if recipe.teacher.train is not None:
+        recipe = _with_weights(recipe, folder / "teachers" / _teacher_file(recipe))
+    return recipe, digest_of(recipe)
 
 
 def digest_of(recipe: Recipe) -> str:

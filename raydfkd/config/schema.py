@@ -13,6 +13,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Precision = Literal["float32", "bfloat16"]
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -184,7 +185,7 @@ class TeachSpec(Spec):
     """AdamW's weight decay."""
     augment: tuple[Augmentation, ...] = ()
     """Augmentations of the real images."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     """Arithmetic of the teacher's convolutions in training, `float32` or `bfloat16`, which is faster where the hardware
     has it; weights and optimiser stay float32."""
     threads: Positive = 1
@@ -241,7 +242,7 @@ class SynthesisSpec(Spec):
     """Labels that images are made for."""
     augment: tuple[Augmentation, ...] = ()
     """Augmentations through which the teacher sees the image, at every step."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     """Arithmetic of the teacher's convolutions, `float32` or `bfloat16`, which is faster where the hardware has it;
     pixels, moments and optimiser stay float32."""
     compile: bool | Literal["auto"] = "auto"
@@ -332,7 +333,7 @@ class OptimizerSpec(Spec):
     """Peak learning rate."""
     weight_decay: NotNegative = 0.0
     """Weight decay (AdamW's form for adam)."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: BelowOne = 0.9
     """Momentum of sgd; first beta of adam. Under one_cycle it is the middle of a cycle: 0.9 goes from 0.95 down to 0.85
     while the rate rises, and back."""
     schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
@@ -366,7 +367,7 @@ class DistillSpec(Spec):
     """Augmentations of the synthetic images."""
     teacher_logits: Literal["live", "stored"] = "live"
     """`live` asks the teacher about each augmented image; `stored` reads its logits from the set."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Precision = "float32"
     """Arithmetic of both networks' convolutions, `float32` or `bfloat16`, which is faster where the hardware has it;
     weights, criterion and optimiser stay float32."""
     checkpoint_every: Positive = 500
@@ -411,9 +412,9 @@ class RuntimeSpec(Spec):
     """Device that workers compute on: `cpu`, `cuda`, or `auto`, which takes CUDA where the worker has a GPU."""
     workers: Range = Range()
     """Synthesis actors."""
-    cpus_per_worker: Annotated[float, Field(ge=0)] = 1.0
+    cpus_per_worker: NotNegative = 1.0
     """CPUs that a synthesis actor reserves."""
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    gpus_per_worker: NotNegative = 0.0
     """GPUs or share of one that a synthesis actor reserves."""
     resources_per_worker: dict[str, PositiveFloat] = {}
     """Other resources that a synthesis actor reserves, such as {synth: 1}."""
@@ -421,9 +422,9 @@ class RuntimeSpec(Spec):
     """Steps of a unit between checkpoints, from which another worker can resume it."""
     student_workers: Range = Range()
     """Workers of the training job."""
-    cpus_per_student_worker: Annotated[float, Field(ge=0)] = 1.0
+    cpus_per_student_worker: NotNegative = 1.0
     """CPUs that a train worker reserves."""
-    gpus_per_student_worker: Annotated[float, Field(ge=0)] = 0.0
+    gpus_per_student_worker: NotNegative = 0.0
     """GPUs that a train worker reserves."""
     resources_per_student_worker: dict[str, PositiveFloat] = {}
     """Other resources that a train worker reserves, such as {train: 1}."""

@@ -20,7 +20,7 @@ from raydfkd.data.epochs import EpochPlanner
 from raydfkd.data.shards import StoredRows
 from raydfkd.data.shuffle_buffer import Piece, ShuffleBuffer
 from raydfkd.data.sources import SOURCES, Feed, StudentBatch
-from raydfkd.seeds import derive_seed
+from raydfkd.seeds import derive_seed, rng_from
 from raydfkd.store.errors import DamagedError
 
 logger = logging.getLogger(__name__)
@@ -246,7 +246,7 @@ class TransferSetSource:
         )
 
     def _rng(self, *parts: object) -> torch.Generator:
-        return torch.Generator().manual_seed(derive_seed(self._seed, self._epoch, *parts))
+        return rng_from(derive_seed(self._seed, self._epoch, *parts))
 
 
 @SOURCES.register("growing")

@@ -9,10 +9,10 @@ import re
 from collections.abc import Callable, Mapping
 
 import safetensors.torch
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from raydfkd.networks.weights import state_bytes
 from raydfkd.store.store import Store
 
 FOLDER = "students"
@@ -87,10 +87,7 @@ class StudentPublisher:
     def publish(self, version: int, state: State) -> None:
         """Make ``state`` a version unless that one exists: when a resumed training repeats steps, the first counts."""
         assert version > UNPUBLISHED, "a version is a number of steps"
-        state = {
-            name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()
-        }
-        self._store.put_new(_path(version), safetensors.torch.save(state))
+        self._store.put_new(_path(version), state_bytes(state))
         versions = self._students.versions()
         for old in versions[: -self._keep]:
             self._store.delete(_path(old))

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from raydfkd.config.schema import DistillSpec
 from raydfkd.data.sources import BatchSource, StudentBatch
-from raydfkd.distillation.batchnorm import answers_in_both_modes, reestimate, tracking_layers
+from raydfkd.distillation.batchnorm import answers_in_both_modes, reestimate
 from raydfkd.distillation.criteria import CRITERIA
 from raydfkd.distillation.evaluate import top1
 from raydfkd.errors import StudentDivergedError
@@ -23,6 +22,7 @@ from raydfkd.images.augment import build_augmentations
 from raydfkd.images.pixels import PixelRange, nominal_from_uint8
 from raydfkd.networks.observed import Observation, ObservedNetwork
 from raydfkd.networks.optimizers import build_optimizer
+from raydfkd.networks.taps import wrapped
 from raydfkd.seeds import derive_seed, rng_from
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class StudentTrainer:
         hooks: StepHooks,
     ) -> None:
         self._student = student
-        self._network = student.module if isinstance(student, DistributedDataParallel) else student
+        self._network = wrapped(student)
         precision: torch.dtype = getattr(torch, spec.precision)
         self._observed = ObservedNetwork(student, frozen=False, batchnorm="batch", precision=precision).to(device)
         self._in_use = ObservedNetwork(self._network, frozen=False, precision=precision).to(device)
@@ -195,12 +195,14 @@ class StudentTrainer:
         )
 
     def _save(self, *, is_last: bool) -> None:
-        if is_last or self.step % self._spec.publish_every == 0:
+        publishes = is_last or self.step % self._spec.publish_every == 0
+        if publishes:
             self._refuse_broken_weights()
             self._hooks.on_publish(self.step)
         is_wanted = self._hooks.wants_checkpoint()  # whatever the step is: to ask is to meet the other ranks
         if is_last or is_wanted or self.step % self._spec.checkpoint_every == 0:
-            self._refuse_broken_weights()
+            if not publishes:  # else they were just looked at
+                self._refuse_broken_weights()
             self._hooks.on_checkpoint(self.step)
 
     def _refuse_broken_weights(self) -> None:
@@ -239,19 +241,18 @@ class StudentTrainer:
 
     def _settle(self, batches: Iterator[StudentBatch]) -> None:
         """Make the BatchNorm statistics those of the finished weights, and warn where they do not suit the student."""
-        if tracking_layers(self._network):
-            count = min(SETTLING_BATCHES, math.ceil(SETTLING_IMAGES / self._spec.batch_size))
-            compared: list[tuple[Tensor, StudentBatch]] = []
+        count = min(SETTLING_BATCHES, math.ceil(SETTLING_IMAGES / self._spec.batch_size))
+        compared: list[tuple[Tensor, StudentBatch]] = []
 
-            def seen() -> Iterator[Tensor]:
-                for number, batch in enumerate(itertools.islice(batches, count)):
-                    images = self._augmented(batch, self.step + number)
-                    compared.extend([(images, batch)] if number < COMPARED_BATCHES else [])
-                    yield images
+        def seen() -> Iterator[Tensor]:
+            for number, batch in enumerate(itertools.islice(batches, count)):
+                images = self._augmented(batch, self.step + number)
+                compared.extend([(images, batch)] if number < COMPARED_BATCHES else [])
+                yield images
 
-            reestimate(self._network, seen())
-            if compared and self._rank == 0:
-                self._compare_modes(compared)
+        reestimate(self._network, seen())  # which asks for no batch where no layer follows them
+        if compared and self._rank == 0:
+            self._compare_modes(compared)
         self._is_settled = True
 
     def _compare_modes(self, shown: list[tuple[Tensor, StudentBatch]]) -> None:

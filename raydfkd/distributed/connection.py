@@ -17,7 +17,7 @@ import ray
 from raydfkd.distributed import ray_internals
 from raydfkd.distributed.ray_internals import Answer
 from raydfkd.distributed.room import Say, capacity
-from raydfkd.errors import RecipeError, one_line
+from raydfkd.errors import RecipeError, last_line
 
 logger = logging.getLogger(__name__)
 ANSWER_S = 4.0
@@ -67,11 +67,11 @@ def _connect(address: str, say: Say) -> None:
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         if joined is None:
             raise RecipeError(
-                f"runtime.address is {address!r}, but Ray does not start here ({_last_line(error)}); "
+                f"runtime.address is {address!r}, but Ray does not start here ({last_line(error)}); "
                 "--on local does without it"
             ) from error
         raise RecipeError(
-            f"{_how_named(address, joined)}: that cluster does not take this process in ({_last_line(error)}); "
+            f"{_how_named(address, joined)}: that cluster does not take this process in ({last_line(error)}); "
             "drivers run on one of its nodes: `raydfkd submit` sends the run there"
         ) from error
     has = capacity()
@@ -181,11 +181,6 @@ def _temp_dir(say: Say) -> str | None:
     if found is not None:
         say("ray", f"the temporary folder is too long a path for Ray's sockets, so they are in {found}")
     return found
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else one_line(error)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import ray
 from torch import Tensor
 from typing_extensions import override
 
-from raydfkd.distillation.training import note_training
+from raydfkd.distillation.trainer import ignore
 from raydfkd.distributed.connection import connected
 from raydfkd.distributed.pool import LEAVE_S, SynthesisPool
 from raydfkd.distributed.room import check_room, must_take_turns
@@ -20,7 +20,7 @@ from raydfkd.distributed.train_driver import new_coordinator, train_student
 from raydfkd.job import Job, SynthesisOutcome
 from raydfkd.networks.teacher import Teacher
 from raydfkd.runner.events import Events
-from raydfkd.runner.executor import Executor, one_after_the_other
+from raydfkd.runner.executor import Executor, one_after_the_other, tell_of_new_training
 from raydfkd.runner.signals import Interruption
 from raydfkd.units import Phase, UnitQueue
 
@@ -67,7 +67,7 @@ class _Turns(Executor):
     @override
     def synthesize(self, job: Job, phase: Phase, teacher: Teacher, events: Events) -> SynthesisOutcome:
         with Interruption(partial(events.say, "stop")) as interruption:
-            return _synthesize(job, events, job.begin_synthesis(phase), _nothing, interruption)
+            return _synthesize(job, events, job.begin_synthesis(phase), ignore, interruption)
 
     @override
     def distill(self, job: Job, phase: Phase, teacher: Teacher, events: Events) -> Mapping[str, Tensor]:
@@ -93,10 +93,6 @@ def _synthesize(
     return job.end_synthesis(queue)
 
 
-def _nothing() -> None:
-    pass
-
-
 class _Training:
     """The Train job, waited for in a thread beside the one that drives the pool.
 
@@ -107,9 +103,7 @@ class _Training:
         self._events = events
         self._interruption = interruption
         self._is_over = False
-        changed = note_training(job)
-        if changed:
-            events.say("student", f"trains from the beginning, since another was asked for: {changed}")
+        tell_of_new_training(job, events)
         events.student_started()
         self.coordinator = new_coordinator()
         self._student: Mapping[str, Tensor] = {}

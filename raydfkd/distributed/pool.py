@@ -20,7 +20,7 @@ from ray.exceptions import (
 
 from raydfkd.data.commits import Commit
 from raydfkd.distributed.actor import SynthesisActor, Work
-from raydfkd.errors import RecipeError
+from raydfkd.errors import RecipeError, last_line
 from raydfkd.job import Job
 from raydfkd.runner.events import Events
 from raydfkd.runner.signals import Interruption
@@ -156,7 +156,7 @@ class SynthesisPool:
         except LOST as error:
             self._num_stillborn += isinstance(error, ActorDiedError) and not _was_preempted(error)
             if self._num_stillborn >= MAX_STILLBORN:
-                reason = str(error).strip().splitlines()[-1].strip()
+                reason = last_line(error)
                 raise RecipeError(
                     f"runtime.workers: {self._num_stillborn} in a row died while they were built, of memory or of a "
                     f"crash below Python; try fewer workers a machine, or --on local to see it ({reason})"

@@ -16,6 +16,7 @@ from raydfkd.config.schema import ImageSpace, StudentSpec, TeacherSpec
 from raydfkd.errors import RecipeError, did_you_mean, one_line
 from raydfkd.networks.answers import AnswersLogits, NoLogitsError, logits_of, scale_of
 from raydfkd.networks.taps import wrapped
+from raydfkd.seeds import rng_from, seeded
 
 NETWORKS: Registry[nn.Module] = Registry("network", ["raydfkd.networks.small"], member="forward")
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
@@ -33,8 +34,7 @@ def build_network(spec: TeacherSpec | StudentSpec, teacher: TeacherSpec, *, wher
         RecipeError: unknown name, wrong options, code that fails, an image size or class count that does not fit.
     """
     factory = _factory_of(spec, teacher, where)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         network = _plain(factory()).cpu().float()
         images, answer, logits = _Trial(network, spec.network, teacher, where).run()
         scale = scale_of(network, images, answer, logits)
@@ -166,7 +166,7 @@ class _Trial:
 
     def _images(self, height: int, width: int, count: int) -> Tensor:
         shape = (count, self._teacher.image_space.channels, height, width)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return torch.randn(shape, generator=rng_from(0))
 
     def _answer(self, images: Tensor) -> Any:
         training = self._network.training

@@ -20,6 +20,7 @@ from raydfkd.networks.batchnorm import LayerMoments, MomentsTrace, layers_with_s
 from raydfkd.networks.input_gradients import FastInputGradients
 from raydfkd.networks.layout import lay_channels_last
 from raydfkd.networks.taps import find_head, layer_at, tap_input, tap_output
+from raydfkd.seeds import rng_from, seeded
 
 logger = logging.getLogger(__name__)
 
@@ -202,11 +203,9 @@ class ObservedNetwork:
         """Find what the taps read by running the network on two random images, and install them."""
         self._is_prepared = True
         if Need.FEATURES in self._taps or self._moments_tap is not None:
-            generator = torch.Generator().manual_seed(0)
             device = next((weight.device for weight in self._module.parameters()), torch.device("cpu"))
-            images = torch.randn(2, *image_shape, generator=generator).to(device)
-            forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-            with forked, torch.autocast(device.type, enabled=False), torch.enable_grad():
+            images = torch.randn(2, *image_shape, generator=rng_from(0)).to(device)
+            with seeded(0, device), torch.autocast(device.type, enabled=False), torch.enable_grad():
                 if Need.FEATURES in self._taps:
                     self._tap_features(images)
                 if self._moments_tap is not None:
@@ -244,10 +243,12 @@ class ObservedNetwork:
         for hook in hooks:
             hook.remove()
         self._trace.attach(self._module)
-        noted = Counter(one.layer for one in self._try_out(pair).moments)
+        found = self._try_out(pair)
+        noted = Counter(one.layer for one in found.moments)
         missed = [path for path in layers if noted[path] < calls[path]]
         written_out = [path for path in missed if path in last and normalize_by_kernel(layers[path], *last[path])]
-        found = self._try_out(pair)
+        if written_out:
+            found = self._try_out(pair)
         self._refuse_missed(layers, [path for path in missed if path not in written_out], found)
         if not _is_close(found.logits, expected):
             raise RecipeError(

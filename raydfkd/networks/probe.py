@@ -13,6 +13,7 @@ from raydfkd.errors import RecipeError, one_line
 from raydfkd.networks.answers import AnswerScale, AnswersLogits, NoLogitsError, adapter_of, logits_of
 from raydfkd.networks.batchnorm import layers_with_statistics
 from raydfkd.networks.observed import frozen_copy
+from raydfkd.seeds import rng_from, seeded
 
 
 def probe_teacher(network: nn.Module, spec: TeacherSpec) -> list[str]:
@@ -27,8 +28,7 @@ def probe_teacher(network: nn.Module, spec: TeacherSpec) -> list[str]:
     trial = frozen_copy(network)
     name = f"teacher.network {spec.network}"
     images = _random_images(spec, 2).requires_grad_()
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(0)
+    with seeded(0), torch.enable_grad():
         logits = trial(images.clone())
         again = trial(images.clone()).detach()
     if not logits.isfinite().all():
@@ -43,14 +43,14 @@ def probe_teacher(network: nn.Module, spec: TeacherSpec) -> list[str]:
 
 
 def _random_images(spec: TeacherSpec, count: int) -> Tensor:
-    return torch.randn(count, *spec.image_space.shape, generator=torch.Generator().manual_seed(0))
+    return torch.randn(count, *spec.image_space.shape, generator=rng_from(0))
 
 
 def _refuse_without_gradient(logits: Tensor, images: Tensor, name: str) -> None:
     remedy = "images are made by this gradient: no @torch.no_grad, .detach() or rounding on the way"
     if not logits.requires_grad:
         raise RecipeError(f"{name} answers without a gradient for its input; {remedy}")
-    directions = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(logits)
+    directions = torch.randn(logits.shape, generator=rng_from(1)).to(logits)
     try:
         (gradient,) = torch.autograd.grad((logits * directions).sum(), images, allow_unused=True)
     except RuntimeError as error:
@@ -104,8 +104,7 @@ def probe_student(network: nn.Module, teacher: TeacherSpec, batch_size: int) -> 
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise RecipeError("student.network has no weights that take a gradient; give one that can learn")
     images = _random_images(teacher, min(batch_size, 2))
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(0)
+    with seeded(0), torch.enable_grad():
         trial = _without_adapter(network).train()
         try:
             answer = trial(images.clone())

@@ -124,9 +124,11 @@ def _refuse_not_finite(network: nn.Module, uri: str, where: str) -> None:
 
 
 def save_bytes(network: nn.Module, metadata: Mapping[str, str] | None = None) -> bytes:
-    """The network's state dict as a safetensors file; a tensor with two names is in it twice."""
-    state = {
-        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, value in network.state_dict().items()
-    }
-    return safetensors.torch.save(state, dict(metadata or {}))
+    """The network's state dict as a safetensors file."""
+    return state_bytes(network.state_dict(), metadata or {})
+
+
+def state_bytes(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """A state dict as a safetensors file; a tensor with two names is in it twice, since a shared one has no place."""
+    plain = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+    return safetensors.torch.save(plain, None if metadata is None else dict(metadata))

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from raydfkd.config.recipe import Recipe
+from raydfkd.distillation.training import note_training
 from raydfkd.job import Job, SynthesisOutcome
 from raydfkd.networks.teacher import Teacher
 from raydfkd.runner.events import Events
@@ -38,6 +39,13 @@ def executor_of(recipe: Recipe) -> Executor:
     """The executor that the recipe names."""
     executor: Executor = pkgutil.resolve_name(EXECUTORS[recipe.runtime.executor])()
     return executor
+
+
+def tell_of_new_training(job: Job, events: Events) -> None:
+    """Note the training in its folder, and say why it begins again where another was there."""
+    changed = note_training(job)
+    if changed:
+        events.say("student", f"trains from the beginning, since another was asked for: {changed}")
 
 
 def one_after_the_other(

@@ -11,11 +11,11 @@ from typing_extensions import override
 
 from raydfkd.devices import pick_device
 from raydfkd.distillation.trainer import TrainingHooks
-from raydfkd.distillation.training import StudentCheckpoint, StudentTraining, note_training
+from raydfkd.distillation.training import StudentCheckpoint, StudentTraining
 from raydfkd.job import Job, SynthesisOutcome
 from raydfkd.networks.teacher import Teacher
 from raydfkd.runner.events import Events
-from raydfkd.runner.executor import Executor, one_after_the_other
+from raydfkd.runner.executor import Executor, one_after_the_other, tell_of_new_training
 from raydfkd.runner.signals import Interruption
 from raydfkd.synthesis.build import generator_maker
 from raydfkd.synthesis.checkpoint import Interrupted
@@ -69,9 +69,7 @@ class LocalExecutor(Executor):
 
     @override
     def distill(self, job: Job, phase: Phase, teacher: Teacher, events: Events) -> Mapping[str, Tensor]:
-        changed = note_training(job)
-        if changed:
-            events.say("student", f"trains from the beginning, since another was asked for: {changed}")
+        tell_of_new_training(job, events)
         checkpoint = StudentCheckpoint(job)
         training = StudentTraining(
             job,

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import torch
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -25,7 +23,7 @@ from raydfkd.job import Job, SynthesisOutcome, open_job
 from raydfkd.networks.build import build_network, count_parameters
 from raydfkd.networks.probe import probe_teacher
 from raydfkd.networks.teacher import Teacher
-from raydfkd.networks.weights import load_weights, weights_exist
+from raydfkd.networks.weights import load_weights, state_bytes, weights_exist
 from raydfkd.report.metrics import MetricsLog, RunStats, read_metrics, run_stats
 from raydfkd.report.page import read_report, write_pictures, write_report
 from raydfkd.report.provenance import command_line, versions
@@ -293,9 +291,7 @@ def save_student(job: Job, state: Mapping[str, Tensor]) -> Path:
     """Write student.safetensors with its recipe in the metadata."""
     path = student_path(job.recipe)
     metadata = {"recipe": json.dumps(job.recipe.shown()), "digest": job.student_digest, "raydfkd": __version__}
-    # copies, because layers that share a tensor could not be written
-    plain = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
-    Store(str(path.parent)).put(path.name, safetensors.torch.save(plain, metadata))
+    Store(str(path.parent)).put(path.name, state_bytes(state, metadata))
     return path
 
 

@@ -88,11 +88,12 @@ class GeneratorTraining:
         self.step = 0
         """Steps that were made."""
         seeds = request.class_seeds if is_conditional and not design.conditional else request.class_seeds[:1]
-        self._codes: Tensor | None = None  # [classes, classes]: what a conditional generator is told of each class
+        self._codes: Tensor | None = None  # [1, images, classes]: what a conditional generator is told of each image
         self._latent = cast("int", design.build(setting).latent)
         if design.conditional:
             # As long as a latent vector is on average, so that neither drowns the other.
-            self._codes = torch.eye(len(request.classes)) * math.sqrt(self._latent)
+            codes = torch.eye(len(request.classes)) * math.sqrt(self._latent)
+            self._codes = codes.repeat_interleave(self.batch_per_class, 0).unsqueeze(0).to(setting.device)
         # Not from the seeds of the weights, or the first latents would be functions of the first layer's weights.
         self._rngs = [rng_from(derive_seed(seed, "latents", rank)) for seed in seeds]
         self._augmenting = rng_from(derive_seed(request.seed, "augment", rank))
@@ -212,7 +213,7 @@ class GeneratorTraining:
         self._optimizer = torch.optim.Adam(groups, lr=self._design.lr, betas=self._design.betas, fused=True)
 
     def _fresh_stack(self, seeds: Sequence[int]) -> StackedGenerators:
-        beside = {} if self._codes is None else {"latent": self._latent + len(self._codes)}
+        beside = {} if self._codes is None else {"latent": self._latent + self._codes.shape[2]}
         generators = [self._design.build(self._setting, seed, **beside) for seed in seeds]
         return StackedGenerators(generators, form=self._design.form).to(self._setting.device)
 
@@ -223,14 +224,11 @@ class GeneratorTraining:
     def _latents(self) -> Tensor:
         """Latents [P, N, Z] of a step's images, codes beside them; trained ones where there are."""
         noise = self._trained if self._trained is not None else self._noise()
-        if self._codes is None:
-            return noise
-        codes = self._codes.repeat_interleave(self.batch_per_class, 0).unsqueeze(0)
-        return torch.cat([noise, codes.to(self._setting.device)], 2)
+        return noise if self._codes is None else torch.cat([noise, self._codes], 2)
 
     def _noise(self) -> Tensor:
         """Standard normal numbers [P, N, Z], each generator's from its own."""
-        count = self.batch_per_class if self._codes is None else self.batch_per_class * len(self._codes)
+        count = self.batch_per_class if self._codes is None else self._codes.shape[1]
         return torch.stack([torch.randn(count, self._latent, generator=rng) for rng in self._rngs]).to(
             self._setting.device
         )

@@ -60,7 +60,7 @@ class Judge:
         ``progress`` is the share of the steps that are made. Terms that ask the student ask ``student``, the judge's
         own unless given.
         """
-        ask = student or self.student
+        ask = self.asked(student)
         by_class = Need.CLASS_MOMENTS in self.objective.needs
 
         def ask_teacher(batch: Tensor) -> Observation:
@@ -78,6 +78,10 @@ class Judge:
             progress=progress,
         )
         return view, self.objective(view)
+
+    def asked(self, student: AskStudent | None = None) -> AskStudent | None:
+        """The student that terms ask, the judge's own unless given; None where no term does."""
+        return (student or self.student) if Need.STUDENT in self.objective.needs else None
 
     @torch.no_grad()
     def keep(
@@ -104,13 +108,13 @@ class Judge:
             count = f"{int(wrong.sum())} of {len(images)} images"
             raise ObjectiveNotFiniteError(f"{count}, or the teacher's answers to them, are not finite in the end")
         if self.objective.remembers:
-            ask = student or self.student
+            ask = self.asked(student)
             view = View(
                 images=nominal_from_uint8(stored),
                 targets=targets,
                 teacher=teacher,
                 observe=lambda batch: self.teacher(self.pixels.from_nominal(batch)),
-                student=ask(seen) if ask is not None and Need.STUDENT in self.objective.needs else None,
+                student=None if ask is None else ask(seen),
                 latents=latents,
             )
             self.objective.commit(view)

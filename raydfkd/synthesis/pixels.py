@@ -21,7 +21,6 @@ from raydfkd.errors import one_line
 from raydfkd.images.augment import Chain, build_augmentations
 from raydfkd.images.pixels import BLACK, WHITE
 from raydfkd.networks.build import REFUSALS
-from raydfkd.networks.observed import Need
 from raydfkd.networks.optimizers import warmup_cosine
 from raydfkd.seeds import derive_seed, rng_at, rng_from, seeded
 from raydfkd.synthesis.checkpoint import NO_HOOK, StepHook
@@ -306,8 +305,9 @@ def _try_networks(setting: Setting, pool: int) -> None:
     channels, height, width = setting.space.shape
     blank = torch.zeros(2, channels, height // pool, width // pool, device=setting.device)
     asked: dict[str, AskStudent] = {"teacher": setting.judge.teacher}
-    if setting.judge.student is not None and Need.STUDENT in setting.judge.objective.needs:
-        asked["student"] = setting.judge.student
+    student = setting.judge.asked()
+    if student is not None:
+        asked["student"] = student
     for role, ask in asked.items():
         try:
             with torch.no_grad():

@@ -20,7 +20,7 @@ from ray.job_submission import JobSubmissionClient
 from raydfkd.distributed.ray_internals import has_token, quieten, show_token
 from raydfkd.distributed.submit.entrypoint import Entrypoint
 from raydfkd.distributed.submit.working_dir import EXCLUDES
-from raydfkd.errors import RecipeError
+from raydfkd.errors import RecipeError, last_line
 
 CONNECT_S, ANSWER_S = 10.0, 300.0
 """Seconds in which a connection has to stand, and an answer to come; sending a package is one of those."""
@@ -287,5 +287,4 @@ def _in_one_line(address: str, name: str | None = None) -> Iterator[None]:
             ) from None
         if "404" in said:
             raise RecipeError(f"{address} has no job {name!r}; `raydfkd status` lists those it has") from None
-        last = said.strip().splitlines()[-1]
-        raise RecipeError(f"{address} refuses: {last}") from None
+        raise RecipeError(f"{address} refuses: {last_line(error)}") from None
