@@ -21,9 +21,7 @@ from raydfkd.errors import RecipeError, last_line
 
 logger = logging.getLogger(__name__)
 ANSWER_S = 4.0
-"""Seconds that a head may take to answer."""
-RESTART_S = 4.0
-"""Seconds for which a head that somebody named is asked again, as while it starts or its port is moved."""
+"""Seconds that a head may take to answer, asked again as while it starts or its port is moved."""
 LOOK_EVERY_S = 5.0
 """Seconds between looks whether the head is still there."""
 
@@ -106,7 +104,7 @@ def _cluster_to_join(address: str, say: Say) -> str | None:
         recorded = ray_internals.recorded_address()
         if recorded is None:
             return None
-        answer = _ask(recorded, ANSWER_S)
+        answer = _ask(recorded)
         if answer.kind == "ready" and answer.version == ray.__version__:
             return recorded
         why = {"token": "wants another token", "silent": "does not answer", "ready": f"has Ray {answer.version}"}
@@ -119,7 +117,7 @@ def _cluster_to_join(address: str, say: Say) -> str | None:
             f"{said}; to join a cluster give HOST:PORT of its head, such as head:6379, on one of its nodes; "
             "`raydfkd submit` takes the dashboard's http://head:8265"
         )
-    answer = _ask(named, RESTART_S)
+    answer = _ask(named)
     if answer.kind == "token":
         raise RecipeError(
             f"{said}: that cluster wants another token; put its into RAY_AUTH_TOKEN or ~/.ray/auth_token "
@@ -150,12 +148,12 @@ def _remedy(address: str) -> str:
     return "unset it" if address == "auto" else "use auto"
 
 
-def _ask(address: str, patience_s: float) -> Answer:
-    """Ask a head until it answers or ``patience_s`` are over, without a token first and with it where it wants one.
+def _ask(address: str) -> Answer:
+    """Ask a head until it answers or :data:`ANSWER_S` are over, without a token first and with it where it wants one.
 
     A driver with a token does not understand the workers of a cluster without, so the token is shown on demand only.
     """
-    until = time.monotonic() + patience_s
+    until = time.monotonic() + ANSWER_S
     while True:
         answer = ray_internals.ask_head(address, timeout_s=ANSWER_S)
         if answer.kind == "token" and "RAY_AUTH_MODE" not in os.environ and ray_internals.has_token():

@@ -1,4 +1,4 @@
-"""Mailbox actor between the Train workers, the driver and the synthesis actors.
+"""Mailbox actor between the Train workers and the driver.
 
 A module of its own, so that the actor starts without torch while the workers want the processors.
 """

@@ -85,8 +85,3 @@ def _answer(error: BaseException) -> tuple[str, int]:
         if str(found).isdigit() and int(found):
             return "", int(found)
     return "", 0
-
-
-def _kinds(error: BaseException) -> set[str]:
-    """Names of the error's classes, each with the package it is from."""
-    return {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}

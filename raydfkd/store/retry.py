@@ -15,7 +15,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from raydfkd.store.errors import _answer, _chain, _kinds
+from raydfkd.store.errors import _answer, _chain
 
 _ATTEMPTS = 8
 _FIRST_WAIT_S = 1.0
@@ -111,3 +111,8 @@ def patiently(call: Callable[[], T], *, tell: Callable[[BaseException, float], N
         before_sleep=before_sleep,
         reraise=True,
     )(call)
+
+
+def _kinds(error: BaseException) -> set[str]:
+    """Names of the error's classes, each with the package it is from."""
+    return {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}

@@ -25,9 +25,6 @@ class StudentFeed(Protocol):
     def version(self) -> int:
         """Number of the version in use, which is recorded beside every image; -1 for one that nobody has published."""
 
-    def refresh(self) -> int:
-        """Take the newest version; returns its number."""
-
     def __call__(self, images: Tensor) -> Observation | None:
         """The student's answer to ``images``; None while there is none to challenge."""
 

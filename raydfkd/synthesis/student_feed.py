@@ -109,10 +109,6 @@ class LiveStudentFeed:
         self.version = UNPUBLISHED
         """Number that is recorded beside images made against it; whoever trains it may count here."""
 
-    def refresh(self) -> int:
-        """The live student is always the newest; returns its version."""
-        return self.version
-
     def __call__(self, images: Tensor) -> Observation:
         """The student's answer of this moment to ``images`` [N, C, H, W] in its units."""
         own = {name: weights.detach() for name, weights in self._student.named_parameters()}

@@ -117,7 +117,7 @@ class SynthesisWorker:
     def _on_step(self, work: _Attempt, steps: int) -> None:
         """Called before each step, with the number of those that were made here."""
         work.step()
-        is_due = steps % self._job.recipe.synthesis.student_refresh == 0
+        is_due = steps > 0 and steps % self._job.recipe.synthesis.student_refresh == 0  # at 0 it was just met
         if self._student is not None and len(self._job.phases) == 1 and is_due:
             self._student.refresh()
 
