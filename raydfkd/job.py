@@ -11,8 +11,10 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from raydfkd.config.recipe import Recipe
+from raydfkd.data.commit_log import Progress
 from raydfkd.data.commits import Snapshot
 from raydfkd.data.encodings import Encoding
+from raydfkd.data.news import Watch
 from raydfkd.data.student_versions import StudentPublisher
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.losses.objective import needs_of
@@ -100,12 +102,30 @@ class Job:
             self.transfer_set.reopen()
         return queue
 
-    def catch_up(self, queue: UnitQueue) -> None:
+    def news(self, *, at_once: bool = False) -> Progress | None:
+        """Units that are committed and those whose commit was taken out, whoever it was; None where nothing is new.
+
+        Takes a small request where nothing is new, and seconds to list a large set elsewhere; may be called on any
+        thread, one at a time. A listing is as old as its beginning: a unit that it calls damaged may have been
+        committed again meanwhile.
+
+        Args:
+            at_once: whether to list in any case, as before nothing is left to do.
+
+        Raises:
+            StoreError: the store failed; the next call looks again.
+        """
+        return self._watch.news(at_once=at_once)
+
+    def catch_up(self, queue: UnitQueue, news: Progress) -> None:
         """Tell the queue of units that others have committed, and of commits that were found damaged and taken out."""
-        committed, damaged = self.transfer_set.progress()
-        queue.finished_elsewhere(committed)
-        for unit_id in damaged & self.unit_ids:
+        queue.finished_elsewhere(news.committed)
+        for unit_id in news.damaged & self.unit_ids:
             queue.reopened(self.units_by_id[unit_id])
+
+    @cached_property
+    def _watch(self) -> Watch[Progress]:
+        return Watch(self.transfer_set.store, self.transfer_set.progress)
 
     def end_synthesis(self, queue: UnitQueue) -> SynthesisOutcome:
         """Say in the set that no more units will come."""

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Set
+from dataclasses import dataclass, replace
 from itertools import count
 
 from raydfkd.data.background import in_threads
 from raydfkd.data.commits import UNIT_ID, Commit, DamageRecord, Snapshot
+from raydfkd.data.news import tell_of_change
 from raydfkd.store.errors import DamagedError
 from raydfkd.store.store import Store
 
@@ -24,6 +25,16 @@ logger = logging.getLogger(__name__)
 FETCHES = 16
 """Records that are fetched at once."""
 _RECORD_NAME = re.compile(rf"(?P<unit>{UNIT_ID})(@(?P<generation>[1-9][0-9]{{0,5}}))?\.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """The state of a set as names alone tell it."""
+
+    committed: Set[str]
+    """Ids of units with a commit that counts."""
+    damaged: Set[str]
+    """Ids of units whose last commit was taken out and that have no other yet."""
 
 
 class CommitLog:
@@ -42,18 +53,18 @@ class CommitLog:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_known": {}}  # of a large set it would be most of what goes to each worker
 
-    def committed(self) -> set[str]:
+    def committed(self) -> Set[str]:
         """Ids of committed units, from names alone."""
-        return self.progress()[0]
-
-    def progress(self) -> tuple[set[str], set[str]]:
-        """Ids that ``committed`` and ``damaged`` return, by a single listing."""
-        live, damaged = self._live()
-        return set(live), damaged - live.keys()
+        return self.progress().committed
 
     def damaged(self) -> set[str]:
         """Ids of units whose last commit was taken out and that have no other yet, from names alone."""
-        return self.progress()[1]
+        return self.progress().damaged
+
+    def progress(self) -> Progress:
+        """Ids that ``committed`` and ``damaged`` return, by a single listing."""
+        live, damaged = self._live()
+        return Progress(committed=live.keys(), damaged=damaged - live.keys())
 
     def snapshot(self, within: Collection[str] | None = None) -> Snapshot:
         """The commits that count now; a record is fetched once, and one that is damaged is marked damaged."""
@@ -74,6 +85,7 @@ class CommitLog:
         for generation in count():
             mine = replace(own, generation=generation)
             is_first = self._store.put_new(f"commits/{_name(own.unit, generation)}", mine.to_json())
+            tell_of_change(self._store)  # also where the record was there: its writer may have died before this
             winner = mine if is_first else self._fetch(own.unit, generation)
             # asked last, since it may have been taken out between any two of our requests
             if winner is not None and not self._is_damaged(own.unit, generation):
@@ -161,6 +173,7 @@ class CommitLog:
         self._check()
         record = DamageRecord(unit=unit, generation=generation, path=damage.path, reason=damage.reason)
         is_first = self._store.put_new(f"quarantine/{_name(unit, generation)}", record.to_json())
+        tell_of_change(self._store)
         if is_first:
             logger.warning("unit %s is damaged and has to be made again: %s", unit, damage)
         return is_first

@@ -6,22 +6,24 @@
 ``commits/<unit>.json``                           one record per finished unit, created once and never changed
 ``quarantine/<unit>.json``                        takes a damaged commit out of the set; the next is ``<unit>@1.json``
 ``closed.json``                                   synthesis has ended
+``changed``                                       a token that is new after each change; a hint for those who poll
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import xxhash
 from pydantic import TypeAdapter
 
 from raydfkd.data.background import in_threads
-from raydfkd.data.commit_log import CommitLog
+from raydfkd.data.commit_log import CommitLog, Progress
 from raydfkd.data.commits import RECORD, Commit, DamageRecord, Part, Snapshot, UnitId, parse_record
 from raydfkd.data.encodings import Encoding
+from raydfkd.data.news import tell_of_change
 from raydfkd.data.shards import RAW, StoredRows, decode_part
 from raydfkd.data.sink import ParquetSink
 from raydfkd.errors import RecipeError, differences
@@ -139,15 +141,15 @@ class TransferSet:
             publish=self._log.publish,
         )
 
-    def committed(self) -> set[str]:
+    def committed(self) -> Set[str]:
         """Ids of committed units, from names alone."""
         return self._log.committed()
 
-    def progress(self) -> tuple[set[str], set[str]]:
+    def progress(self) -> Progress:
         """Ids that ``committed`` and ``damaged`` return, by a single listing."""
         return self._log.progress()
 
-    def damaged(self) -> set[str]:
+    def damaged(self) -> Set[str]:
         """Ids of units whose commit was marked damaged and that have no other yet, from names alone: to be made again.
 
         Units that a run gave up are others; ``close`` keeps those.
@@ -211,6 +213,7 @@ class TransferSet:
 
     def close(self, given_up: Sequence[str]) -> None:
         """Say that synthesis has ended and the units ``given_up`` will not come."""
+        tell_of_change(self.store)  # first, so that who finds it closed does not rely on an older listing
         self.store.put("closed.json", _CLOSED.dump_json(_Closed(quarantined=tuple(given_up))))
 
     def reopen(self) -> None:

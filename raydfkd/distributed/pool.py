@@ -239,7 +239,9 @@ class SynthesisPool:
         """Take note of what others have done to the set; always where nothing seems to be left."""
         if queue.is_drained or time.monotonic() >= self._next_sync:
             try:
-                self._job.catch_up(queue)
+                news = self._job.news(at_once=queue.is_drained)
+                if news is not None:
+                    self._job.catch_up(queue, news)
             except OutageError as outage:
                 self._wait_for_store(outage)
             self._next_sync = time.monotonic() + SYNC_S

@@ -63,8 +63,8 @@ class LocalExecutor(Executor):
                 events.committed(commit, running=queue.num_running)
 
     def _next(self, job: Job, queue: UnitQueue) -> WorkUnit | None:
-        if queue.is_drained:
-            job.catch_up(queue)
+        if queue.is_drained and (news := job.news(at_once=True)) is not None:
+            job.catch_up(queue, news)
         return queue.take()
 
     @override

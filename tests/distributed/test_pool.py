@@ -143,15 +143,15 @@ def test_store_that_is_out_of_reach_costs_no_attempt(ray_cluster, tmp_path, monk
     (tmp_path / "told").touch()
     job = job_of(tmp_path, "teacher.network=deadly:build_cut_off", f"teacher.options={{told: {tmp_path / 'told'}}}",
                  TINY, "transfer_set.images_per_class=4", "runtime.max_attempts=1")  # fmt: skip
-    catch_up, calls = Job.catch_up, []
+    news, calls = Job.news, []
 
-    def cut_off(job, queue):
+    def cut_off(job, *, at_once=False):
         calls.append(time.monotonic())
         if len(calls) < 3:
             raise OutageError("s3://bucket/set/commits cannot be listed (timed out; tried again and again)")
-        catch_up(job, queue)
+        return news(job, at_once=at_once)
 
-    monkeypatch.setattr(Job, "catch_up", cut_off)
+    monkeypatch.setattr(Job, "news", cut_off)
     monkeypatch.setattr("raydfkd.distributed.pool.SYNC_S", 0.1)
     hears = Hears()
     pool, queue = pool_of(job, hears), job.begin_synthesis()

@@ -15,6 +15,7 @@ from raydfkd.job import open_job
 from raydfkd.report.metrics import MetricsLog, read_metrics
 from raydfkd.runner.events import Events, MetricsWriter
 from raydfkd.runner.progress import Display
+from raydfkd.store.errors import DamagedError
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS
 from raydfkd.synthesis.worker import SynthesisWorker
 
@@ -72,6 +73,27 @@ def test_run_commits_every_unit_closes_the_set_and_trains_a_student(tmp_path, sy
     assert state.keys() == fresh.keys()
     assert any(not torch.equal(state[name], fresh[name]) for name in fresh)
     assert all(value.isfinite().all() for value in state.values())
+
+
+def test_unit_that_is_found_damaged_while_others_are_made_is_made_again_in_the_same_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(SYNTHESIZERS._factories, "grey", Grey)
+    job, made = grey_job(tmp_path), []
+    run = SynthesisWorker.run
+
+    def then_damage_the_first(self, unit, attempt):
+        made.append(run(self, unit, attempt))
+        if len(made) == 2:
+            path = made[0].parts[0].path
+            job.transfer_set.store.put(path, b"damaged")
+            job.transfer_set.mark_damaged(made[0], DamagedError(job.transfer_set.store.uri, path, "is damaged"))
+        return made[-1]
+
+    monkeypatch.setattr(SynthesisWorker, "run", then_damage_the_first)
+    outcome = synthesize(job, tmp_path)
+    assert outcome.attempted == 5
+    assert made[-1].unit == made[0].unit
+    assert set(job.snapshot().commits) == set(made[1:])
+    assert all(verdict.damage is None for verdict in job.transfer_set.verify())
 
 
 def test_metrics_tell_of_every_unit_and_step(tmp_path):

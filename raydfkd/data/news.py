@@ -1,0 +1,69 @@
+"""News of a transfer set for those who look again and again: one small object says whether a listing is worth it.
+
+``changed``   a token that is new after each change of commits or quarantine
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Generic, TypeVar
+from uuid import uuid4
+
+from raydfkd.store.errors import StoreError
+from raydfkd.store.store import Store
+
+T = TypeVar("T")
+LOOK_ANYWAY_S = 60.0
+"""Seconds after which a set is listed although nobody has said that it changed."""
+_MARK = "changed"
+
+
+def tell_of_change(store: Store) -> None:
+    """Say that the set has changed, once the change is there to be seen; a store that fails is let be."""
+    with contextlib.suppress(StoreError):  # the change itself is made, and who looks finds it a little later
+        store.put(_MARK, uuid4().hex.encode())
+
+
+class Watch(Generic[T]):
+    """Looks at a set only where it may have changed since the last look.
+
+    The token is a hint and no more. It is read before each look, so a change that a look has missed is followed by
+    another token. A writer that dies between a change and its token holds the news up for ``LOOK_ANYWAY_S``.
+
+    Not to be used by two threads at once.
+
+    Args:
+        store: of the set.
+        look: lists the set.
+    """
+
+    def __init__(self, store: Store, look: Callable[[], T]) -> None:
+        self._store = store
+        self._look = look
+        self._token = b""
+        self._known_until = float("-inf")
+
+    def news(self, *, at_once: bool = False) -> T | None:
+        """The result of a look; None where nothing has changed, which takes one request however large the set is.
+
+        Args:
+            at_once: whether to look in any case.
+
+        Raises:
+            StoreError: the store failed; the next call looks again.
+        """
+        token = self._read()
+        now = time.monotonic()
+        if token == self._token and now < self._known_until and not at_once:
+            return None
+        found = self._look()
+        self._token, self._known_until = token, now + LOOK_ANYWAY_S
+        return found
+
+    def _read(self) -> bytes:
+        try:
+            return self._store.get(_MARK)
+        except FileNotFoundError:
+            return b""
