@@ -91,6 +91,11 @@ class Job:
         """The commits of the planned units; all commits of the set where the source is live."""
         return self.transfer_set.snapshot(within=self.unit_ids if self.units else None)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether synthesis of the whole plan has ended."""
+        return self.transfer_set.is_closed(self.phases[-1].plan)
+
     def begin_synthesis(self, phase: Phase | None = None) -> UnitQueue:
         """Start the set or continue it; returns the units of ``phase``, or of all, that are left to make."""
         self.transfer_set.create()
@@ -99,7 +104,7 @@ class Job:
         runtime = self.recipe.runtime
         queue = UnitQueue(units, done=done, max_attempts=runtime.max_attempts, max_losses=runtime.max_losses)
         if not queue.is_drained:
-            self.transfer_set.reopen()
+            self.transfer_set.reopen(queue.plan)
         return queue
 
     def news(self, *, at_once: bool = False) -> Progress | None:
@@ -115,6 +120,7 @@ class Job:
         Raises:
             StoreError: the store failed; the next call looks again.
         """
+        self.transfer_set.pack()
         return self._watch.news(at_once=at_once)
 
     def catch_up(self, queue: UnitQueue, news: Progress) -> None:
@@ -128,8 +134,8 @@ class Job:
         return Watch(self.transfer_set.store, self.transfer_set.progress)
 
     def end_synthesis(self, queue: UnitQueue) -> SynthesisOutcome:
-        """Say in the set that no more units will come."""
-        self.transfer_set.close([failure.unit for failure in queue.given_up])
+        """Say in the set that no more units of the queue's plan will come; plans that share the set are let be."""
+        self.transfer_set.close(queue.plan, [failure.unit for failure in queue.given_up])
         return SynthesisOutcome(attempted=queue.attempted, given_up=queue.given_up)
 
     def publisher(self) -> Callable[[int, Mapping[str, Tensor]], None] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -100,6 +101,16 @@ class Phase:
     """Steps that the student has made once the phase ends."""
     student_version: int | Literal["newest"] | None = "newest"
     """Student that the phase's own images are made against, where a term asks one; None while there is none."""
+
+    @property
+    def plan(self) -> str:
+        """Names the plan of its units; see ``plan_name``."""
+        return plan_name(unit.id for unit in self.units)
+
+
+def plan_name(ids: Iterable[str]) -> str:
+    """The name of the plan of these units, in any order: 16 hexadecimal digits; plans of one set have others."""
+    return hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()[:16]
 
 
 def plan_phases(units: tuple[WorkUnit, ...], *, repeats: int, rounds: int, steps: int) -> tuple[Phase, ...]:
@@ -256,6 +267,11 @@ class UnitQueue:
     def is_given_up(self, unit: WorkUnit) -> bool:
         """Whether the unit was given up and no result has arrived since."""
         return unit.id in self._given_up
+
+    @property
+    def plan(self) -> str:
+        """Names the plan of its units, waiting or not; see ``plan_name``."""
+        return plan_name(self._ids)
 
     @property
     def is_drained(self) -> bool:

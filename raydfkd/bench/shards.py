@@ -19,7 +19,7 @@ from raydfkd.data.set_source import GrowingSource
 from raydfkd.data.sources import Feed
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.devices import cpu_threads, device_name, keep_freed_memory
-from raydfkd.units import Request, WorkUnit
+from raydfkd.units import Request, WorkUnit, plan_name
 
 CLASSES = 10
 ROWS = {32: 40_000, 224: 800}
@@ -122,6 +122,8 @@ def _bench_feeding(
             transfer_set=transfer_set,
             units=["fed"],
             planned_images=count,
+            plan=plan_name(["fed"]),
+            image_bytes=3 * size**2,
             steps=count // batch_size,
             batch_size=batch_size,
             seed=0,

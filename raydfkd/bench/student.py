@@ -23,6 +23,7 @@ from raydfkd.distillation.trainer import StepHooks, StudentTrainer
 from raydfkd.images.pixels import PixelRange
 from raydfkd.networks.build import build_network
 from raydfkd.networks.observed import ObservedNetwork
+from raydfkd.units import plan_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +100,8 @@ def _bench_case(case: StudentCase, device: torch.device, rounds: int) -> Row:
             transfer_set=transfer_set,
             units=["u0"],
             planned_images=case.rows,
+            plan=plan_name(["u0"]),
+            image_bytes=3 * case.size**2,
             steps=steps,
             batch_size=case.batch_size,
             seed=0,

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Iterator, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from itertools import count
 
 from raydfkd.data.background import in_threads
-from raydfkd.data.commits import UNIT_ID, Commit, DamageRecord, Snapshot
+from raydfkd.data.commits import RECORD_BYTES, UNIT_ID, Commit, DamageRecord, Snapshot
 from raydfkd.data.news import tell_of_change
+from raydfkd.data.packs import PACK, Packs
 from raydfkd.store.errors import DamagedError
 from raydfkd.store.store import Store
 
@@ -49,15 +50,18 @@ class CommitLog:
         self._store = store
         self._check = check
         self._known: dict[str, Commit] = {}
+        self._unpacked: list[Commit] = []
+        self._packs = Packs(store)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_known": {}}  # of a large set it would be most of what goes to each worker
+        # of a large set it would be most of what goes to each worker
+        return {**self.__dict__, "_known": {}, "_unpacked": [], "_packs": Packs(self._store)}
 
     def committed(self) -> Set[str]:
         """Ids of committed units, from names alone."""
         return self.progress().committed
 
-    def damaged(self) -> set[str]:
+    def damaged(self) -> Set[str]:
         """Ids of units whose last commit was taken out and that have no other yet, from names alone."""
         return self.progress().damaged
 
@@ -70,9 +74,29 @@ class CommitLog:
         """The commits that count now; a record is fetched once, and one that is damaged is marked damaged."""
         live, _ = self._live()
         wanted = live.keys() if within is None else live.keys() & set(within)
-        unknown = sorted(unit for unit in wanted if not self._knows(unit, live[unit]))
+        unknown = self._unknown_of(wanted, live)
+        if len(unknown) >= PACK:
+            for commit in self._packs.read():
+                if live.get(commit.unit) == commit.generation:
+                    self._known[commit.unit] = commit
+            unknown = self._unknown_of(wanted, live)
         list(in_threads(lambda unit: self._fetch_if_there(unit, live[unit]), unknown, threads=FETCHES))
-        return Snapshot(tuple(self._known[unit] for unit in wanted if self._knows(unit, live[unit])))
+        commits = {unit: self._known[unit] for unit in wanted if self._knows(unit, live[unit])}
+        if len(unknown) >= PACK:
+            self._packs.write([commits[unit] for unit in unknown if unit in commits])
+        return Snapshot(tuple(commits.values()))
+
+    def remember(self, commit: Commit) -> None:
+        """Take note of a commit that ``publish`` has returned, here or elsewhere: its record need not be fetched."""
+        self._known[commit.unit] = commit
+        self._unpacked.append(commit)
+
+    def pack(self) -> None:
+        """Pack what was remembered, where that is enough for a pack."""
+        if len(self._unpacked) >= PACK:
+            count = len(self._unpacked)  # another thread may add to them meanwhile
+            self._packs.write(self._unpacked[:count])
+            del self._unpacked[:count]
 
     def find(self, unit: str) -> Commit | None:
         """The commit of a unit that counts now, looked up by name instead of by listing; None if there is none."""
@@ -114,7 +138,7 @@ class CommitLog:
             return None
         path = f"quarantine/{_name(unit, generation)}"
         try:
-            return DamageRecord.from_json(self._store.get(path))
+            return DamageRecord.from_json(self._store.get(path, at_most=RECORD_BYTES))
         except ValueError as error:
             return DamageRecord(unit=unit, generation=generation, path=path, reason=f"is damaged: {error}")
 
@@ -138,6 +162,9 @@ class CommitLog:
 
     def _is_damaged(self, unit: str, generation: int) -> bool:
         return self._store.exists(f"quarantine/{_name(unit, generation)}")
+
+    def _unknown_of(self, wanted: Set[str], live: Mapping[str, int]) -> list[str]:
+        return sorted(unit for unit in wanted if not self._knows(unit, live[unit]))
 
     def _knows(self, unit: str, generation: int) -> bool:
         return unit in self._known and self._known[unit].generation == generation
@@ -165,9 +192,11 @@ class CommitLog:
 
     def _parsed(self, path: str) -> Commit:
         try:
-            return Commit.from_json(self._store.get(path))
+            return Commit.from_json(self._store.get(path, at_most=RECORD_BYTES))
         except ValueError:
-            return Commit.from_json(self._store.get(path))  # bytes that were damaged only on their way arrive whole now
+            return Commit.from_json(
+                self._store.get(path, at_most=RECORD_BYTES)
+            )  # bytes that were damaged only on their way arrive whole now
 
     def _take_out(self, unit: str, generation: int, damage: DamagedError) -> bool:
         self._check()

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 T = TypeVar("T")
+GROUP_BYTES = 32 * 2**20
+"""Bytes of pixels in one row group, and in one part that ``TransferSet`` writes; a part is fetched and held whole."""
+RECORD_BYTES = 4 * 2**20
+"""Maximum of bytes in a record; a commit has some hundred for each part."""
 # a diverged objective is NaN and has to survive the round trip
 RECORD = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
 """Pydantic settings with which every record is read and written."""
@@ -17,6 +23,7 @@ UNIT_ID = r"[A-Za-z0-9_]+([.-][A-Za-z0-9_]+)*"
 UnitId = Annotated[str, Field(pattern=rf"^{UNIT_ID}$", max_length=128)]
 Xxh3 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Count = Annotated[int, Field(ge=1)]
+RowCount = Annotated[int, Field(ge=1, le=GROUP_BYTES)]
 Generation = Annotated[int, Field(ge=0)]
 
 
@@ -28,8 +35,8 @@ class Part:
 
     path: Annotated[str, Field(pattern=rf"^parts/{UNIT_ID}\.parquet$")]
     """Name of the file, relative to the set."""
-    rows: Count
-    """Images in it."""
+    rows: RowCount
+    """Images in it; each has a pixel at least."""
     bytes: Count
     """Size of the file."""
     xxh3: Xxh3
@@ -76,11 +83,22 @@ class Commit:
             ValueError: the data are not exactly such a record, or it points outside the set's folder.
         """
         commit = parse_record(_COMMIT, data)
-        if sum(part.rows for part in commit.parts) != commit.images:
-            raise ValueError(f"images is {commit.images}, but its parts have {sum(part.rows for part in commit.parts)}")
-        if len({part.path for part in commit.parts}) < len(commit.parts):
-            raise ValueError("a part is named twice")
+        commit.check()
         return commit
+
+    def check(self) -> None:
+        """Refuse what no writer writes: readers ask for memory by these sizes before they have seen a byte.
+
+        Raises:
+            ValueError: rows that cannot be in their part, a sum that is wrong, or a part that is named twice.
+        """
+        for part in self.parts:
+            if part.rows > part.bytes:
+                raise ValueError(f"{part.path} claims {part.rows:,} rows in {part.bytes:,} bytes")
+        if sum(part.rows for part in self.parts) != self.images:
+            raise ValueError(f"images is {self.images}, but its parts have {sum(part.rows for part in self.parts)}")
+        if len({part.path for part in self.parts}) < len(self.parts):
+            raise ValueError("a part is named twice")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +129,7 @@ class DamageRecord:
         return parse_record(_DAMAGE, data)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Snapshot:
     """The commits of a set at one moment; saved with a student, it says which images an epoch consisted of."""
 
@@ -121,7 +139,7 @@ class Snapshot:
     def __post_init__(self) -> None:
         object.__setattr__(self, "commits", tuple(sorted(self.commits, key=lambda commit: commit.unit)))
 
-    @property
+    @cached_property
     def images(self) -> int:
         """Images of all commits."""
         return sum(commit.images for commit in self.commits)
@@ -138,7 +156,7 @@ class Snapshot:
 
     def to_json(self) -> bytes:
         """The snapshot as UTF-8."""
-        return b"[" + b",".join(commit.to_json() for commit in self.commits) + b"]"
+        return _COMMITS.dump_json(self.commits)
 
     @classmethod
     def from_json(cls, data: bytes) -> Snapshot:
@@ -147,7 +165,28 @@ class Snapshot:
         Raises:
             ValueError: the data are not a list of commits.
         """
-        return cls(parse_record(_COMMITS, data))
+        commits = parse_record(_COMMITS, data)
+        for commit in commits:
+            commit.check()
+        return cls(commits)
+
+    @cached_property
+    def packed(self) -> bytes:
+        """The snapshot in some 80 bytes a unit, for checkpoints and other processes; without the commits' curves."""
+        commits = tuple(replace(commit, curve=()) if commit.curve else commit for commit in self.commits)
+        return zlib.compress(_COMMITS.dump_json(commits), level=1)
+
+    @classmethod
+    def unpacked(cls, data: bytes) -> Snapshot:
+        """Read what ``packed`` is.
+
+        Raises:
+            ValueError: the data are not such a snapshot.
+        """
+        try:
+            return cls.from_json(zlib.decompress(data))
+        except zlib.error as error:
+            raise ValueError(f"not a packed snapshot: {error}") from None
 
 
 def parse_record(adapter: TypeAdapter[T], data: bytes) -> T:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
 
+import numpy as np
 from pydantic import TypeAdapter
 
-from raydfkd.data.commits import RECORD, Snapshot, parse_record
+from raydfkd.data.commits import RECORD, RECORD_BYTES, Snapshot, parse_record
+from raydfkd.data.news import Watch
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.store.store import Store
+from raydfkd.units import plan_name
+
+T = TypeVar("T")
 
 
 class EpochPlanner:
@@ -19,8 +27,9 @@ class EpochPlanner:
         transfer_set: where the images are.
         wanted_images: how many images the snapshot of an epoch that begins after so many steps must have.
         refresh_steps: steps after which an epoch may end for a newer snapshot; None for never.
-        units: the plan; only its commits are seen.
-        planned_images: images of the whole plan.
+        units: the units to train on; only their commits are seen.
+        planned_images: images of all of them.
+        plan: names the plan that they are of; whether the set is closed for it.
         log: where choices are noted and looked up; unless given, a training that resumes chooses again.
     """
 
@@ -32,6 +41,7 @@ class EpochPlanner:
         refresh_steps: int | None,
         units: Collection[str],
         planned_images: int,
+        plan: str,
         log: EpochLog | None = None,
     ) -> None:
         self._transfer_set = transfer_set
@@ -39,7 +49,9 @@ class EpochPlanner:
         self._refresh_steps = refresh_steps
         self._units = units
         self._planned_images = planned_images
-        self._complete: Snapshot | None = None
+        self._plan = plan
+        self._watch = Watch(transfer_set.store, lambda: transfer_set.snapshot(within=units))
+        self._snapshot = Snapshot(())
         self._log = log
 
     def begin(self, number: int, step: int) -> Snapshot | None:
@@ -72,12 +84,12 @@ class EpochPlanner:
         if following is not None:
             return earlier if following.first_step == step else None
         this, _ = self._recorded(number, newest)
-        if this is not None and step <= this.kept_until:
+        if this is not None and self._log is not None and step <= self._log.kept_until(number, this):
             return None
         if newest.units != snapshot.units:
             return self._begun(number + 1, step, newest)
-        if self._log is not None and this is not None:
-            self._log.write(number, replace(this, kept_until=step))
+        if this is not None and self._log is not None:
+            self._log.keep(number, this, until=step)
         return None
 
     def is_intact(self, snapshot: Snapshot) -> bool:
@@ -88,47 +100,69 @@ class EpochPlanner:
     def _recorded(self, number: int, newest: Snapshot) -> tuple[Epoch | None, Snapshot | None]:
         """The record of an epoch and its snapshot; neither unless all its units are there."""
         record = self._log.read(number) if self._log is not None else None
-        if record is None:
+        if record is None or record.plan != self._names[0]:
             return None, None
-        units = frozenset(record.units)
+        units = self._unpacked(record.units)
         snapshot = Snapshot(tuple(commit for commit in newest.commits if commit.unit in units))
         return (record, snapshot) if len(snapshot.commits) == len(units) else (None, None)
 
     def _begun(self, number: int, step: int, newest: Snapshot) -> Snapshot:
         if self._log is not None and newest.images < self._planned_images:  # else nothing is left to choose
-            self._log.write(number, Epoch(first_step=step, units=newest.units, kept_until=step))
+            self._log.write(number, Epoch(first_step=step, plan=self._names[0], units=self._packed(newest.units)))
         return newest
 
     def _newest(self, step: int) -> Snapshot | None:
-        if self._complete is not None:  # looked at again only where a part of it turns out to be damaged
-            return self._complete
-        closed = self._transfer_set.is_closed()  # before the listing, which then cannot miss a last commit
-        snapshot = self._transfer_set.snapshot(within=self._units)
-        if snapshot.images >= self._planned_images:
-            self._complete = snapshot
-        return snapshot if closed or snapshot.images >= self._wanted_images(step) else None
+        is_complete = self._snapshot.images >= self._planned_images  # and then only damage is news
+        # before the listing, which then cannot miss a last commit
+        closed = is_complete or self._transfer_set.is_closed(self._plan)
+        news = self._watch.news()
+        if news is not None:
+            self._snapshot = news
+        return self._snapshot if closed or self._snapshot.images >= self._wanted_images(step) else None
 
-    def look_again(self) -> None:
-        """Forget that the set was complete, because a part of it is damaged."""
-        self._complete = None
+    @cached_property
+    def _names(self) -> tuple[str, tuple[str, ...]]:
+        """The units' name as a plan, and their ids in order."""
+        return plan_name(self._units), tuple(sorted(self._units))
+
+    def _packed(self, units: Collection[str]) -> str:
+        chosen = frozenset(units)
+        bits = np.fromiter((unit in chosen for unit in self._names[1]), bool)
+        return base64.b64encode(np.packbits(bits).tobytes()).decode()
+
+    def _unpacked(self, bits: str) -> frozenset[str]:
+        packed = np.frombuffer(base64.b64decode(bits), np.uint8)
+        return frozenset(unit for unit, bit in zip(self._names[1], np.unpackbits(packed).tolist(), strict=False) if bit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Epoch:
-    """The record of an epoch: when it began, over which units, and how long it was kept."""
+    """The record of an epoch: when it began, and over which units."""
 
     __pydantic_config__ = RECORD
 
     first_step: int
     """Steps of the training before it."""
-    units: tuple[str, ...]
-    """Units that it goes over."""
-    kept_until: int
-    """Step of the training at which it was last decided to keep this epoch's snapshot."""
+    plan: str
+    """Names the units that could have been in it, as ``plan_name`` does."""
+    units: str
+    """Those of them that it goes over: a bit for each in order of their ids, in base64."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kept:
+    """The record of the decision to keep an epoch's snapshot."""
+
+    __pydantic_config__ = RECORD
+
+    first_step: int
+    """Of the epoch."""
+    until: int
+    """Step of the training at which it was last decided."""
 
 
 class EpochLog:
-    """The epochs of one training, one small object each.
+    """The epochs of one training: a small object when one begins, and a tiny one when it is decided to keep it.
 
     A training that resumes repeats the steps after its checkpoint. The same images come again only if the snapshots
     that it chose after the checkpoint, while the set grew, can be looked up.
@@ -140,7 +174,7 @@ class EpochLog:
 
     def __init__(self, store: Store, training: str) -> None:
         self._store = store
-        self._folder = f"passes-{training[:16]}"
+        self._folder = f"epochs-{training[:16]}"
 
     def write(self, number: int, record: Epoch) -> None:
         """Write the record of epoch ``number``, replacing an earlier one."""
@@ -152,17 +186,28 @@ class EpochLog:
         Raises:
             ValueError: the object is not such a record.
         """
+        return self._read(self._path(number), _EPOCH)
+
+    def keep(self, number: int, record: Epoch, *, until: int) -> None:
+        """Write down that epoch ``number``, of that ``record``, was kept at step ``until``."""
+        self._store.put(self._path(number, "kept"), _KEPT.dump_json(_Kept(first_step=record.first_step, until=until)))
+
+    def kept_until(self, number: int, record: Epoch) -> int:
+        """Step at which epoch ``number``, of that ``record``, was last kept; its first if it never was."""
+        kept = self._read(self._path(number, "kept"), _KEPT)
+        return kept.until if kept is not None and kept.first_step == record.first_step else record.first_step
+
+    def _read(self, path: str, adapter: TypeAdapter[T]) -> T | None:
         try:
-            data = self._store.get(self._path(number))
+            return parse_record(adapter, self._store.get(path, at_most=RECORD_BYTES))
         except FileNotFoundError:
             return None
-        try:
-            return parse_record(_EPOCH, data)
         except ValueError as error:
-            raise ValueError(f"{self._store.uri}/{self._path(number)} is not the record of an epoch: {error}") from None
+            raise ValueError(f"{self._store.uri}/{path} is not the record of an epoch: {error}") from None
 
-    def _path(self, number: int) -> str:
-        return f"{self._folder}/{number:06d}.json"
+    def _path(self, number: int, kind: str = "begun") -> str:
+        return f"{self._folder}/{number:06d}.{kind}.json"
 
 
 _EPOCH = TypeAdapter(Epoch)
+_KEPT = TypeAdapter(_Kept)

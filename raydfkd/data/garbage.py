@@ -16,7 +16,7 @@ REQUESTS = 16
 _PART = re.compile(rf"(?P<attempt>parts/(?P<unit>{UNIT_ID})-\d+-[0-9a-f]{{8}})-\d{{4,}}\.parquet")
 _STATE = re.compile(rf"resume/(?P<unit>{UNIT_ID})\.pt")
 _LEFTOVER = re.compile(r"(.*/)?\.(.+\.|probe-)[0-9a-f]{32}")
-_FOLDERS = ("", "commits", "quarantine", "resume")
+_FOLDERS = ("", "commits", "quarantine", "packs", "closed", "resume")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

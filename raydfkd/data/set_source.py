@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -21,12 +21,14 @@ from raydfkd.data.shards import StoredRows
 from raydfkd.data.shuffle_buffer import Piece, ShuffleBuffer
 from raydfkd.data.sources import SOURCES, Feed, StudentBatch
 from raydfkd.seeds import derive_seed, rng_from
-from raydfkd.store.errors import DamagedError
+from raydfkd.store.errors import DamagedError, StoreError
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.25
 AHEAD = 4
 """Batches that are made ahead of their use."""
+BUFFER_BYTES = 2**30
+"""Maximum of bytes of pixels in a shuffle buffer: 7,133 rows of 3x224x224, and all 65,536 up to 3x73x73."""
 
 
 class TransferSetSource:
@@ -34,7 +36,8 @@ class TransferSetSource:
 
     An epoch shuffles the snapshot's parts and cuts them into shuffle buffers of about ``window_rows`` rows. Within a
     buffer each rank takes a contiguous range, reads only the parts it lies in, shuffles it and splits it into as many
-    batches as every other rank, so that all make the same number of steps. The order follows from seed, epoch and
+    batches as every other rank, so that all make the same number of steps. A step has at most ``batch_size`` images
+    over all ranks, and the steps of a buffer differ by one image at most. The order follows from seed, epoch and
     snapshot.
 
     Batches are made ahead of their use on a thread, and the next buffer is read on another one; ``state_dict`` counts
@@ -52,14 +55,16 @@ class TransferSetSource:
     A source that resumes from a checkpoint repeats the steps after it with the same batches: epochs that were begun
     while the set grew are looked up in ``feed.epochs``.
 
-    Images that turn out to be damaged are taken out, and an epoch over the others begins; with several ranks the
-    error is raised too, since they are not at the same step, and the epoch begins when training resumes.
+    Units that turn out to be damaged are taken out of the set, and the next epoch is over the others. In the epoch that
+    found them other images of the same buffer come a second time in their place, so that all ranks make the steps that
+    they would have made, and nobody need be told.
 
     Args:
         feed: what the engine supplies.
         wanted_images: how many images the snapshot of an epoch that begins after so many steps must have.
         refresh_steps: steps after which an epoch may end for a newer snapshot; None for never.
-        window_rows: rows of a shuffle buffer.
+        window_rows: maximum of rows in a shuffle buffer, to a part; of large images there are fewer, see
+            ``BUFFER_BYTES``.
     """
 
     is_live: ClassVar[bool] = False
@@ -74,15 +79,17 @@ class TransferSetSource:
             refresh_steps=refresh_steps,
             units=feed.units,
             planned_images=feed.planned_images,
+            plan=feed.plan,
             log=feed.epochs,
         )
         self._batch_size = feed.batch_size
-        self._window_rows = max(window_rows, feed.batch_size)
+        self._window_rows = max(min(window_rows, BUFFER_BYTES // feed.image_bytes), feed.batch_size)
         self._seed = feed.seed
         self._rank, self._world_size = feed.ranks.rank, feed.ranks.size
         self._agree = feed.ranks.agree
         self._pin_memory = feed.pin_memory
         self._held: dict[str, StoredRows] = {}
+        self._unreadable: set[str] = set()
         self._step = 0
         self._epoch = 0
         self._step_in_epoch = 0
@@ -99,27 +106,14 @@ class TransferSetSource:
                 return
             if snapshot.images < self._world_size:
                 raise ValueError(f"{snapshot.images} images cannot be shared by {self._world_size} training workers")
-            newer = None
-            try:
-                with closing(ahead(self._remaining(snapshot, self._step_in_epoch), depth=AHEAD)) as batches:
-                    while (newer := self._newer_than(snapshot)) is None and (batch := next(batches, None)) is not None:
-                        self._step += 1
-                        self._step_in_epoch += 1
-                        yield batch
-            except DamagedError as damage:
-                self._mark_damaged(damage, snapshot)
+            with closing(ahead(self._remaining(snapshot, self._step_in_epoch), depth=AHEAD)) as batches:
+                while (newer := self._newer_than(snapshot)) is None and (batch := next(batches, None)) is not None:
+                    self._step += 1
+                    self._step_in_epoch += 1
+                    yield batch
             self._epoch += 1
             self._step_in_epoch = 0
             self._snapshot = newer
-
-    def _mark_damaged(self, damage: DamagedError, snapshot: Snapshot) -> None:
-        """Take the unit that cannot be read out of the set; this epoch is over then."""
-        commit = next(commit for commit in snapshot.commits if damage.path in [part.path for part in commit.parts])
-        self._transfer_set.mark_damaged(commit, damage)
-        self._planner.look_again()
-        if self._world_size > 1:
-            raise damage  # the other ranks wait for this one's step
-        logger.info("the student trains on without unit %s", commit.unit)
 
     def state_dict(self) -> dict[str, Any]:
         """The step, the epoch, the position in it and the pinned snapshot."""
@@ -127,15 +121,19 @@ class TransferSetSource:
             "step": self._step,
             "epoch": self._epoch,
             "step_in_epoch": self._step_in_epoch,
-            "snapshot": None if self._snapshot is None else self._snapshot.to_json().decode(),
+            "snapshot": None if self._snapshot is None else base64.b64encode(self._snapshot.packed).decode(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from ``state``."""
+        """Resume from ``state``; with another epoch where its snapshot is of another version of this engine."""
         self._step, self._epoch, self._step_in_epoch = state["step"], state["epoch"], state["step_in_epoch"]
-        pinned = state["snapshot"]
-        self._snapshot = None if pinned is None else Snapshot.from_json(pinned.encode())
-        self._is_restored = self._snapshot is not None
+        self._snapshot, self._is_restored = None, False
+        if state["snapshot"] is not None:
+            try:
+                self._snapshot = Snapshot.unpacked(base64.b64decode(state["snapshot"]))
+                self._is_restored = True
+            except ValueError:
+                self.start_over()
 
     def start_over(self) -> None:
         """Begin another epoch, over the snapshot of that moment; every rank does so at once."""
@@ -181,11 +179,14 @@ class TransferSetSource:
         parts = [part for commit in snapshot.commits for part in commit.parts]
         order = torch.randperm(len(parts), generator=self._rng("parts")).tolist()
         windows: list[list[Part]] = [[]]
+        rows = 0
         for index in order:
-            if sum(part.rows for part in windows[-1]) >= self._window_rows:
+            if rows >= self._window_rows:
                 windows.append([])
+                rows = 0
             windows[-1].append(parts[index])
-        if len(windows) > 1 and sum(part.rows for part in windows[-1]) < self._batch_size:
+            rows += parts[index].rows
+        if len(windows) > 1 and rows < self._batch_size:
             rest = windows.pop()
             windows[-1] += rest
         return windows
@@ -197,51 +198,73 @@ class TransferSetSource:
         shares, first_steps = [], []
         for number, parts in enumerate(self._buffers(snapshot)):
             share = self._share_of(parts, number)
-            if skip < share.steps:
+            if skip < share.split.steps:
                 shares.append(share)
                 first_steps.append(skip)
-            skip = max(0, skip - share.steps)
-        with closing(ahead(self._read_all(shares), depth=1)) as windows:
-            for window, share, first in zip(windows, shares, first_steps, strict=True):
-                for step in range(first, share.steps):
-                    yield self._batch(window, share, step, snapshot.images)
+            skip = max(0, skip - share.split.steps)
+        with closing(ahead(self._read_all(shares, snapshot), depth=1)) as windows:
+            for (window, order), share, first in zip(windows, shares, first_steps, strict=True):
+                for step in range(first, share.split.steps):
+                    yield self._batch(window, order, share.split, step, snapshot.images)
 
     def _share_of(self, parts: list[Part], number: int) -> _Share:
         total = sum(part.rows for part in parts)
-        bounds = [total * rank // self._world_size for rank in range(self._world_size + 1)]
-        begin, end = bounds[self._rank : self._rank + 2]
+        steps = max(1, min(-(-total // self._batch_size), total // self._world_size))
+        split = _Split(total=total, steps=steps, ranks=self._world_size)
+        begin, end = split.first_row(self._rank), split.first_row(self._rank + 1)
         pieces, first = [], 0
         for part in parts:
             low, high = max(begin, first), min(end, first + part.rows)
             if low < high:
                 pieces.append(Piece(part, low - first, high - first))
             first += part.rows
-        return _Share(
-            pieces=pieces,
-            bounds=bounds,
-            steps=max(1, total // self._batch_size),
-            order=torch.randperm(end - begin, generator=self._rng("rows", number, self._rank)),
-        )
+        return _Share(number=number, pieces=pieces, split=split)
 
-    def _read_all(self, shares: list[_Share]) -> Generator[ShuffleBuffer]:
+    def _read_all(self, shares: list[_Share], snapshot: Snapshot) -> Generator[tuple[ShuffleBuffer, Tensor]]:
+        """For each share its rows and their order; rows that cannot be read have others in their place."""
         for share in shares:
-            window = ShuffleBuffer(share.pieces, self._transfer_set.read, held=self._held)
+            window = self._window(share, snapshot)
             self._held = window.parts
-            yield window
+            count = share.split.first_row(self._rank + 1) - share.split.first_row(self._rank)
+            order = torch.randperm(count, generator=self._rng("rows", share.number, self._rank))
+            yield window, order % len(window)
 
-    def _batch(self, window: ShuffleBuffer, share: _Share, step: int, snapshot_images: int) -> StudentBatch:
-        sizes = [
-            (end - start) * (step + 1) // share.steps - (end - start) * step // share.steps
-            for start, end in pairwise(share.bounds)
-        ]
-        begin = len(share.order) * step // share.steps
-        size = sizes[self._rank]
-        rows = window.take(share.order[begin : begin + size], pin_memory=self._pin_memory)
+    def _window(self, share: _Share, snapshot: Snapshot) -> ShuffleBuffer:
+        def read(part: Part) -> StoredRows | None:
+            try:
+                return self._transfer_set.read(part)
+            except DamagedError as damage:
+                self._mark_damaged(damage, snapshot)
+                return None
+
+        window = ShuffleBuffer(share.pieces, read, held=self._held)
+        if len(window):
+            return window
+        others = [part for commit in snapshot.commits for part in commit.parts if part.path not in self._unreadable]
+        for index in torch.randperm(len(others), generator=self._rng("others", share.number, self._rank)).tolist():
+            window = ShuffleBuffer([Piece(others[index], 0, others[index].rows)], read, held=self._held)
+            if len(window):
+                return window
+        uri = self._transfer_set.store.uri
+        raise StoreError(f"{uri}: none of the {snapshot.images:,} images that an epoch began with can be read any more")
+
+    def _mark_damaged(self, damage: DamagedError, snapshot: Snapshot) -> None:
+        """Take the unit that cannot be read out of the set."""
+        commit = next(commit for commit in snapshot.commits if damage.path in [part.path for part in commit.parts])
+        self._unreadable.add(damage.path)
+        self._transfer_set.mark_damaged(commit, damage)
+        logger.info("the student trains on without unit %s", commit.unit)
+
+    def _batch(
+        self, window: ShuffleBuffer, order: Tensor, split: _Split, step: int, snapshot_images: int
+    ) -> StudentBatch:
+        first, end = split.taken(step, self._rank), split.taken(step + 1, self._rank)
+        rows = window.take(order[first:end], pin_memory=self._pin_memory)
         return StudentBatch(
             images=rows.images,
             labels=rows.labels,
             teacher_logits=rows.teacher_logits,
-            share=size * self._world_size / sum(sizes),
+            share=(end - first) * self._world_size / split.size(step),
             snapshot_images=snapshot_images,
         )
 
@@ -259,8 +282,8 @@ class GrowingSource(TransferSetSource):
             keeps pace with the synthesis, so that its last steps see every image.
         refresh_steps: steps after which a newer snapshot is taken although the epoch over the old one has not ended;
             unless given, only between epochs.
-        window_rows: rows that are shuffled together; memory per training worker is this many images over the number
-            of workers.
+        window_rows: rows that are shuffled together, fewer where their pixels would be more than 1 GiB; a training
+            worker holds two of these buffers over the number of workers.
     """
 
     def __init__(
@@ -286,8 +309,8 @@ class SnapshotSource(TransferSetSource):
     """Waits for the whole set, then trains on it: repeats exactly, since it does not matter when units arrived.
 
     Args:
-        window_rows: rows that are shuffled together; memory per training worker is this many images over the number
-            of workers.
+        window_rows: rows that are shuffled together, fewer where their pixels would be more than 1 GiB; a training
+            worker holds two of these buffers over the number of workers.
     """
 
     def __init__(self, feed: Feed, *, window_rows: Positive = 65536) -> None:
@@ -295,13 +318,42 @@ class SnapshotSource(TransferSetSource):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Split:
+    """The rows of a shuffle buffer, split into steps as equal as can be, and each step among the ranks.
+
+    A rank's rows of all steps lie side by side, so that it reads few parts.
+    """
+
+    total: int
+    """Rows of the buffer."""
+    steps: int
+    """Steps that every rank makes of it."""
+    ranks: int
+
+    def size(self, step: int) -> int:
+        """Images of a step over all ranks; the least, or one more."""
+        return self.total * (step + 1) // self.steps - self.total * step // self.steps
+
+    def taken(self, step: int, rank: int) -> int:
+        """Rows of a rank in the steps before ``step``; what is left over in each step goes round among the ranks."""
+        least = self.total // self.steps
+        larger = self.total * step // self.steps - step * least  # so many of the steps have a row more
+        each, left_over = 0, 0
+        for count, images in ((larger, least + 1), (step - larger, least)):
+            each += count * (images // self.ranks)
+            left_over += count * (images % self.ranks)
+        return each + (left_over + self.ranks - 1 - rank) // self.ranks
+
+    def first_row(self, rank: int) -> int:
+        """Number of the buffer's row at which a rank's begin; of the rank after the last, the rows of all."""
+        return sum(self.taken(self.steps, other) for other in range(rank))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Share:
     """One rank's part of a shuffle buffer."""
 
+    number: int
+    """Number of the buffer in the epoch."""
     pieces: list[Piece]
-    bounds: list[int]
-    """Numbers of the rows in the buffer at which the ranks' ranges begin, and the buffer's end."""
-    steps: int
-    """Batches that the rank makes of it, as many as every other rank."""
-    order: Tensor
-    """Shuffled order of this rank's rows."""
+    split: _Split

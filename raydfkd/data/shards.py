@@ -18,11 +18,10 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from raydfkd.data.batches import SyntheticBatch
+from raydfkd.data.commits import GROUP_BYTES
 from raydfkd.data.encodings import Encoding, EncodingKind, decode_images, encode_images
 
 RAW = Encoding()
-GROUP_BYTES = 32 * 2**20
-"""Bytes of pixels in one row group, and in one part that ``TransferSet`` writes; a part is fetched and held whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

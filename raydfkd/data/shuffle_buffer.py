@@ -27,28 +27,35 @@ class ShuffleBuffer:
     """The rows of some pieces, one piece after another; images stay in the parts that they were read in.
 
     Args:
-        pieces: at least one.
-        fetch: reads a part whole.
+        pieces: at least one; those of parts that cannot be read are left out.
+        fetch: reads a part whole; None where it cannot be read.
         held: parts by path that need not be fetched again.
     """
 
     def __init__(
-        self, pieces: Sequence[Piece], fetch: Callable[[Part], StoredRows], *, held: Mapping[str, StoredRows]
+        self, pieces: Sequence[Piece], fetch: Callable[[Part], StoredRows | None], *, held: Mapping[str, StoredRows]
     ) -> None:
         self.parts: dict[str, StoredRows] = {}
-        labels, logits = [], []
+        labels, logits = [torch.empty(0, dtype=torch.int64)], []
         self._images = []
         for piece in pieces:
             path = piece.part.path
-            rows = self.parts[path] = held[path] if path in held else fetch(piece.part)
+            rows = held[path] if path in held else fetch(piece.part)
+            if rows is None:
+                continue
+            self.parts[path] = rows
             here = slice(piece.low, piece.high)
             self._images.append(rows.images[here].numpy())
             labels.append(rows.labels[here])
             logits.append(rows.teacher_logits[here])
-        self._labels, self._logits = torch.cat(labels), torch.cat(logits)
-        assert len({images.shape[1:] for images in self._images}) == 1, "images of a set have one shape"
+        self._labels, self._logits = torch.cat(labels), torch.cat(logits) if logits else torch.empty(0)
+        assert len({images.shape[1:] for images in self._images}) < 2, "images of a set have one shape"
         self._ends = torch.tensor(list(accumulate(map(len, self._images))))
         self._begins = [0, *self._ends.tolist()[:-1]]
+
+    def __len__(self) -> int:
+        """Rows that can be taken."""
+        return len(self._labels)
 
     def take(self, numbers: Tensor, *, pin_memory: bool = False) -> StoredRows:
         """Copy the rows with these ``numbers``, which count the buffer's rows piece by piece."""

@@ -16,9 +16,9 @@ from pydantic import TypeAdapter
 
 from raydfkd.data.background import OrderedCalls
 from raydfkd.data.batches import SyntheticBatch
-from raydfkd.data.commits import Commit, Part
+from raydfkd.data.commits import GROUP_BYTES, Commit, Part
 from raydfkd.data.encodings import Encoding
-from raydfkd.data.shards import GROUP_BYTES, RowsDigest, encode_rows, on_host, write_part
+from raydfkd.data.shards import RowsDigest, encode_rows, on_host, write_part
 from raydfkd.store.store import Store
 from raydfkd.units import WorkUnit
 

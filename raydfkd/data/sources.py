@@ -78,6 +78,10 @@ class Feed:
     """The units to train on; only their commits are read."""
     planned_images: int
     """Images of all of them."""
+    plan: str
+    """Names the plan that the set is closed for; units that are not trained on belong to it too."""
+    image_bytes: int
+    """Bytes of an image's pixels."""
     steps: int
     """Steps that the student will make."""
     batch_size: int

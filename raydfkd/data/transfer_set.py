@@ -5,7 +5,8 @@
 ``parts/<unit>-<attempt>-<random>-<seq>.parquet`` rows; garbage unless a commit names them
 ``commits/<unit>.json``                           one record per finished unit, created once and never changed
 ``quarantine/<unit>.json``                        takes a damaged commit out of the set; the next is ``<unit>@1.json``
-``closed.json``                                   synthesis has ended
+``packs/<xxh3>.json``                             copies of many commits in one object, for readers who come late
+``closed/<plan>.json``                            synthesis of a plan has ended
 ``changed``                                       a token that is new after each change; a hint for those who poll
 """
 
@@ -21,7 +22,7 @@ from pydantic import TypeAdapter
 
 from raydfkd.data.background import in_threads
 from raydfkd.data.commit_log import CommitLog, Progress
-from raydfkd.data.commits import RECORD, Commit, DamageRecord, Part, Snapshot, UnitId, parse_record
+from raydfkd.data.commits import RECORD, RECORD_BYTES, Commit, DamageRecord, Part, Snapshot, UnitId, parse_record
 from raydfkd.data.encodings import Encoding
 from raydfkd.data.news import tell_of_change
 from raydfkd.data.shards import RAW, StoredRows, decode_part
@@ -103,11 +104,9 @@ class TransferSet:
             RecipeError: the URI holds a set of another recipe, or one this version cannot read.
         """
         try:
-            data = self.store.get("set.json")
+            header = parse_record(_HEADER, self.store.get("set.json", at_most=RECORD_BYTES))
         except FileNotFoundError:
             return
-        try:
-            header = parse_record(_HEADER, data)
         except ValueError as error:
             raise self._refusal(f"has a set.json that is not a transfer set's ({error})") from None
         if header.format != FORMAT:
@@ -118,7 +117,7 @@ class TransferSet:
     def _difference(self, digest: str) -> str:
         """The differences between the recipe of the set that is there, which has ``digest``, and this one, in words."""
         with contextlib.suppress(FileNotFoundError, ValueError):
-            there = json.loads(self.store.get("recipe.json"))
+            there = json.loads(self.store.get("recipe.json", at_most=RECORD_BYTES))
             found = differences(there, self._made_of) if isinstance(there, dict) and self._made_of else []
             if found:
                 more = f", and {len(found) - 3} more" if len(found) > 3 else ""
@@ -170,6 +169,14 @@ class TransferSet:
         """The commit of a unit that counts now, or None; as exact as single objects are where listings lag behind."""
         return self._log.find(unit)
 
+    def remember(self, commit: Commit) -> None:
+        """Take note of a commit that a sink has made, on whatever machine: no snapshot here need fetch its record."""
+        self._log.remember(commit)
+
+    def pack(self) -> None:
+        """Write copies of many remembered commits into one object, where there are many, for readers who come late."""
+        self._log.pack()
+
     def read(self, part: Part) -> StoredRows:
         """Fetch a part whole.
 
@@ -211,18 +218,23 @@ class TransferSet:
         """``Snapshot.content_digest`` of what is committed now."""
         return self.snapshot(within).content_digest()
 
-    def close(self, given_up: Sequence[str]) -> None:
-        """Say that synthesis has ended and the units ``given_up`` will not come."""
+    def close(self, plan: str, given_up: Sequence[str] = ()) -> None:
+        """Say that synthesis of a plan has ended and its units ``given_up`` will not come; plans share a set.
+
+        Args:
+            plan: names it; see ``raydfkd.units.plan_name``.
+            given_up: ids of units.
+        """
         tell_of_change(self.store)  # first, so that who finds it closed does not rely on an older listing
-        self.store.put("closed.json", _CLOSED.dump_json(_Closed(quarantined=tuple(given_up))))
+        self.store.put(_closed(plan), json.dumps({"given_up": list(given_up)}).encode())
 
-    def reopen(self) -> None:
-        """Say that synthesis is under way again."""
-        self.store.delete("closed.json")
+    def reopen(self, plan: str) -> None:
+        """Say that synthesis of a plan is under way again."""
+        self.store.delete(_closed(plan))
 
-    def is_closed(self) -> bool:
-        """Whether synthesis has ended."""
-        return self.store.exists("closed.json")
+    def is_closed(self, plan: str) -> bool:
+        """Whether synthesis of a plan has ended."""
+        return self.store.exists(_closed(plan))
 
     def __iter__(self) -> Iterator[StoredRows]:
         """The rows of every part that is committed now, part by part; see ``StoredRows``."""
@@ -276,13 +288,9 @@ class _Header:
     digest: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Closed:
-    __pydantic_config__ = RECORD
-
-    quarantined: tuple[str, ...]
+def _closed(plan: str) -> str:
+    return f"closed/{plan}.json"
 
 
 _HEADER = TypeAdapter(_Header)
-_CLOSED = TypeAdapter(_Closed)
 _UNIT_ID: TypeAdapter[str] = TypeAdapter(UnitId)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,8 @@ class StudentTraining:
             transfer_set=job.transfer_set,
             units=frozenset(unit.id for unit in units),
             planned_images=sum(unit.request.count for unit in units),
+            plan=self._phase.plan,
+            image_bytes=math.prod(job.recipe.teacher.image_space.shape),
             steps=self._spec.steps,
             batch_size=self._spec.batch_size,
             seed=derive_seed(job.recipe.seed, "student"),

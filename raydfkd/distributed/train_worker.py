@@ -161,14 +161,16 @@ def _broadcast(snapshot: Snapshot | None, is_over: Callable[[], bool]) -> Snapsh
         OverError: it is.
     """
     answer: bytes | bool = is_over() if snapshot is None and distributed.get_rank() == 0 else False
-    answer = answer if snapshot is None else snapshot.to_json()
+    answer = answer if snapshot is None else snapshot.packed
     if distributed.get_world_size() > 1:
         box = [answer]
         distributed.broadcast_object_list(box, src=0)
         answer = box[0]
     if answer is True:
         raise OverError
-    return Snapshot.from_json(answer) if isinstance(answer, bytes) else None
+    if snapshot is not None:
+        return snapshot
+    return Snapshot.unpacked(answer) if isinstance(answer, bytes) else None
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -130,10 +130,10 @@ def _synthesize(recipe: Recipe, teacher: Teacher, device: torch.device, clock: C
             units.append(made)
             if is_over or (not is_round and unit.request.classes[-1] == recipe.classes[-1] and is_last_piece()):
                 break
-    job.transfer_set.close([])
     images_per_class = sum(unit.request.count for unit in units) // len(recipe.classes)
     transfer_set = recipe.transfer_set.model_copy(update={"images_per_class": images_per_class})
     phase = Phase(units=tuple(units), until_step=recipe.distill.steps)
+    job.transfer_set.close(phase.plan)
     return replace(job, phases=(phase,), recipe=recipe.model_copy(update={"transfer_set": transfer_set}))
 
 

@@ -114,6 +114,8 @@ def _check_source(recipe: Recipe, generator: Callable[[int], LiveGenerator] | No
         transfer_set=transfer_set_of(recipe, {}),
         units=(),
         planned_images=0,
+        plan="",
+        image_bytes=1,
         steps=recipe.distill.steps,
         batch_size=recipe.distill.batch_size,
         seed=0,

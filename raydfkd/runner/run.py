@@ -182,7 +182,7 @@ def distill_job(recipe: Recipe, images: TransferSet | None = None, *, console: C
         if images is not None and images.digest != job.digest:
             raise RecipeError("images are of another recipe or teacher; distil with the recipe that made them")
         announce(job, events)
-        if job.snapshot().images < job.planned_images and not job.transfer_set.is_closed():
+        if job.snapshot().images < job.planned_images and not job.is_closed:
             events.say("student", "the set is not complete yet; training keeps pace with whoever makes it")
         state = executor_of(recipe).distill(job, job.phases[-1], teacher, events)
     if not state:

@@ -43,6 +43,11 @@ def is_missing_bucket(error: BaseException) -> bool:
     return any(_answer(link)[0] == "NoSuchBucket" for link in _chain(error))
 
 
+def is_out_of_range(error: BaseException) -> bool:
+    """Whether a server has none of the bytes of an object that it was asked for."""
+    return any(_answer(link)[0] == "InvalidRange" or _answer(link)[1] == 416 for link in _chain(error))
+
+
 def explain(error: BaseException, secrets: Collection[str]) -> str:
     """The reason in one line, with *** for every secret in it."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -18,7 +18,7 @@ import fsspec
 from fsspec.utils import get_protocol
 from typing_extensions import override
 
-from raydfkd.store.errors import is_missing_bucket
+from raydfkd.store.errors import is_missing_bucket, is_out_of_range
 
 _MEMORY_LOCK = threading.Lock()
 
@@ -45,8 +45,8 @@ class Folder(Protocol):
         """Write a file unless there is one of that name; True for the one writer that did."""
         ...
 
-    def get(self, path: str) -> bytes:
-        """Read a file whole."""
+    def get(self, path: str, at_most: int | None) -> bytes:
+        """Read a file whole, or its beginning where it has more than ``at_most`` bytes."""
         ...
 
     def view(self, path: str) -> bytes | mmap.mmap:
@@ -98,8 +98,9 @@ class LocalFolder(Folder):
             return True
 
     @override
-    def get(self, path: str) -> bytes:
-        return (self._root / path).read_bytes()
+    def get(self, path: str, at_most: int | None) -> bytes:
+        with (self._root / path).open("rb") as file:
+            return file.read(-1 if at_most is None else at_most)
 
     @override
     def view(self, path: str) -> bytes | mmap.mmap:
@@ -186,14 +187,20 @@ class ObjectFolder(Folder):
         return True
 
     @override
-    def get(self, path: str) -> bytes:
+    def get(self, path: str, at_most: int | None) -> bytes:
         fs, key = self._open(path)
-        data: bytes = fs.cat_file(key)
+        try:
+            # s3fs asks for the size first, unless it is told which bytes it is to read
+            data: bytes = fs.cat_file(key) if at_most is None else fs.cat_file(key, start=0, end=at_most)
+        except OSError as error:
+            if is_out_of_range(error):  # an empty object has no first byte
+                return b""
+            raise
         return data
 
     @override
     def view(self, path: str) -> bytes:
-        return self.get(path)
+        return self.get(path, None)
 
     @override
     def exists(self, path: str) -> bool:

@@ -86,14 +86,22 @@ class Store:
         """
         return self._do("written", path, partial(self._folder.put_new, path, data))
 
-    def get(self, path: str) -> bytes:
+    def get(self, path: str, *, at_most: int | None = None) -> bytes:
         """Read an object whole.
+
+        Args:
+            path: of the object.
+            at_most: bytes that it may have; no more are fetched. None for any number.
 
         Raises:
             FileNotFoundError: there is none of that name.
             StoreError: it cannot be read.
+            ValueError: it has more bytes.
         """
-        return self._do("read", path, partial(self._folder.get, path))
+        data = self._do("read", path, partial(self._folder.get, path, None if at_most is None else at_most + 1))
+        if at_most is not None and len(data) > at_most:
+            raise ValueError(f"it has more than {at_most:,} bytes")
+        return data
 
     def view(self, path: str) -> bytes | mmap.mmap:
         """Read as ``get`` does, for objects that are never changed: a local one is mapped, not copied into memory.

@@ -90,6 +90,7 @@ def test_commit_whose_writer_died_before_it_told_is_found_after_a_while(writer, 
     assert watch.news() is None
     assert watch.news(at_once=True).committed == {made.unit}
     monkeypatch.setattr(news, "LOOK_ANYWAY_S", 0.0)
+    monkeypatch.setattr(news, "LOOK_ANYWAY_TIMES", 0)
     watch.news(at_once=True)
     assert watch.news().committed == {made.unit}
 
@@ -136,5 +137,5 @@ def test_set_that_is_found_closed_is_listed_after_its_last_commit(writer, watch,
     watch.news()
     monkeypatch.setattr("raydfkd.data.commit_log.tell_of_change", lambda store: None)
     made = commit(writer, UNITS[0], make_batch)
-    writer.close([])
+    writer.close("plan")
     assert watch.news().committed == {made.unit}

@@ -16,7 +16,9 @@ import pytest
 import xxhash
 from toy import encode_part
 
+from raydfkd.data.commits import GROUP_BYTES, RECORD_BYTES
 from raydfkd.data.garbage import collect_garbage
+from raydfkd.data.news import Watch
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.errors import RecipeError
 from raydfkd.store import retry as failures
@@ -58,18 +60,28 @@ def test_pickle_in_place_of_a_part_is_refused_and_runs_no_code(strangers_set):
         strangers_set.read(commit.parts[0])
 
 
-@pytest.mark.parametrize("place", ["set.json", "commits/u.json", "quarantine/u.json", "closed.json", "resume/u.pt"])
+@pytest.mark.parametrize(
+    "place", ["set.json", "commits/u.json", "quarantine/u.json", "changed", "packs/u.json", "resume/u.pt"]
+)
 def test_pickle_in_place_of_a_record_runs_no_code(place, strangers_set):
     strangers_set.store.put(place, pickle.dumps(Bomb()))
     for act in (
         strangers_set.check,
         strangers_set.snapshot,
-        strangers_set.is_closed,
+        lambda: Watch(strangers_set.store, strangers_set.progress).news(),
         lambda: list(strangers_set.verify()),
         lambda: collect_garbage(strangers_set, older_than_s=0.0, dry_run=True),
     ):
         with contextlib.suppress(RecipeError):
             act()
+
+
+def test_pickle_in_place_of_a_pack_runs_no_code_and_the_records_are_read_instead(strangers_set, monkeypatch):
+    monkeypatch.setattr("raydfkd.data.commit_log.PACK", 1)
+    strangers_set.put_commit(b"xx")
+    bomb = pickle.dumps(Bomb())
+    strangers_set.store.put(f"packs/{xxhash.xxh3_128_hexdigest(bomb)}.json", bomb)
+    assert strangers_set.snapshot().units == ("u",)
 
 
 def test_part_with_columns_that_carry_code_is_refused(strangers_set, make_batch):
@@ -91,12 +103,52 @@ def test_part_with_columns_that_carry_code_is_refused(strangers_set, make_batch)
 
 def test_commit_names_no_file_outside_the_parts(strangers_set, make_batch):
     for path in ("../secret.parquet", "/etc/passwd", "parts/../set.json", "parts\\x.parquet", "parts/a\0.parquet"):
-        part = {"path": path, "rows": 2, "bytes": 1, "xxh3": "0" * 32}
+        part = {"path": path, "rows": 2, "bytes": 2, "xxh3": "0" * 32}
         strangers_set.put_commit(b"x", parts=[part])
         assert TransferSet(strangers_set.store._location, digest=DIGEST).snapshot().commits == ()
         for folder in ("quarantine", "commits"):
             for record in strangers_set.store.list(folder):
                 strangers_set.store.delete(record)
+
+
+@pytest.mark.parametrize(
+    ("claim", "problem"),
+    [
+        ({"rows": 10**13, "bytes": 10**13}, "parts.0.rows: Input should be less than or equal to 33554432"),
+        ({"rows": GROUP_BYTES + 1, "bytes": 10**13}, "parts.0.rows: Input should be less than or equal to 33554432"),
+        ({"rows": 3, "bytes": 2}, "parts/u-1-00000000-0000.parquet claims 3 rows in 2 bytes"),
+    ],
+)
+def test_commit_that_claims_more_rows_than_a_part_can_hold_is_refused_unread(claim, problem, strangers_set, caplog):
+    part = {"path": "parts/u-1-00000000-0000.parquet", "xxh3": "0" * 32, **claim}
+    strangers_set.put_commit(b"x", parts=[part], images=claim["rows"])
+    assert strangers_set.snapshot().commits == ()
+    assert strangers_set.damaged() == {"u"}
+    assert problem in caplog.text
+
+
+@pytest.mark.parametrize("place", ["set.json", "recipe.json", "commits/u.json", "quarantine/u.json", "changed"])
+def test_object_of_absurd_size_is_not_fetched_whole(place, strangers_set, monkeypatch):
+    store = strangers_set.store
+    store.put(place, b" " * (3 * RECORD_BYTES))
+    fetched, get = [], store._folder.get
+    monkeypatch.setattr(store._folder, "get", lambda *args: fetched.append(get(*args)) or fetched[-1])
+    for act in (
+        strangers_set.check,
+        TransferSet(store._location, digest="e" * 64, made_of={"seed": 1}).check,
+        strangers_set.snapshot,
+        lambda: list(strangers_set.verify()),
+        lambda: Watch(store, strangers_set.progress).news(),
+    ):
+        with contextlib.suppress(RecipeError):
+            act()
+    assert max(map(len, fetched)) <= RECORD_BYTES + 1
+
+
+def test_set_json_of_absurd_size_is_refused_in_one_line(strangers_set):
+    strangers_set.store.put("set.json", b" " * (RECORD_BYTES + 1))
+    with pytest.raises(RecipeError, match=r"is not a transfer set's \(it has more than 4,194,304 bytes\)"):
+        strangers_set.check()
 
 
 def test_secrets_of_a_set_are_in_no_text_about_it(monkeypatch, caplog):
@@ -109,7 +161,7 @@ def test_secrets_of_a_set_are_in_no_text_about_it(monkeypatch, caplog):
     options = {"key": "key-0123", "secret": "hunter22", "client_kwargs": {"aws_session_token": "hunter33"}}
     transfer_set = TransferSet("s3://bucket/set", digest=DIGEST, storage_options=options)
     said = [repr(transfer_set), repr(transfer_set.store)]
-    for act in (transfer_set.create, transfer_set.check, transfer_set.snapshot, transfer_set.is_closed):
+    for act in (transfer_set.create, transfer_set.check, transfer_set.snapshot, transfer_set.committed):
         with pytest.raises((OSError, RecipeError)) as caught:
             act()
         said.append("".join(traceback.format_exception(caught.value)))

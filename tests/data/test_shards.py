@@ -12,7 +12,8 @@ import xxhash
 from toy import encode_part
 
 from raydfkd.data.batches import SyntheticBatch
-from raydfkd.data.shards import GROUP_BYTES, RowsDigest, _only_page, decode_part, rows_digest
+from raydfkd.data.commits import GROUP_BYTES
+from raydfkd.data.shards import RowsDigest, _only_page, decode_part, rows_digest
 
 
 def encode(*batches):

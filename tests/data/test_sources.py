@@ -14,7 +14,7 @@ from raydfkd.data.set_source import GrowingSource
 from raydfkd.data.shards import StoredRows
 from raydfkd.data.sources import SOURCES, Feed, Ranks
 from raydfkd.data.transfer_set import TransferSet
-from raydfkd.store.errors import DamagedError
+from raydfkd.store.errors import StoreError
 from raydfkd.store.store import Store
 from raydfkd.units import Request, WorkUnit
 
@@ -22,6 +22,10 @@ from raydfkd.units import Request, WorkUnit
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
     monkeypatch.setattr(sources, "POLL_S", 0.001)
+
+
+EVERY_UNIT = frozenset(f"u{number:03d}" for number in range(100))
+PLAN = "0123456789abcdef"
 
 
 class Rows:
@@ -62,6 +66,8 @@ class Rows:
         on_wait=None,
         epochs=None,
         kind="growing",
+        units=EVERY_UNIT,
+        image_bytes=4,
         **spec,
     ):
         """One source a rank; rank 0 must be asked first in every step. It calls ``on_wait`` instead of waiting."""
@@ -80,7 +86,9 @@ class Rows:
                 spec,
                 Feed(
                     transfer_set=self.set,
-                    units=self.units,
+                    units=units,
+                    plan=PLAN,
+                    image_bytes=image_bytes,
                     planned_images=planned or self.set.snapshot().images,
                     steps=steps,
                     batch_size=batch_size,
@@ -153,8 +161,9 @@ def test_every_step_is_a_whole_batch_to_rounding_and_every_rank_has_a_part_of_it
     rows.write(20, 30, 13, 1, 2)
     for steps in epochs(rows.sources(ranks, batch_size=8, window_rows=window_rows), 4):
         for step in steps:
-            assert 8 - ranks < sum(len(batch.labels) for batch in step) < 16 + ranks
-            assert min(len(batch.labels) for batch in step) >= 8 // ranks
+            images = sum(len(batch.labels) for batch in step)
+            assert 4 <= images <= 8, "at most a batch, and never less than half of one"
+            assert min(len(batch.labels) for batch in step) >= images // ranks > 0
 
 
 def test_columns_of_a_row_stay_together(tmp_path):
@@ -315,7 +324,7 @@ def test_student_keeps_pace_with_a_synthesis_that_is_slower(tmp_path, complete_b
 def test_closed_set_is_good_enough_however_small(tmp_path):
     rows = Rows(tmp_path)
     rows.write(4)
-    rows.set.close(["u001"])
+    rows.set.close(PLAN, ["u001"])
     for spec in ({"kind": "growing", "wait_for": 50}, {"kind": "snapshot"}):
         (source,) = rows.sources(planned=100, **spec)
         assert next(iter(source)).snapshot_images == 4
@@ -323,7 +332,7 @@ def test_closed_set_is_good_enough_however_small(tmp_path):
 
 def test_closed_set_without_an_image_ends_the_iteration(tmp_path):
     rows = Rows(tmp_path)
-    rows.set.close(["u000"])
+    rows.set.close(PLAN, ["u000"])
     (source,) = rows.sources(planned=100)
     assert list(source) == []
 
@@ -347,9 +356,7 @@ def test_rows_that_are_not_committed_are_never_seen(tmp_path):
 def test_units_outside_the_plan_are_never_seen(tmp_path):
     rows = Rows(tmp_path)
     planned = rows.write(8)
-    (source,) = rows.sources()
-    rows.units = []  # the source keeps the list it was given
-    rows.units += ["u000"]
+    (source,) = rows.sources(units=["u000"])
     rows.write(8)
     for steps in epochs([source], 3):
         assert sorted(numbers_of(steps)) == planned
@@ -404,60 +411,101 @@ def test_set_that_fits_into_a_window_is_read_once(tmp_path, monkeypatch):
     assert len(reads) == len(set(reads)) == 10
 
 
-def part_of_the_second_window(rows):
-    """The part, and the unit that it is of."""
-    (first,) = epochs(rows.sources(window_rows=8), 1)
-    return next(
-        (part, commit.unit)
-        for commit in rows.set.snapshot().commits
-        for part in commit.parts
-        if rows.set.read(part).labels[0] in first[1][0].labels
-    )
+def damage(rows, units):
+    """Damage every part of these units; returns the numbers of all other rows."""
+    left = []
+    for commit in rows.set.snapshot().commits:
+        for part in commit.parts:
+            if commit.unit in units:
+                rows.set.store.put(part.path, b"damaged")
+            else:
+                left += rows.set.read(part).labels.tolist()
+    return sorted(left)
 
 
-def test_unit_that_cannot_be_read_is_taken_out_and_the_student_goes_on_without_it(tmp_path, caplog):
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("window_rows", [8, 24, 65536])
+@pytest.mark.parametrize("num_damaged", [1, 7, 9])
+def test_units_that_cannot_be_read_are_taken_out_while_all_ranks_make_their_steps(
+    tmp_path, ranks, window_rows, num_damaged, caplog
+):
+    """A rank that finds damage says nothing to the others, whose collectives must go on matching its own."""
+    caplog.set_level("INFO")
     rows = Rows(tmp_path, part_rows=8)
-    written = rows.write(8, 8, 8)
-    rows.set.close([])
-    broken, unit = part_of_the_second_window(rows)
-    rows.set.store.put(broken.path, b"damaged")
-    (source,) = rows.sources(window_rows=8)
-    begun = taken(iter(source), 1)
-    rest = taken(iter(source), 2)
-    assert rows.set.damaged() == {unit}
-    assert [record.getMessage() for record in caplog.records if unit in record.getMessage()]
-    left = [number for number in written if number // 8 != int(unit[1:])]
-    assert sorted(sum(rest, [])) == left, "a pass over all others"
-    assert set(begun[0]) <= set(left)
+    rows.write(*[8] * 10)
+    rows.set.close(PLAN)
+    sources = rows.sources(ranks, window_rows=window_rows)
+    broken = {f"u{number:03d}" for number in range(num_damaged)}
+    left = damage(rows, broken)
+    first, second, third = epochs(sources, 3)
+    assert len(first) == 10, "as many steps as without damage"
+    for step in first:
+        assert sum(len(batch.labels) for batch in step) == 8
+        assert sum(batch.share for batch in step) / ranks == pytest.approx(1)
+    assert set(numbers_of(first)) == set(left), "every image that can be read, some of them again"
+    assert rows.set.damaged() == broken
+    assert {unit for unit in rows.units if unit in caplog.text} == broken
+    for steps in (second, third):
+        assert sorted(numbers_of(steps)) == left
 
 
-def test_with_several_ranks_damage_ends_the_training_so_that_all_begin_a_pass_together(tmp_path):
+def test_columns_of_rows_that_stand_in_for_damaged_ones_stay_together(tmp_path):
+    rows = Rows(tmp_path, part_rows=4)
+    rows.write(*[8] * 4)
+    sources = rows.sources()
+    damage(rows, {"u001"})
+    for step in epochs(sources, 1)[0]:
+        for batch in step:
+            assert batch.images[:, 0, 0, 0].tolist() == batch.labels.tolist()
+            assert batch.teacher_logits[:, 0].tolist() == batch.labels.tolist()
+
+
+def test_source_none_of_whose_images_can_be_read_ends_in_one_line(tmp_path):
+    rows = Rows(tmp_path)
+    rows.write(8, 8)
+    rows.set.close(PLAN)
+    (source,) = rows.sources()
+    damage(rows, {"u000", "u001"})
+    with pytest.raises(StoreError, match="none of the 16 images that an epoch began with can be read any more"):
+        next(iter(source))
+    assert rows.set.damaged() == {"u000", "u001"}
+    assert list(rows.sources(planned=16)[0]) == [], "who tries again finds a set without an image"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_training_that_resumes_in_an_epoch_whose_images_were_taken_out_begins_another(tmp_path, ranks):
     rows = Rows(tmp_path, part_rows=8)
-    written = rows.write(8, 8, 8)
-    rows.set.close([])
-    broken, unit = part_of_the_second_window(rows)
-    content = rows.set.store.get(broken.path)
-    both = rows.sources(2, window_rows=8)
-    streams = [iter(source) for source in both]
+    rows.write(8, 8, 8)
+    rows.set.close(PLAN)
+    before = rows.sources(ranks, window_rows=8)
+    streams = [iter(source) for source in before]
     for stream in streams:
         next(stream)
-    states = [source.state_dict() for source in both]
+    states = [source.state_dict() for source in before]
     for stream in streams:
         stream.close()
-    rows.set.store.put(broken.path, b"damaged")
-    restored = rows.sources(2, window_rows=8, on_wait=lambda: None)
-    for source, state in zip(restored, states, strict=True):
-        source.load_state_dict(state)
-    with pytest.raises(DamagedError):
-        list(zip(*map(iter, restored), strict=True))
-    assert rows.set.damaged() == {unit}
-    rows.set.store.put(broken.path, content)  # whatever is there now, nobody reads it
-    restored = rows.sources(2, window_rows=8, on_wait=lambda: None)
+    (part,) = rows.set.commit_of("u001").parts
+    content = rows.set.store.get(part.path)
+    left = damage(rows, {"u001"})
+    list(rows.set.verify())
+    rows.set.store.put(part.path, content)  # whatever is there now, nobody reads it
+    restored = rows.sources(ranks, window_rows=8, on_wait=lambda: None)
     for source, state in zip(restored, states, strict=True):
         source.load_state_dict(state)
     streams = [iter(source) for source in restored]
     seen = numbers_of([[next(stream) for stream in streams] for _ in range(2)])
-    assert sorted(seen) == [number for number in written if number // 8 != int(unit[1:])]
+    assert sorted(seen) == left
+
+
+def test_snapshot_of_an_earlier_version_in_a_checkpoint_is_not_read_and_another_epoch_begins(tmp_path):
+    rows = Rows(tmp_path)
+    written = rows.write(8, 8)
+    (source,) = rows.sources()
+    state = {"step": 5, "epoch": 2, "step_in_epoch": 1, "snapshot": rows.set.snapshot().to_json().decode()}
+    source.load_state_dict(state)
+    stream = iter(source)
+    assert sorted(sum(taken(stream, 2), [])) == written
+    assert (source.state_dict()["step"], source.state_dict()["epoch"]) == (7, 3)
 
 
 def test_pass_ends_early_for_a_newer_snapshot_and_only_for_one(tmp_path):
@@ -566,7 +614,17 @@ def test_ranks_agree_in_the_thread_that_trains(tmp_path):
     threads = set()
     ranks = Ranks(agree=lambda snapshot: threads.add(threading.current_thread()) or snapshot)
     source = GrowingSource(
-        Feed(transfer_set=rows.set, units=rows.units, planned_images=16, steps=10, batch_size=8, seed=0, ranks=ranks)
+        Feed(
+            transfer_set=rows.set,
+            units=EVERY_UNIT,
+            plan=PLAN,
+            image_bytes=4,
+            planned_images=16,
+            steps=10,
+            batch_size=8,
+            seed=0,
+            ranks=ranks,
+        )
     )
     taken(source, 5)
     assert threads == {threading.current_thread()}

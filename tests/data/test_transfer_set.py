@@ -13,9 +13,9 @@ import torch
 import xxhash
 from toy import encode_part
 
-from raydfkd.data.commits import Commit, DamageRecord, Snapshot
+from raydfkd.data.commits import GROUP_BYTES, Commit, DamageRecord, Snapshot
 from raydfkd.data.encodings import Encoding
-from raydfkd.data.shards import GROUP_BYTES, rows_digest
+from raydfkd.data.shards import rows_digest
 from raydfkd.data.sink import WAITING
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.errors import RecipeError
@@ -454,7 +454,7 @@ def test_commit_that_is_no_json_is_quarantined(garbage, transfer_set):
 def test_record_damaged_on_its_way_is_read_again(transfer_set, make_batch, monkeypatch):
     made = commit(transfer_set, UNITS[0], make_batch(4))
     get, answers = transfer_set.store.get, [lambda data: data[:-1], bytes]
-    monkeypatch.setattr(transfer_set.store, "get", lambda path: answers.pop(0)(get(path)))
+    monkeypatch.setattr(transfer_set.store, "get", lambda path, **limit: answers.pop(0)(get(path, **limit)))
     assert transfer_set.snapshot().commits == (made,)
 
 
@@ -639,7 +639,9 @@ def test_many_records_are_fetched_at_once_and_come_in_order(within, transfer_set
         commit(transfer_set, unit, make_batch(1))
     wanted = sorted(unit.id for unit in (units if within is None else units[5:]))
     barrier, get = threading.Barrier(5), transfer_set.store.get
-    monkeypatch.setattr(transfer_set.store, "get", lambda path: barrier.wait(5) is not None and get(path))
+    monkeypatch.setattr(
+        transfer_set.store, "get", lambda path, **limit: barrier.wait(5) is not None and get(path, **limit)
+    )
     assert transfer_set.snapshot(within and wanted).units == tuple(wanted)
 
 
@@ -695,7 +697,7 @@ def test_polling_reads_each_record_once(uri, make_batch, monkeypatch):
     writer, reader = TransferSet(uri, digest=DIGEST), TransferSet(uri, digest=DIGEST)
     fetched = []
     get = reader.store.get
-    monkeypatch.setattr(reader.store, "get", lambda path: fetched.append(path) or get(path))
+    monkeypatch.setattr(reader.store, "get", lambda path, **limit: fetched.append(path) or get(path, **limit))
     for unit in UNITS:
         commit(writer, unit, make_batch(2))
         reader.snapshot()
@@ -703,9 +705,12 @@ def test_polling_reads_each_record_once(uri, make_batch, monkeypatch):
 
 
 def test_set_is_closed_until_it_is_reopened(transfer_set):
-    assert not transfer_set.is_closed()
-    transfer_set.close(["r000-c0000-0000"])
-    assert transfer_set.is_closed()
-    transfer_set.reopen()
-    transfer_set.reopen()
-    assert not transfer_set.is_closed()
+    assert not transfer_set.is_closed("plan")
+    transfer_set.close("plan", ["r000-c0000-0000"])
+    assert transfer_set.is_closed("plan")
+    assert not transfer_set.is_closed("other"), "plans share a set, and one may end long before another"
+    transfer_set.reopen("other")
+    assert transfer_set.is_closed("plan")
+    transfer_set.reopen("plan")
+    transfer_set.reopen("plan")
+    assert not transfer_set.is_closed("plan")

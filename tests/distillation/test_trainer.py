@@ -19,6 +19,7 @@ from toy import (
 
 from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
 from raydfkd.config.schema import DistillSpec, OptimizerSpec
+from raydfkd.data.news import tell_of_change
 from raydfkd.data.sources import Ranks, StudentBatch
 from raydfkd.distillation.trainer import StepHooks, StudentTrainer, TrainingHooks, ignore
 from raydfkd.distillation.training import StudentCheckpoint, StudentTraining
@@ -100,12 +101,13 @@ class GrowingSet:
         for path in self._store.list("commits"):
             self._records[path] = self._store.get(path)
             self._store.delete(path)
-        self.job.transfer_set.reopen()
+        self.job.transfer_set.reopen(self.job.phases[-1].plan)
         self.commit()
 
     def commit(self):
         path = min(self._records)
         self._store.put(path, self._records.pop(path))
+        tell_of_change(self._store)
 
     def train(self, monkeypatch, checkpoint=None, *, killed_at=None):
         """Checkpoints by step, hashes of each step's images and labels, and the final weights."""

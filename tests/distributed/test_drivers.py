@@ -177,7 +177,7 @@ def test_interrupted_runs_end_in_time_say_how_to_go_on_and_do(tmp_path, expected
             assert num_committed < len(job.units)
 
             driver = Driver("training", tmp_path, environment)
-            until(lambda: job.transfer_set.is_closed() and student_steps(tmp_path)[-1:] > [10], driver)
+            until(lambda: job.is_closed and student_steps(tmp_path)[-1:] > [10], driver)
             took["in training"] = driver.stop()
             before = student_steps(tmp_path)
             assert before[-1] < STEPS, "the training was over before it was interrupted"

@@ -50,8 +50,6 @@ def recipe_file(folder: Path, *, units: int = 2, steps: int = 1_000_000) -> Path
     )
     job = open_job(recipe)
     synthesize_here(job, quiet_events(folder / "synthesis"), Phase(units=job.units[:units], until_step=0))
-    if units < len(job.units):
-        job.transfer_set.reopen()
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(recipe.model_dump(mode="json")))
     return path

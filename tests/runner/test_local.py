@@ -66,7 +66,7 @@ def test_run_commits_every_unit_closes_the_set_and_trains_a_student(tmp_path, sy
     assert (outcome.attempted, outcome.given_up) == (4, ())
     assert set(job.snapshot().units) == job.unit_ids
     assert job.snapshot().images == job.planned_images == 24
-    assert job.transfer_set.is_closed()
+    assert job.is_closed
     rows = [job.transfer_set.read(part) for commit in job.snapshot().commits for part in commit.parts]
     assert torch.cat([part.labels for part in rows]).bincount().tolist() == [6, 6, 6, 6]
     fresh = job.fresh_student().state_dict()
@@ -127,7 +127,7 @@ def test_unit_that_always_fails_is_given_up_at_the_third_attempt_and_the_others_
     }
     assert set(job.snapshot().units) == job.unit_ids - failing
     assert outcome.attempted == 2 + 3 * 2
-    assert job.transfer_set.is_closed()
+    assert job.is_closed
 
 
 def test_failed_attempts_leave_no_part_behind(tmp_path, break_classes):
@@ -204,7 +204,7 @@ def test_interrupted_synthesis_keeps_what_was_committed_and_leaves_the_set_open(
     with pytest.raises(KeyboardInterrupt):
         synthesize(job, tmp_path)
     assert set(job.snapshot().units) == set(done)
-    assert not job.transfer_set.is_closed()
+    assert not job.is_closed
     monkeypatch.setattr(SynthesisWorker, "run", run)
     assert synthesize(job, tmp_path).attempted == 2
 

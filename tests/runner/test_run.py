@@ -97,7 +97,7 @@ def test_images_of_another_recipe_are_not_distilled(tmp_path):
 
 def test_set_without_an_image_is_not_distilled(tmp_path):
     recipe = toy_recipe(tmp_path)
-    raydfkd.synthesize(recipe).close([])
+    raydfkd.synthesize(recipe)
     for path in (tmp_path / "run" / "transfer_set" / "commits").iterdir():
         path.unlink()
     with pytest.raises(RecipeError, match="no image came of its synthesis"):

@@ -138,7 +138,7 @@ def test_unit_in_work_is_finished_when_there_is_time_and_no_other_begun(tmp_path
     with pytest.raises(KeyboardInterrupt):
         synthesize_here(job, events)
     assert len(job.transfer_set.committed()) == 1
-    assert not job.transfer_set.is_closed()
+    assert not job.is_closed
 
 
 def test_unit_in_work_is_left_with_its_state_saved_when_time_is_up_and_the_set_is_the_same(tmp_path, monkeypatch):
