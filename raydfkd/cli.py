@@ -18,7 +18,7 @@ from raydfkd.commands import run as running
 from raydfkd.commands import storage
 from raydfkd.commands.bench import bench
 from raydfkd.commands.output import DONE, INCOMPLETE, INTERRUPTED, WRONG_INPUT, Commands, complain
-from raydfkd.errors import RecipeError, StudentDivergedError
+from raydfkd.errors import RecipeError, RunError
 
 app = typer.Typer(
     name="raydfkd",
@@ -83,7 +83,8 @@ def main() -> None:
         for line in error.lines:
             complain(line)
         sys.exit(WRONG_INPUT)
-    except StudentDivergedError as error:
+    except RunError as error:
+        _show_origin(error, is_debug=is_debug)
         complain(str(error))
         sys.exit(INCOMPLETE)
     except OSError as error:

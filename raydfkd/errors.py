@@ -58,7 +58,11 @@ def close_to(word: str, known: Iterable[str]) -> str | None:
     return close[0] if close else longer[0] if len(longer) == 1 else None
 
 
-class StudentDivergedError(RuntimeError):
+class RunError(RuntimeError):
+    """The run cannot go on, and the recipe is not to blame; the message says why and the remedy in one line."""
+
+
+class StudentDivergedError(RunError):
     """The student's loss or weights became NaN or infinite; the message names step, learning rate and remedy."""
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, overload
 
 from raydfkd.seeds import derive_seed
+
+MAX_ALIKE = 5
+"""Units in a row that fail alike, none done between them, after which it is nothing about the units."""
+_OF_AN_ATTEMPT = re.compile(r"[0-9a-f]{8,}|[0-9]+")
+"""The parts of an error that differ from attempt to attempt: numbers and random names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,9 +182,13 @@ class UnitQueue:
     * Its machine is preempted or drained: nobody's fault; the unit goes to the front and nothing is counted.
     * Its worker dies without a reason that is known: no attempt is counted, for it may have been the machine, but a
       unit that crashes the process or eats its memory would come back for ever; so the unit is given up at the
-      ``max_losses``-th death in a row, preemptions between them not regarded. It goes to the back, so that a machine
-      that kills whatever it is given does not get the same unit until that is blamed. Where a share p of attempts
-      dies unannounced, p ** max_losses of the units are given up without fault: 1 in 100,000 for 10 % and 5.
+      ``max_losses``-th death in a row without getting further than before the one before it, preemptions between
+      them not regarded. It goes to the back, so that a machine that kills whatever it is given does not get the same
+      unit until that is blamed. Where a share p of attempts dies unannounced and saves nothing, p ** max_losses of the
+      units are given up without fault: 1 in 100,000 for 10 % and 5.
+
+    A store that is full, or an objective that is NaN everywhere, fails every unit alike: then ``lasting_failure`` says
+    so, instead of all units being tried in vain, each ``max_attempts`` times.
 
     The queue knows units, not attempts. News of an attempt that is over already, or of a second one, is taken as news
     of its unit: a result is always welcome, also after that, and changes nothing twice; a failure counts unless
@@ -195,6 +205,8 @@ class UnitQueue:
         self._running: set[str] = set()
         self._failures: dict[str, int] = {}
         self._losses: dict[str, int] = {}
+        self._reached: dict[str, int] = {}
+        self._kind, self._alike = "", dict[str, str]()
         self._given_up: dict[str, Failure] = {}
         self._max_attempts = max_attempts
         self._max_losses = max_losses
@@ -209,9 +221,18 @@ class UnitQueue:
         self.attempted += 1
         return unit
 
-    def finished(self, unit: WorkUnit) -> None:
-        """The unit is committed."""
+    def progressed(self, unit_id: str, step: int) -> None:
+        """A running unit has come to ``step``; further than ever, it does not get stuck where its workers died."""
+        if unit_id in self._running and step > self._reached.get(unit_id, 0):
+            self._reached[unit_id] = step
+            if unit_id in self._losses:
+                self._losses[unit_id] = 0
+
+    def finished(self, unit: WorkUnit) -> bool:
+        """The unit is committed; returns whether that is news."""
+        is_news = unit.id not in self._done
         self._settle(unit.id)
+        return is_news
 
     def finished_elsewhere(self, ids: Iterable[str]) -> None:
         """The units ``ids`` are committed, by whoever it was; ids of other plans are ignored."""
@@ -224,6 +245,7 @@ class UnitQueue:
             self._done.remove(unit.id)
             self._failures.pop(unit.id, None)
             self._losses.pop(unit.id, None)
+            self._reached.pop(unit.id, None)
             self._pending[unit.id] = unit
 
     def failed(self, unit: WorkUnit, error: str) -> Failure:
@@ -233,6 +255,7 @@ class UnitQueue:
             return failure
         self._failures[unit.id] = failure.attempt
         self._losses.pop(unit.id, None)
+        self._note_kind(unit, error)
         if failure.attempt >= self._max_attempts:
             self._give_up(failure)
         elif unit.id in self._running:
@@ -269,6 +292,14 @@ class UnitQueue:
         return unit.id in self._given_up
 
     @property
+    def lasting_failure(self) -> str | None:
+        """The failure that the last units had in common, in one line, once it is in vain to try others."""
+        if len(self._alike) < MAX_ALIKE:
+            return None
+        error = next(reversed(self._alike.values()))
+        return f"{len(self._alike)} units in a row failed alike and none was done: {error}"
+
+    @property
     def plan(self) -> str:
         """Names the plan of its units, waiting or not; see ``plan_name``."""
         return plan_name(self._ids)
@@ -293,6 +324,13 @@ class UnitQueue:
         """The failure of each unit that was given up, in order of their ids; takes a sort, unlike ``is_given_up``."""
         return tuple(self._given_up[unit_id] for unit_id in sorted(self._given_up))
 
+    def _note_kind(self, unit: WorkUnit, error: str) -> None:
+        """Keep the errors of different units for as long as they are of one kind."""
+        kind = _OF_AN_ATTEMPT.sub("*", error.replace(unit.id, "*"))
+        if kind != self._kind:
+            self._kind, self._alike = kind, {}
+        self._alike[unit.id] = error
+
     def _is_settled(self, unit: WorkUnit) -> bool:
         return unit.id in self._done or unit.id in self._given_up
 
@@ -300,6 +338,7 @@ class UnitQueue:
         self._withdraw(unit_id)
         self._given_up.pop(unit_id, None)
         self._done.add(unit_id)
+        self._alike.clear()
 
     def _give_up(self, failure: Failure) -> Failure:
         self._withdraw(failure.unit)

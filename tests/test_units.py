@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from raydfkd.seeds import derive_seed
-from raydfkd.units import Phase, UnitQueue, plan_phases, plan_units
+from raydfkd.units import MAX_ALIKE, Phase, UnitQueue, plan_phases, plan_units
 
 unhurried = settings(max_examples=50, deadline=None)  # other sessions share the machine
 
@@ -246,6 +246,55 @@ def test_unit_that_kills_its_worker_each_time_is_set_aside_and_the_error_says_so
     assert queue.is_drained
 
 
+def test_unit_that_gets_further_before_each_death_is_not_to_blame_for_its_machines():
+    queue = UnitQueue(UNITS[:1], max_losses=2)
+    for step in range(1, 20):
+        unit = queue.take()
+        queue.progressed(unit.id, 100 * step)
+        assert queue.lost(unit) is None
+    queue.progressed(queue.take().id, 1900)
+    assert queue.lost(UNITS[0]).error.startswith("killed its worker 2 times in a row")
+
+
+def test_progress_of_a_unit_that_nobody_works_on_any_more_tells_nothing():
+    queue = UnitQueue(UNITS[:1], max_losses=2)
+    queue.lost(queue.take())
+    queue.progressed(UNITS[0].id, 500)
+    assert queue.lost(queue.take()) is not None
+
+
+def many(count):
+    return plan(classes=tuple(range(count)), images=4, pack=1)
+
+
+def test_units_that_all_fail_alike_show_that_it_is_nothing_about_them():
+    queue = UnitQueue(many(9))
+    for number in range(MAX_ALIKE):
+        assert queue.lasting_failure is None
+        unit = queue.take()
+        queue.failed(unit, f"StoreError: s3://b/parts/{unit.id}-1-{number:032x}-0.parquet cannot be written (full)")
+    assert queue.lasting_failure.startswith("5 units in a row failed alike and none was done: StoreError: s3://b/")
+    assert "cannot be written (full)" in queue.lasting_failure
+
+
+def test_one_unit_that_fails_often_shows_nothing_about_the_others():
+    queue = UnitQueue(UNITS[:1], max_attempts=9)
+    for _ in range(8):
+        queue.failed(queue.take(), "no luck")
+    assert queue.lasting_failure is None
+
+
+@pytest.mark.parametrize("between", [lambda queue: queue.finished(queue.take()),
+                                     lambda queue: queue.failed(queue.take(), "something else")])  # fmt: skip
+def test_a_unit_that_is_done_or_fails_otherwise_shows_that_there_is_no_lasting_failure(between):
+    queue = UnitQueue(many(9))
+    for _ in range(MAX_ALIKE - 1):
+        queue.failed(queue.take(), "no luck")
+    between(queue)
+    queue.failed(queue.take(), "no luck")
+    assert queue.lasting_failure is None
+
+
 def test_failure_interrupts_a_row_of_deaths():
     queue = UnitQueue(UNITS[:1], max_losses=2)
     for end in (queue.lost, lambda unit: queue.failed(unit, "no luck"), queue.lost):
@@ -328,7 +377,7 @@ class Queue(RuleBasedStateMachine):
         self.waiting = [unit_id for unit_id in self.units if unit_id not in self.earlier]
         self.running, self.done, self.set_aside = set(), set(self.earlier), set()
         self.taken, self.failures, self.losses, self.row = Counter(), Counter(), Counter(), Counter()
-        self.all_failures, self.reopened = Counter(), Counter()
+        self.all_failures, self.reopened, self.reached = Counter(), Counter(), Counter()
 
     def one_that_was_taken(self, data):
         return data.draw(st.sampled_from(sorted(self.taken)))
@@ -354,7 +403,7 @@ class Queue(RuleBasedStateMachine):
     @rule(data=st.data())
     def finish(self, data):
         unit_id = self.one_that_was_taken(data)
-        self.queue.finished(self.units[unit_id])
+        assert self.queue.finished(self.units[unit_id]) == (unit_id not in self.done)
         self.move(unit_id, self.done.add)
 
     @precondition(lambda self: self.taken)
@@ -389,6 +438,15 @@ class Queue(RuleBasedStateMachine):
         elif is_news:
             self.move(unit_id, self.waiting.append)
 
+    @precondition(lambda self: self.taken)
+    @rule(data=st.data(), step=st.integers(0, 5))
+    def progress(self, data, step):
+        unit_id = self.one_that_was_taken(data)
+        self.queue.progressed(unit_id, step)
+        if unit_id in self.running and step > self.reached[unit_id]:
+            self.reached[unit_id] = step
+            self.row[unit_id] = 0
+
     @rule(data=st.data())
     def finish_elsewhere(self, data):
         units = data.draw(st.sets(st.sampled_from(sorted(self.units)), max_size=3))
@@ -404,7 +462,7 @@ class Queue(RuleBasedStateMachine):
             self.move(unit_id, self.waiting.append)
             self.earlier.discard(unit_id)
             self.reopened[unit_id] += 1
-            self.failures[unit_id] = self.row[unit_id] = 0
+            self.failures[unit_id] = self.row[unit_id] = self.reached[unit_id] = 0
 
     @invariant()
     def each_unit_is_in_exactly_one_state(self):

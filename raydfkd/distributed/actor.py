@@ -54,8 +54,8 @@ class SynthesisActor:
         self._is_drained = DrainNotice()
         self._on_sigterm = signal.signal(signal.SIGTERM, self._leave_on_signal)
 
-    def ready(self) -> None:
-        """Build the worker: teacher, objective, synthesizer."""
+    def ready(self) -> str:
+        """Build the worker: teacher, objective, synthesizer. Returns the id of the node that it is on."""
         if self._worker is None:
             self._worker = SynthesisWorker(
                 job_of(self._recipe, self._made_of),
@@ -64,6 +64,7 @@ class SynthesisActor:
                 should_stop=self._should_stop,
                 on_progress=self._note,
             )
+        return str(ray.get_runtime_context().get_node_id())
 
     def run(self, unit: WorkUnit, attempt: int) -> Work:
         """Commit ``unit``; only the commit's record travels, never pixels."""

@@ -228,6 +228,12 @@ def draining_nodes() -> Mapping[str, int]:
     return found
 
 
+def node_of(actor: Any) -> str:
+    """Id of the node that an actor was placed on, dead or alive; "" where Ray does not know of one."""
+    found: Mapping[str, Any] = state.state.actor_table(actor._actor_id.hex())
+    return str(found.get("Address", {}).get("NodeID", ""))
+
+
 def free_resources() -> Mapping[str, Mapping[str, float]]:
     """Resources of each node by its id that nobody has reserved."""
     found: Mapping[str, Mapping[str, float]] = state.available_resources_per_node()  # type: ignore[no-untyped-call]

@@ -34,7 +34,7 @@ def check_room(job: Job, say: Say, *, synthesis: bool = True, training: bool = T
     """
     nodes, workers, train_workers = _nodes(), job.recipe.runtime.workers, job.recipe.runtime.student_workers
     if synthesis and _is_open(job):
-        actor = _of_actor(job.recipe)
+        actor = of_actor(job.recipe)
         room = _room(nodes, actor)
         if is_own_cluster() and not room:
             raise RecipeError(_shortage("worker", actor, nodes))
@@ -43,7 +43,7 @@ def check_room(job: Job, say: Say, *, synthesis: bool = True, training: bool = T
             ending = "no more are started" if is_own_cluster() else f"{others} for nodes to join"
             say("workers", f"{_lack('workers.max', workers.max, room, actor)}; {ending}")
     if training:
-        train_worker = _of_train_worker(job.recipe)
+        train_worker = of_train_worker(job.recipe)
         room = _room(nodes, train_worker)
         if is_own_cluster() and not room:
             raise RecipeError(_shortage("student_worker", train_worker, nodes))
@@ -62,14 +62,15 @@ def must_take_turns(job: Job, say: Say) -> bool:
     Raises:
         RecipeError: the synthesis asks the student that is trained meanwhile.
     """
-    actor, train_worker = _of_actor(job.recipe), _of_train_worker(job.recipe)
-    num_train_workers = job.recipe.runtime.student_workers.min
-    wanted = {
-        name: actor.get(name, 0.0) + num_train_workers * train_worker.get(name, 0.0) for name in {*actor, *train_worker}
-    }
-    if not is_own_cluster() or _room(_nodes(), wanted) or not _is_open(job):
+    if not is_own_cluster() or fits_at_once(job) or not _is_open(job):
         return False
     if asks_student(job.recipe):
+        actor, train_worker = of_actor(job.recipe), of_train_worker(job.recipe)
+        num_train_workers = job.recipe.runtime.student_workers.min
+        wanted = {
+            name: actor.get(name, 0.0) + num_train_workers * train_worker.get(name, 0.0)
+            for name in {*actor, *train_worker}
+        }
         short = next(name for name in wanted if _room(_nodes(), {name: wanted[name]}) < 1)
         raise RecipeError(
             f"runtime: a synthesis actor and {num_train_workers} Train workers at once want {wanted[short]:g} "
@@ -78,6 +79,23 @@ def must_take_turns(job: Job, say: Say) -> bool:
         )
     say("plan", "there is no room here for synthesis and training at once: the images come first, then the student")
     return True
+
+
+def fits_at_once(job: Job) -> bool:
+    """Whether the nodes that are there have room for a synthesis actor beside the fewest Train workers."""
+    nodes = [dict(node) for node in _nodes()]
+    each = [of_actor(job.recipe), *[of_train_worker(job.recipe)] * job.recipe.runtime.student_workers.min]
+    return all(_placed(nodes, wanted) for wanted in sorted(each, key=lambda wanted: -sum(wanted.values())))
+
+
+def _placed(nodes: Sequence[dict[str, float]], wanted: Resources) -> bool:
+    """Whether one of the nodes has room; what is wanted is taken from it."""
+    for node in nodes:
+        if _room([node], wanted):
+            for name, share in wanted.items():
+                node[name] = node.get(name, 0.0) - share
+            return True
+    return False
 
 
 def capacity() -> dict[str, float]:
@@ -97,12 +115,14 @@ def _nodes() -> list[Resources]:
     return [node["Resources"] for node in nodes if node["Alive"]]
 
 
-def _of_actor(recipe: Recipe) -> Resources:
+def of_actor(recipe: Recipe) -> Resources:
+    """Resources that a synthesis actor reserves."""
     runtime = recipe.runtime
     return {"CPU": runtime.cpus_per_worker, "GPU": runtime.gpus_per_worker, **runtime.resources_per_worker}
 
 
-def _of_train_worker(recipe: Recipe) -> Resources:
+def of_train_worker(recipe: Recipe) -> Resources:
+    """Resources that a Train worker reserves."""
     runtime = recipe.runtime
     own = runtime.resources_per_student_worker
     return {"CPU": runtime.cpus_per_student_worker, "GPU": runtime.gpus_per_student_worker, **own}

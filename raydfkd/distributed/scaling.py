@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
@@ -15,6 +14,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from typing_extensions import override
 
+from raydfkd.distributed.machines import takes_connections
 from raydfkd.distributed.ray_internals import (
     DefaultFailurePolicy,
     ElasticScalingPolicy,
@@ -37,8 +37,6 @@ GETS_ON_S = 600.0
 """A training that has run for so long since it last failed does not fail for the same reason."""
 NODE_ID = "ray.io/node-id"
 """Label that every node has."""
-ANSWER_S = 2.0
-"""Seconds within which a node that is there takes a connection."""
 LOST = (WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
 """What stands for a Train worker that went away, rather than for an error that its code raised."""
 LEAVE_S = 3
@@ -202,7 +200,7 @@ class LiveNodesPolicy(ElasticScalingPolicy):
             and all(node["Resources"].get(resource, 0) >= share for resource, share in wanted.items())
         ]
         with ThreadPoolExecutor(32) as threads:
-            answers = list(threads.map(_answers, nodes))
+            answers = list(threads.map(takes_connections, nodes))
         found = {node["NodeID"]: node["Resources"] for node, is_there in zip(nodes, answers, strict=True) if is_there}
         self._nodes = tuple(found)
         return found
@@ -213,12 +211,3 @@ class LiveNodesPolicy(ElasticScalingPolicy):
     def _get_resize_decision(self, num_workers: int) -> ResizeDecision:
         self._tried = num_workers
         return super()._get_resize_decision(num_workers)
-
-
-def _answers(node: dict[str, Any]) -> bool:
-    """Whether the node's Ray process takes connections; that of a killed one refuses them, or nothing comes back."""
-    try:
-        with socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=ANSWER_S):
-            return True
-    except OSError:
-        return False

@@ -25,6 +25,7 @@ from raydfkd.distributed.ray_internals import (
     CheckpointManagerInitializationError,
     ControllerCallback,
 )
+from raydfkd.distributed.room import of_train_worker
 from raydfkd.distributed.scaling import NODE_ID, ElasticTorchTrainer
 from raydfkd.distributed.train_worker import STATE, read_state, train_worker
 from raydfkd.distributed.training_lock import training_lock
@@ -99,9 +100,6 @@ def _fit(
         os.environ.setdefault(variable, value)
     runtime = job.recipe.runtime
     workers = runtime.student_workers
-    resources = {"CPU": runtime.cpus_per_student_worker, **runtime.resources_per_student_worker}
-    if runtime.gpus_per_student_worker:
-        resources["GPU"] = runtime.gpus_per_student_worker
     sealed = ray.put(recipe.model_dump_json())  # Ray Train writes the config into its logs, secrets and all
     config = {
         "recipe": sealed,
@@ -110,6 +108,7 @@ def _fit(
         "coordinator": coordinator,
         "checkpoint": checkpoint,
     }
+    resources = of_train_worker(recipe)
     trainer = ElasticTorchTrainer(
         train_worker,
         coordinator=coordinator,
@@ -117,7 +116,7 @@ def _fit(
         scaling_config=ScalingConfig(
             num_workers=cast(int, workers.max if workers.min == workers.max else (workers.min, workers.max)),
             use_gpu=runtime.gpus_per_student_worker > 0,
-            resources_per_worker=resources,
+            resources_per_worker={name: share for name, share in resources.items() if share or name == "CPU"},
             elastic_resize_monitor_interval_s=GROW_EVERY_S,
         ),
         torch_config=TorchConfig(backend="nccl" if runtime.gpus_per_student_worker > 0 else "gloo"),

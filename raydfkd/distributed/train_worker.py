@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class _TrainWorker:
         context = ray.train.get_context()
         self._rank, self._world_size = context.get_world_rank(), context.get_world_size()
         self._coordinator = config["coordinator"]
-        self._notice = PreemptionNotice(self._is_over)
+        self._notice = PreemptionNotice(partial(self._is_over, is_waiting=False))
         teacher = open_teacher(recipe)
         self._training = StudentTraining(
             job,
@@ -74,8 +75,8 @@ class _TrainWorker:
         except OverError:
             self._save_steps()
 
-    def _is_over(self) -> bool:
-        return bool(ray.get(self._coordinator.is_over.remote()))
+    def _is_over(self, *, is_waiting: bool) -> bool:
+        return bool(ray.get(self._coordinator.is_over.remote(is_waiting)))
 
     def _log(self, entry: Mapping[str, float]) -> None:
         if self._rank == 0:
@@ -93,7 +94,7 @@ class _TrainWorker:
             ray.train.report({"step": state["trainer"]["step"]}, checkpoint=checkpoint)
 
     def _agree(self, snapshot: Snapshot | None) -> Snapshot | None:
-        agreed = _broadcast(snapshot, self._is_over)
+        agreed = _broadcast(snapshot, partial(self._is_over, is_waiting=True))
         if agreed is None and self._notice.look():  # between two steps, the second of which may be long in coming
             self._save_steps()
         return agreed

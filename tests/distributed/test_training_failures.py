@@ -46,7 +46,7 @@ class Failures:
         return str(self._policy.make_decision(WorkerGroupError("...", failures)).name)
 
     def lines(self) -> list[str]:
-        found: list[str] = self._get(self._coordinator.take_lines.remote())
+        found: list[str] = self._get(self._coordinator.take.remote()).lines
         return found
 
 

@@ -1,0 +1,89 @@
+"""Room for a synthesis actor or a training worker, but never for both at once. Run by make test-cluster."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from clusters import COMMAND, cluster, processes
+
+from raydfkd.config.load import load_recipe
+from raydfkd.job import open_job
+
+pytestmark = pytest.mark.cluster
+
+JOB = Path(__file__).parents[2] / "jobs" / "chaos.yaml"
+SETTINGS = (
+    "transfer_set.images_per_class=60",
+    "synthesis.steps=200",
+    "distill.source.wait_for=400",
+    "runtime.workers={min: 0, max: 2}",
+    "runtime.cpus_per_worker=0",
+    "runtime.resources_per_worker={slot: 1}",
+    "runtime.cpus_per_student_worker=0",
+    "runtime.resources_per_student_worker={slot: 1}",
+)
+
+
+class Run:
+    """The command, and its report."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        arguments = [*COMMAND, "run", str(JOB), "--run-dir", str(folder), "--json"]
+        arguments += [part for setting in SETTINGS for part in ("--set", setting)]
+        self.job = open_job(load_recipe(JOB, SETTINGS, str(folder)))
+        self._log = (folder.parent / "log").open("w+")
+        self._driver = subprocess.Popen(
+            arguments, env=environment, stdout=subprocess.PIPE, stderr=self._log, text=True, start_new_session=True
+        )
+
+    def wait_for(self, what: str, is_there) -> None:
+        until = time.monotonic() + 180
+        while not is_there():
+            assert self._driver.poll() is None, self.said()
+            assert time.monotonic() < until, f"{what} did not come; {self.said()}"
+            time.sleep(0.2)
+
+    def said(self) -> str:
+        self._log.seek(0)
+        return self._log.read()
+
+    def report(self) -> dict:
+        try:
+            output, _ = self._driver.communicate(timeout=400)
+        finally:
+            self._driver.kill()
+        assert self._driver.returncode == 0, self.said()[-3000:]
+        found: dict = json.loads(output)
+        assert found["units"]["committed"] == len(self.job.units)
+        return found
+
+
+def test_images_come_first_where_the_only_machine_joins_late(tmp_path):
+    with cluster() as (nodes, environment):
+        run = Run(tmp_path / "run", environment)
+        run.wait_for("the line", lambda: "there is no room for its training and for synthesis at once" in run.said())
+        nodes.add(slot=1)
+        run.report()
+
+
+def test_training_gives_its_room_to_the_synthesis_that_lost_its_own(tmp_path):
+    with cluster() as (nodes, environment):
+        both = [nodes.add(slot=1), nodes.add(slot=1)]
+        run = Run(tmp_path / "run", environment)
+        run.wait_for("a commit", run.job.transfer_set.committed)
+        run.wait_for("the training", lambda: processes(environment, b"ray::RayTrainWorker"))
+        at_work = node_at_work(environment)
+        nodes.kill(next(node for node in both if node == at_work))
+        run.report()
+        assert "gives its room to the synthesis" in run.said()
+
+
+def node_at_work(environment: dict[str, str]) -> str:
+    """Id of the node on which an actor works, which its process tells in its own command line's environment."""
+    (process,) = processes(environment, b"ray::SynthesisActor.run")
+    content = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    return next(entry.partition(b"=")[2].decode() for entry in content if entry.startswith(b"RAY_NODE_ID="))
