@@ -424,10 +424,18 @@ def test_check_finds_independent_mistakes_at_once(raydfkd, monkeypatch):
     answer = raydfkd("check", "toy.yaml", *sets(*mistakes))
     assert answer.code == 2
     assert [line.partition(" ")[0] for line in answer.err.splitlines()] == [
-        "teacher.class_names",
         "runtime.device",
+        "teacher.class_names",
         "teacher.weights",
     ]
+
+
+def test_run_with_a_wrong_file_of_class_names_is_refused_before_any_work(raydfkd):
+    before = raydfkd.files()
+    answer = raydfkd.run("teacher.class_names=nowhere.txt", "teacher.weights=nowhere.pt", NO_TRAINING)
+    assert answer.code == 2
+    assert [line.partition(" ")[0] for line in answer.err.splitlines()] == ["teacher.class_names", "teacher.weights"]
+    assert raydfkd.files() == before
 
 
 def test_device_of_another_machine_is_named_with_the_way_to_check_a_recipe_for_it(raydfkd, monkeypatch):

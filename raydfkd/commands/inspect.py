@@ -58,8 +58,6 @@ def _check_everything(plan: Recipe) -> Prepared:
     from raydfkd.runner.check import check as build_everything
 
     mistakes = Mistakes()
-    with mistakes.gathered():
-        _ = plan.class_names
     try:
         pick_device(plan.runtime.device)
     except RecipeError as error:

@@ -56,6 +56,8 @@ def check(recipe: Recipe) -> Prepared:
     with mistakes.gathered():
         network = build_teacher(recipe)
     with mistakes.gathered():
+        _ = recipe.class_names  # or a run would find a wrong file of names when it writes its report
+    with mistakes.gathered():
         if recipe.real_data is not None:
             data = open_real_data(recipe.real_data, recipe.teacher.image_space, recipe.teacher.classes)
     with mistakes.gathered():
@@ -72,15 +74,18 @@ def check(recipe: Recipe) -> Prepared:
     if network is not None and student is not None:
         with mistakes.gathered():
             _check_synthesis(recipe, network, student)
+    if network is not None:
+        with mistakes.gathered():
+            if recipe.teacher.train is None or weights_exist(recipe.teacher.weights, where="teacher.weights"):
+                teacher = open_teacher(recipe, network, say=notes.append)
+                notes += probe_teacher(teacher.module, recipe.teacher)
+            else:
+                check_teaching(recipe)
     mistakes.complain()
     assert network is not None
     assert student is not None
-    if recipe.teacher.train is None or weights_exist(recipe.teacher.weights, where="teacher.weights"):
-        teacher = open_teacher(recipe, network, say=notes.append)
-        notes += probe_teacher(teacher.module, recipe.teacher)
+    if teacher is not None:
         transfer_set_of(recipe, dependencies_of(recipe, teacher)).check()
-    else:
-        check_teaching(recipe)
     return Prepared(recipe=recipe, network=network, student=student, teacher=teacher, data=data, notes=tuple(notes))
 
 
