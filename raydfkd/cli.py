@@ -98,7 +98,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         result = INTERRUPTED
     except typer.TyperException as error:
-        complain(error.format_message())
+        complain(error.format_message().replace("Value error, ", ""))  # pydantic's words, which typer leaves in
         sys.exit(WRONG_INPUT)
     if result == INTERRUPTED:  # also what typer makes of Ctrl-C, depending on its version
         complain("interrupted; what was committed stays, and the same command goes on from there")

@@ -14,12 +14,16 @@ import torch
 from raydfkd.errors import RecipeError
 
 
-def pick_device(wanted: str) -> torch.device:
-    """The device of this process: what the recipe says, or CUDA where there is some for ``auto``."""
+def pick_device(wanted: str, *, where: str = "runtime.device") -> torch.device:
+    """The device of this process: the one that is ``wanted``, or CUDA where there is some for ``auto``.
+
+    Raises:
+        RecipeError: it is not there; names the key ``where``.
+    """
     if wanted == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("runtime.device is 'cuda', but this machine has no CUDA device; use auto or cpu")
+        raise RecipeError(f"{where} is 'cuda', but this machine has no CUDA device; use auto or cpu")
     return torch.device(wanted)
 
 

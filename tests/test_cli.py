@@ -529,7 +529,7 @@ def test_verify_of_a_finished_run_finds_every_image(finished):
     assert terminal("verify", "toy.yaml", "--json").json == {"units": 2, "planned": 2, "images": 40, "damaged": {}}
 
 
-def test_verify_sets_a_damaged_unit_aside_and_the_same_run_makes_it_again(finished):
+def test_verify_sets_a_damaged_unit_aside_and_the_same_run_makes_it_again(finished, caplog):
     terminal, report = finished
     damaged = next((terminal.folder / "out/transfer_set/parts").glob(f"{UNITS[1]}-*"))
     content = bytearray(damaged.read_bytes())
@@ -539,6 +539,8 @@ def test_verify_sets_a_damaged_unit_aside_and_the_same_run_makes_it_again(finish
     assert answer.code == 1
     assert (answer.json["units"], answer.json["images"], list(answer.json["damaged"])) == (1, 20, [UNITS[1]])
     assert answer.err.startswith(f"unit {UNITS[1]}: ")
+    assert answer.err.count("\n") == 1
+    assert not caplog.records, "the same damage once more"
     again = terminal.run()
     assert again.code == 0
     assert again.json["content_digest"] == report["content_digest"]
@@ -773,6 +775,17 @@ def test_every_command_refuses_a_misspelled_key(raydfkd, command):
     assert raydfkd.files() == before
 
 
+MEASURED = ("synthesis", "generators", "overlap", "student")
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_benchmark_on_a_device_that_is_not_there_is_refused_by_the_name_of_its_option(raydfkd, monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    answer = raydfkd("bench", name, "--device", "cuda")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err == "--device is 'cuda', but this machine has no CUDA device; use auto or cpu\n"
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -784,8 +797,19 @@ def test_every_command_refuses_a_misspelled_key(raydfkd, command):
         (["run", "list.yaml"], "list.yaml is not a recipe: the top of the file must be keys like `teacher:`"),
         (["run", "twice.yaml"], "name: given twice, again in line 2; keep one of them"),
         (["run", "other.pt"], "other.pt cannot be read as a recipe: it is not text"),
-        (["run", "toy.yaml", "--on", "lokal"], "--on is 'lokal'; did you mean local?"),
-        (["evaluate", "toy.yaml", "--split", "tset"], "--split is 'tset'; did you mean test?"),
+        (["run", "toy.yaml", "--on", "lokal"], "Invalid value for '--on': 'lokal' is not one of 'ray', 'local'."),
+        (["evaluate", "toy.yaml", "--split", "tset"], "Invalid value for '--split': 'tset' is not one of "),
+        (
+            ["evaluate", "toy.yaml", "--split", "test", *sets("real_data=null", *RANDOM)],
+            "--split is 'test', but the recipe has no real_data that it could be of; give real_data or no --split",
+        ),
+        *(
+            (
+                ["bench", name, "--device", "cudaa"],
+                "Invalid value for '--device': 'cudaa' is not one of 'auto', 'cpu', ",
+            )
+            for name in MEASURED
+        ),
         (["report", "toy.yaml"], "teacher.weights is 'out/teacher.safetensors': no such file; `raydfkd run` makes it"),
         (["report", "toy.yaml", *sets(*RANDOM)], "run_dir is 'out': there is neither a report nor an image; "),
         (["gc", "toy.yaml", "--older-than", "soon"], "--older-than is 'soon'; give a number of s, m, h or d, such as "),

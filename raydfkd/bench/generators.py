@@ -53,7 +53,7 @@ def bench_generators(*, rounds: int = 5, device: str = "auto") -> Iterator[Row]:
     A step is forward and backward of the generators alone, and Adam's update; the teacher behind them costs the same
     either way.
     """
-    target = pick_device(device)
+    target = pick_device(device, where="--device")
     if target.type == "cpu":
         keep_freed_memory()
     with cpu_threads(1):

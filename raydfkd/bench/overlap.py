@@ -29,7 +29,7 @@ def bench_overlap(*, rounds: int = 3, device: str = "auto", batch_s: float = 0.4
     A unit of eight batches is made with and without a sink to write them to; a batch takes the device ``batch_s``. On
     CUDA it multiplies matrices meanwhile, on CPU it is a pretended device that only lets the time pass.
     """
-    target = pick_device(device)
+    target = pick_device(device, where="--device")
     work = _busy(target, batch_s) if target.type == "cuda" else lambda: time.sleep(batch_s)
     with cpu_threads(1):
         for size, count in SIZES.items():

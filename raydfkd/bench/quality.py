@@ -23,6 +23,7 @@ from raydfkd.config.recipe import Recipe
 from raydfkd.config.registry import import_callable
 from raydfkd.config.static_check import plugins_of
 from raydfkd.devices import device_name, pick_device
+from raydfkd.errors import RecipeError
 from raydfkd.images.real_data import Split
 from raydfkd.networks.weights import weights_exist
 from raydfkd.store.store import Store
@@ -127,6 +128,8 @@ def bench_quality(cells: Sequence[Cell], folder: Path, *, at_once: int = 1) -> I
 def _opened(cell: Cell, folder: Path) -> tuple[Recipe, str]:
     """The cell's recipe with its own seed and a teacher that its cells share, and the digest of them all."""
     recipe = load_recipe(cell.recipe, list(cell.overrides), run_dir=_NOWHERE)
+    if recipe.real_data is None:
+        raise RecipeError(f"{cell.recipe}: real_data is missing, on which the student is judged; give it or use `run`")
     if recipe.teacher.train is not None:
         recipe = _with_weights(recipe, folder / "teachers" / _teacher_file(recipe))
     return recipe, digest_of(recipe)

@@ -82,7 +82,7 @@ def bench_student(*, rounds: int = 5, device: str = "auto") -> Iterator[Row]:
     A round is one epoch. The students use stored logits and no augmentation, so that nothing but the student's own
     steps hides the feeding; on CPU, where both share the processor, with one thread.
     """
-    target = pick_device(device)
+    target = pick_device(device, where="--device")
     if target.type == "cpu":
         keep_freed_memory()
     with cpu_threads(1):

@@ -30,7 +30,7 @@ def bench_synthesis(*, rounds: int = 7, device: str = "auto", cases: tuple[str, 
     Raises:
         RecipeError: no such case or device.
     """
-    target = pick_device(device)
+    target = pick_device(device, where="--device")
     chosen = choose_cases(cases, target)
     if target.type == "cpu":
         keep_freed_memory()

@@ -22,7 +22,7 @@ bench = typer.Typer(
     cls=Commands,
 )
 Rounds = Annotated[int, typer.Option(min=1, help="Alternating rounds; median and range are shown.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes CUDA where there is a GPU.")]
 
 
 @bench.command("synthesis")

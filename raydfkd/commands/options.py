@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,7 +12,6 @@ from raydfkd.commands.completion import complete_override, complete_recipe
 from raydfkd.config.load import load_recipe
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.static_check import static_check
-from raydfkd.errors import RecipeError, did_you_mean
 
 Source = Annotated[
     str,
@@ -30,7 +29,7 @@ Overrides = Annotated[
 ]
 RunDir = Annotated[str | None, typer.Option(help="Folder of reports, student and checkpoints.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object on the last line.")]
-On = Annotated[str | None, typer.Option("--on", metavar="ray|local", help="Where to work; the recipe says otherwise.")]
+On = Annotated[Literal["ray", "local"] | None, typer.Option("--on", help="Where to work; the recipe says otherwise.")]
 
 
 def load(source: str, overrides: list[str] | None, run_dir: str | None, on: str | None = None) -> Recipe:
@@ -50,7 +49,5 @@ def read(source: str, overrides: list[str] | None, run_dir: str | None, on: str 
     """A recipe as it is, of which nothing but its form was looked at."""
     given = list(overrides or [])
     if on is not None:
-        if on not in ("ray", "local"):
-            raise RecipeError(f"--on is {on!r}; {did_you_mean(on, ['ray', 'local'])}")
         given.append(f"runtime.executor={on}")
     return load_recipe(source, given, run_dir)

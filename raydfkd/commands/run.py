@@ -10,7 +10,6 @@ import typer
 from raydfkd.commands.options import AsJson, On, Overrides, RunDir, Source, allow_code, load, read
 from raydfkd.commands.output import DONE, INCOMPLETE, complain, console_for, print_summary
 from raydfkd.config.load import expand_home
-from raydfkd.errors import RecipeError, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -86,17 +85,17 @@ def evaluate(
     overrides: Overrides = None,
     run_dir: RunDir = None,
     student: Annotated[str | None, typer.Option(help="Weights; the run's student.safetensors unless given.")] = None,
-    split: Annotated[str, typer.Option(help="test or validation; choose methods on validation only.")] = "test",
+    split: Annotated[
+        Literal["validation", "test"] | None,
+        typer.Option(help="Real images that judge; choose methods on validation only [default: test]."),
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Judge a saved student on the recipe's real data, or by its agreement with the teacher where there is none."""
-    if split not in ("test", "validation"):
-        raise RecipeError(f"--split is {split!r}; {did_you_mean(split, ['test', 'validation'])}")
     plan = load(recipe, overrides, run_dir)
     from raydfkd.runner.run import evaluate as judge
 
-    chosen: Literal["test", "validation"] = "test" if split == "test" else "validation"
-    judged = judge(plan, expand_home(student) if student else None, split=chosen)
+    judged = judge(plan, expand_home(student) if student else None, split=split)
     if as_json:
         typer.echo(json.dumps(judged))
         return DONE

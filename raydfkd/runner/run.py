@@ -191,12 +191,23 @@ def distill_job(recipe: Recipe, images: TransferSet | None = None, *, console: C
     return Distillation(job=job, student=student_of(recipe, state))
 
 
-def evaluate(recipe: Recipe, student: str | os.PathLike[str] | None = None, *, split: Split = "test") -> dict[str, Any]:
+def evaluate(
+    recipe: Recipe, student: str | os.PathLike[str] | None = None, *, split: Split | None = None
+) -> dict[str, Any]:
     """Judge a saved student, the recipe's own unless its weights are given; ``judge_student`` says what it returns.
 
+    Args:
+        recipe: of the student and its teacher.
+        student: weights.
+        split: of the recipe's real data; test unless given.
+
     Raises:
-        RecipeError: there are no such weights, or they are of another network.
+        RecipeError: there are no such weights, they are of another network, or there are no real data to split.
     """
+    if split is not None and recipe.real_data is None:
+        raise RecipeError(
+            f"--split is {split!r}, but the recipe has no real_data that it could be of; give real_data or no --split"
+        )
     weights = str(student or student_path(recipe))
     prepared = check(recipe)
     if not weights_exist(weights, where="--student"):
@@ -206,7 +217,7 @@ def evaluate(recipe: Recipe, student: str | os.PathLike[str] | None = None, *, s
     network = build_network(recipe.student, recipe.teacher, where="student", seed=0)
     load_weights(network, weights, where="--student")
     job = open_job(recipe, prepared.teacher)
-    return judge_student(job, prepared.teacher, network, SetView(job), prepared.data, split=split)
+    return judge_student(job, prepared.teacher, network, SetView(job), prepared.data, split=split or "test")
 
 
 def report_again(recipe: Recipe) -> tuple[dict[str, Any], Path]:

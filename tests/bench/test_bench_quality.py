@@ -10,6 +10,7 @@ import pytest
 from raydfkd.bench import quality
 from raydfkd.bench.quality import Cell, Result, bench_quality, markdown
 from raydfkd.config.load import load_recipe
+from raydfkd.errors import RecipeError
 from raydfkd.runner import budget
 
 OVERRIDES = (
@@ -69,6 +70,14 @@ def test_a_cell_is_measured_once(tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "ProcessPoolExecutor", None)
     monkeypatch.setattr(quality, "_teach", None)
     assert list(bench_quality([cell], tmp_path)) == [result]
+
+
+def test_recipe_whose_student_nobody_could_judge_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "ProcessPoolExecutor", None)
+    blind = ("real_data=null", "teacher.train=null", "teacher.weights=random")
+    cell = Cell(recipe="digits-generators", budget_s=2.0, seed=3, split="validation", overrides=blind)
+    with pytest.raises(RecipeError, match="^digits-generators: real_data is missing, on which the student is judged; "):
+        list(bench_quality([cell], tmp_path))
 
 
 def test_set_that_the_clock_cut_within_a_unit_is_judged_like_any_other(tmp_path, monkeypatch):
