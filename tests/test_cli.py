@@ -965,7 +965,7 @@ sys.argv = ["raydfkd", *sys.argv[1:]]
 try:
     main()
 finally:
-    heavy = ("torch", "torchvision", "torchmetrics", "ray", "pyarrow", "numpy", "sklearn")
+    heavy = ("torch", "torchvision", "torchmetrics", "ray", "pyarrow", "numpy", "sklearn", "rich")
     print(len(sys.modules), *[name for name in heavy if name in sys.modules], file=sys.stderr)
 """
 

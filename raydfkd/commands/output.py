@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 from typing_extensions import override
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 DONE, INCOMPLETE, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -33,6 +35,8 @@ def complain(text: str) -> None:
 
 def console_for(*, is_json: bool) -> Console:
     """The console that people read: standard error when standard output belongs to a script."""
+    from rich.console import Console
+
     return Console(file=sys.stderr if is_json else sys.stdout)  # whatever is redirected later
 
 
