@@ -13,6 +13,7 @@ from raydfkd.config.describe import (
     OptionDoc,
     describe_option,
     flatten,
+    keyed_options,
     options_of,
     sections_in,
 )
@@ -73,7 +74,7 @@ def _recipes(group: str) -> Iterator[str]:
 def _explained(name: str) -> Iterator[str]:
     """The lines on that name. Plug-ins, which take importing torch, are asked only if the schema has no such name."""
     sections = [key for key, model in _sections().items() if _is_called(key, name) or _is_class(model, name)]
-    options = _options()
+    options = keyed_options(Recipe)
     found = [line for key in sections for line in _section(key, _sections()[key])]
     if name in REGISTRIES:
         found += _family(name)
@@ -100,7 +101,8 @@ def _explained(name: str) -> Iterator[str]:
 
 def _inside_plugins(name: str) -> list[str]:
     """Sections of that name inside the options of plug-ins, each once."""
-    inside = {model: key for key, model in _plugin_sections() if _is_called(key, name) or _is_class(model, name)}
+    sections = (found for plugin, model in _plugin_models() for found in sections_in(model, f"{plugin}."))
+    inside = {model: key for key, model in sections if _is_called(key, name) or _is_class(model, name)}
     return [line for model, key in inside.items() for line in _section(key, model)]
 
 
@@ -125,15 +127,6 @@ def _sections() -> dict[str, type[BaseModel]]:
     return {"recipe": Recipe, **dict(sections_in(Recipe))}
 
 
-def _options() -> dict[str, OptionDoc]:
-    """Every option of the schema by its dotted key."""
-    return {
-        f"{key}.{option.name}".removeprefix("recipe."): option
-        for key, model in _sections().items()
-        for option in options_of(model)
-    }
-
-
 def _family_fields() -> dict[str, str]:
     """Dotted keys whose values are plug-ins, each with its family."""
     return {
@@ -147,21 +140,16 @@ def _family_fields() -> dict[str, str]:
 
 def _plugin_options() -> dict[str, OptionDoc]:
     """Every option of every plug-in, and of the sections in them, by the plug-in's name and its own."""
-    own = {
-        f"{plugin}.{option.name}": option
-        for key in REGISTRIES
-        for plugin in family(key).names()
-        for option in family(key).describe(plugin)[1]
+    return {
+        key: option for plugin, model in _plugin_models() for key, option in keyed_options(model, f"{plugin}.").items()
     }
-    inside = {f"{key}.{option.name}": option for key, model in _plugin_sections() for option in options_of(model)}
-    return own | inside
 
 
-def _plugin_sections() -> Iterator[tuple[str, type[BaseModel]]]:
+def _plugin_models() -> Iterator[tuple[str, type[BaseModel]]]:
+    """Name of every plug-in, and the model of its options."""
     for key in REGISTRIES:
         for plugin in family(key).names():
-            factory = family(key).get(plugin, where=key)
-            yield from sections_in(options_model(factory), f"{plugin}.")
+            yield plugin, options_model(family(key).get(plugin, where=key))
 
 
 def _section(key: str, model: type[BaseModel]) -> Iterator[str]:

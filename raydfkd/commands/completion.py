@@ -7,9 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import BaseModel
-
-from raydfkd.config.describe import OptionDoc, options_of, sections_in
+from raydfkd.config.describe import OptionDoc, keyed_options, sections_in
 from raydfkd.config.families import REGISTRIES
 from raydfkd.config.load import packaged_jobs, packaged_recipes
 from raydfkd.config.recipe import Recipe
@@ -26,7 +24,7 @@ def complete_recipe(incomplete: str) -> list[str]:
 def complete_override(incomplete: str) -> list[str]:
     """Keys of the schema with an equals sign; after that the values that a closed choice has."""
     key, equals, _ = incomplete.partition("=")
-    options = dict(_options())
+    options = _options()
     if not equals:
         return [f"{known}=" for known in options if known.startswith(incomplete)]
     values = _values(options[key]) if key in options else []
@@ -35,7 +33,7 @@ def complete_override(incomplete: str) -> list[str]:
 
 def complete_name(incomplete: str) -> list[str]:
     """Everything that `raydfkd show` explains but for options of plug-ins."""
-    options = dict(_options())
+    options = _options()
     sections = ["recipe", *dict(sections_in(Recipe))]
     groups = ["recipes", "jobs", *packaged_recipes(), *packaged_jobs(), *REGISTRIES]
     values = [value for option in options.values() for value in option.choices]
@@ -49,13 +47,14 @@ def plugin_names() -> list[str]:
     return sorted(set(re.findall(r'^@[A-Z_]+\.register\("([\w.-]+)"\)', text, flags=re.MULTILINE)))
 
 
-def _options() -> Iterator[tuple[str, OptionDoc]]:
-    inner = dict(sections_in(Recipe))
-    sections: list[tuple[str, type[BaseModel]]] = [("", Recipe), *((f"{key}.", inner[key]) for key in inner)]
-    for where, model in sections:
-        for option in options_of(model):
-            if f"{where}{option.name}" not in inner and not where.startswith("synthesis.objective"):
-                yield f"{where}{option.name}", option
+def _options() -> dict[str, OptionDoc]:
+    """Every option that `--set` takes by its dotted key alone: no sections, and no terms, which are in a list."""
+    sections = dict(sections_in(Recipe))
+    return {
+        key: option
+        for key, option in keyed_options(Recipe).items()
+        if key not in sections and not key.startswith("synthesis.objective.")
+    }
 
 
 def _values(option: OptionDoc) -> list[str]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from raydfkd.commands.output import DONE, INCOMPLETE
-from raydfkd.errors import RecipeError, did_you_mean
 
 
 def node_watch(
-    provider: Annotated[str, typer.Option(help="aws, gcp or auto: whichever answers.")] = "auto",
+    provider: Annotated[
+        Literal["auto", "aws", "gcp"], typer.Option(help="Its cloud; auto takes the one that answers.")
+    ] = "auto",
     every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 3.0,
     rebalance: Annotated[
         bool, typer.Option("--rebalance", help="Take AWS's rebalance recommendation, which is earlier, as a notice.")
@@ -27,8 +28,6 @@ def node_watch(
     from raydfkd.spot.drain import RAY, drain_nodes, local_nodes, watch
     from raydfkd.spot.notices import provider_of
 
-    if provider not in ("auto", "aws", "gcp"):
-        raise RecipeError(f"--provider is {provider!r}; {did_you_mean(provider, ['auto', 'aws', 'gcp'])}")
     logger = logging.getLogger("raydfkd")
     logger.setLevel(logger.level or logging.INFO)
     drain = partial(drain_nodes, nodes=partial(local_nodes, node_id or ()), ray=RAY)

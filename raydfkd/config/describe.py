@@ -53,13 +53,19 @@ def describe_option(name: str, annotation: Any, default: Any, meaning: str) -> O
 
 
 def options_of(model: type[BaseModel]) -> list[OptionDoc]:
-    """Every option of a section, those that are sections themselves included."""
+    """Every option of a section or plug-in, those that are sections themselves included."""
     return [
         describe_option(
             name, annotation_of(field), ... if field.is_required() else field.default, field.description or ""
         )
         for name, field in model.model_fields.items()
     ]
+
+
+def keyed_options(model: type[BaseModel], where: str = "") -> dict[str, OptionDoc]:
+    """Every option of ``model`` and of the sections in it by its dotted key; those keys begin with ``where``."""
+    sections = [("", model), *((f"{key}.", inner) for key, inner in sections_in(model))]
+    return {f"{where}{key}{option.name}": option for key, inner in sections for option in options_of(inner)}
 
 
 def annotation_of(field: FieldInfo) -> Any:

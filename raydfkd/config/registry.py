@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
-from raydfkd.config.describe import OptionDoc, annotation_of, describe_option, flatten, model_in
+from raydfkd.config.describe import OptionDoc, flatten, model_in, options_of
 from raydfkd.config.schema import Family, PluginSpec
 from raydfkd.errors import RecipeError, close_to, did_you_mean, one_line
 
@@ -124,15 +124,7 @@ class Registry(Generic[T]):
     def describe(self, name: str) -> tuple[str, list[OptionDoc]]:
         """The docstring of plug-in ``name`` without its arguments, and its options."""
         factory = self.get(name, where=self.family)
-        doc = inspect.getdoc(factory) or ""
-        meanings = meanings_of(doc)
-        options = [
-            describe_option(
-                option, annotation_of(field), ... if field.is_required() else field.default, meanings.get(option, "")
-            )
-            for option, field in options_model(factory).model_fields.items()
-        ]
-        return doc.partition("Args:")[0].strip(), options
+        return (inspect.getdoc(factory) or "").partition("Args:")[0].strip(), options_of(options_model(factory))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,13 +189,17 @@ def _keyword_only(factory: Callable[..., Any]) -> list[inspect.Parameter]:
 
 
 def options_model(factory: Callable[..., Any]) -> type[BaseModel]:
-    """The pydantic model that validates the options of a plug-in in a recipe."""
+    """The pydantic model that validates the options of a plug-in in a recipe, and has their meanings."""
     initializer = factory.__init__ if inspect.isclass(factory) else factory
     namespace = getattr(initializer, "__globals__", {})
+    meanings = meanings_of(inspect.getdoc(factory) or "")
     fields: dict[str, Any] = {
         parameter.name: (
             _evaluated(parameter.annotation, namespace),
-            ... if parameter.default is parameter.empty else parameter.default,
+            Field(
+                ... if parameter.default is parameter.empty else parameter.default,
+                description=meanings.get(parameter.name),
+            ),
         )
         for parameter in _keyword_only(factory)
     }

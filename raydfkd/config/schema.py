@@ -25,10 +25,19 @@ class Spec(BaseModel):
     )
 
 
-class PluginSpec(Spec):
-    """A plug-in by name with its options beside it; a bare string is a name without options."""
+class OpenSpec(Spec):
+    """Base of a section that names a plug-in; keys beyond its own are the options of that plug-in."""
 
     model_config = ConfigDict(extra="allow")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The plug-in's own options."""
+        return self.model_extra or {}
+
+
+class PluginSpec(OpenSpec):
+    """A plug-in by name with its options beside it; a bare string is a name without options."""
 
     kind: str
     """Registered name."""
@@ -37,11 +46,6 @@ class PluginSpec(Spec):
     @classmethod
     def _from_name(cls, value: Any) -> Any:
         return {"kind": value} if isinstance(value, str) else value
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The plug-in's own options."""
-        return self.model_extra or {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +86,8 @@ Weight = Annotated[
 ]
 
 
-class TermSpec(Spec):
+class TermSpec(OpenSpec):
     """One weighted term of the objective."""
-
-    model_config = ConfigDict(extra="allow")
 
     term: str
     """Registered name of the loss."""
@@ -100,11 +102,6 @@ class TermSpec(Spec):
         if isinstance(value, str):
             value = {"term": value}
         return {"name": value["term"], **value} if isinstance(value, dict) and "term" in value else value
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The term's own options."""
-        return self.model_extra or {}
 
 
 def _size(value: Any) -> Any:
@@ -229,10 +226,8 @@ class StudentSpec(Spec):
     """Keyword arguments of the network's constructor."""
 
 
-class SynthesisSpec(Spec):
+class SynthesisSpec(OpenSpec):
     """The making of the images; keys beyond these are options of the synthesizer (`raydfkd show synthesizers`)."""
-
-    model_config = ConfigDict(extra="allow")
 
     synthesizer: str
     """Registered name of the synthesizer."""
@@ -262,11 +257,6 @@ class SynthesisSpec(Spec):
             if name in ("", "step", "total"):
                 raise ValueError(f"a term is called {name!r}, which logs have another use for; give it another `name:`")
         return self
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The synthesizer's own options."""
-        return self.model_extra or {}
 
 
 class UnitSpec(Spec):

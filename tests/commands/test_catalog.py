@@ -7,17 +7,13 @@ import pytest
 from toy import FAMILIES, shipped
 
 from raydfkd.commands.catalog import show
-from raydfkd.config.describe import choices_in, model_in, options_of, sections_in
+from raydfkd.config.describe import choices_in, keyed_options, model_in, options_of, sections_in
 from raydfkd.config.load import packaged_jobs, packaged_recipes
 from raydfkd.config.recipe import Recipe
 from raydfkd.errors import RecipeError
 
 SECTIONS = {"recipe": Recipe, **dict(sections_in(Recipe))}
-OPTIONS = {
-    f"{key}.{option.name}".removeprefix("recipe."): option
-    for key, model in SECTIONS.items()
-    for option in options_of(model)
-}
+OPTIONS = keyed_options(Recipe)
 
 
 def shown(name: str | None) -> str:

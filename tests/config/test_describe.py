@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import Field
 
-from raydfkd.config.describe import describe_option, in_words, options_of, sections_in
+from raydfkd.config.describe import describe_option, in_words, keyed_options, options_of, sections_in
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.schema import (
     Augmentation,
@@ -16,6 +16,7 @@ from raydfkd.config.schema import (
     PositiveFloat,
     Range,
     Size,
+    Spec,
     Text,
 )
 
@@ -53,6 +54,30 @@ def test_option_that_has_to_be_given_has_no_default():
     assert str(describe_option("steps", Positive, ..., "steps.")) == "steps. [whole number, at least 1, required]"
     assert str(describe_option("kind", Literal["a", "b"], "a", "")) == '[a or b, default "a"]'
     assert describe_option("kind", Literal["a", "b"], "a", "").choices == ("a", "b")
+
+
+class Wheel(Spec):
+    """A wheel."""
+
+    spokes: Positive = 36
+    """Spokes between hub and rim."""
+
+
+class Bicycle(Spec):
+    """Two of them."""
+
+    name: Text
+    """What it is called."""
+    wheels: tuple[Wheel, ...] = ()
+    """Its wheels."""
+
+
+def test_options_of_sections_are_keyed_by_the_way_to_them():
+    assert {key: option.meaning for key, option in keyed_options(Bicycle, "mine.").items()} == {
+        "mine.name": "What it is called.",
+        "mine.wheels": "Its wheels.",
+        "mine.wheels.spokes": "Spokes between hub and rim.",
+    }
 
 
 @pytest.mark.parametrize(("key", "model"), [("recipe", Recipe), *sections_in(Recipe)])

@@ -369,7 +369,10 @@ def test_command_survives_silence_and_ends_quietly_when_it_is_told_to(metadata):
 def test_unknown_provider_is_one_line():
     process = start("http://127.0.0.1:1", "--provider", "awz")
     _, said = process.communicate(timeout=30)
-    assert (process.returncode, said) == (2, "--provider is 'awz'; did you mean aws?\n")
+    assert (process.returncode, said) == (
+        2,
+        "Invalid value for '--provider': 'awz' is not one of 'auto', 'aws', 'gcp'.\n",
+    )
 
 
 CLUSTER = """
