@@ -145,6 +145,19 @@ class ObservedNetwork:
             self._precision = torch.float32
         return self
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Weights and statistics of the network in use, by their names in it."""
+        return self._module.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take other weights and statistics, in place; a network that is compiled stays so. Not where moments are read.
+
+        Raises:
+            RuntimeError: they are of another network.
+        """
+        assert self._moments_tap is None, "moments are compared with statistics that do not change"
+        self._module.load_state_dict(dict(state))
+
     def __call__(self, images: Tensor, *, groups: int = 1) -> Observation:
         """Observe ``images`` [N, C, H, W]; moments are taken over ``groups`` equal, contiguous parts of the batch."""
         if not self._is_prepared:

@@ -139,15 +139,13 @@ class GeneratorSynthesizer:
 
     def num_steps(self, request: Request) -> int:
         """Training steps until the last images."""
-        groups = len(request.classes) if self._setting.targets.is_conditional else 1
-        return max(self._draws(request.count // groups, self._design.batch_per_class))
+        return max(self._draws(request, self._design.batch_per_class))
 
     def _train(
         self, request: Request, log: Log, hook: StepHook, saved: Mapping[str, Any] | None
     ) -> Iterator[SyntheticBatch]:
         size = self._design.batch_per_class if saved is None else saved["batch_per_class"]
-        groups = len(request.classes) if self._setting.targets.is_conditional else 1
-        draws = self._draws(request.count // groups, size)
+        draws = self._draws(request, size)
         last = max(draws)
         training = GeneratorTraining(self._setting, replace(self._design, batch_per_class=size), request, steps=last)
         if saved is not None:
@@ -161,12 +159,13 @@ class GeneratorSynthesizer:
             progress(training.step, value)
             count = draws.get(training.step, 0)
             for start in range(0, count, size):
-                yield training.sample(groups * min(size, count - start))
+                yield training.sample(training.groups * min(size, count - start))
             if count and self._renewal is not None and training.step < last:
                 training.renew(self._renewal.keep)
 
-    def _draws(self, count: int, size: int) -> dict[int, int]:
-        """After which steps how many images of each class are drawn, ``count`` in all, ``size`` at a time."""
+    def _draws(self, request: Request, size: int) -> dict[int, int]:
+        """After which steps how many images of each class are drawn, ``size`` at a time."""
+        count = request.count // self._setting.groups(request)
         if self._renewal is not None:
             return {
                 self._steps + self._renewal.steps * index: min(size, count - start)

@@ -83,7 +83,7 @@ class GeneratorTraining:
         self._steps = steps
         self.batch_per_class = design.batch_per_class
         """Images of each class in a step; of all together where there are no targets."""
-        self.groups = len(request.classes) if is_conditional else 1
+        self.groups = setting.groups(request)
         """Equal, contiguous parts of a batch: one a class, where images have a class."""
         self.step = 0
         """Steps that were made."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from contextlib import nullcontext
-from functools import partial
 from typing import Literal
 
 import torch
@@ -40,11 +38,8 @@ class StoredStudentFeed:
         precision: torch.dtype = torch.float32,
         compiled: bool = False,
     ) -> None:
-        self._student = copy.deepcopy(student)
         self._source = source
-        self._device = device
-        self._observing = partial(ObservedNetwork, frozen=True, precision=precision, compiled=compiled)
-        self._observed = self._observing(self._student).to(device)
+        self._observed = ObservedNetwork(student, frozen=True, precision=precision, compiled=compiled).to(device)
         self.version = UNPUBLISHED
         """The version in use."""
 
@@ -62,9 +57,8 @@ class StoredStudentFeed:
         """
         found = None if self._source is None else self._source(self.version)
         if found is not None:
-            version, state = found
-            self._load(version, state)
-            self._observed, self.version = self._observing(self._student).to(self._device), version
+            self._load(*found)
+            self.version = found[0]
         return self.version
 
     def __call__(self, images: Tensor) -> Observation | None:
@@ -72,7 +66,7 @@ class StoredStudentFeed:
         return None if self._source is None else self._observed(images)
 
     def _load(self, version: int, state: State) -> None:
-        own = self._student.state_dict()
+        own = self._observed.state_dict()
         unlike = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
         wrong = sorted({*unlike, *(own.keys() ^ state.keys())})
         if wrong:
@@ -80,7 +74,7 @@ class StoredStudentFeed:
                 f"student.network has other weights than version {version} of the student ({', '.join(wrong[:3])}); "
                 "restore it or give another transfer_set.uri"
             )
-        self._student.load_state_dict(dict(state))
+        self._observed.load_state_dict(state)
 
 
 class LiveStudentFeed:

@@ -36,6 +36,10 @@ class Setting:
     augment: Chain
     device: torch.device
 
+    def groups(self, request: Request) -> int:
+        """Equal, contiguous parts of a batch for ``request``: one a class, where images have a class."""
+        return len(request.classes) if self.targets.is_conditional else 1
+
 
 class Synthesizer(Protocol):
     """Makes the images of a request. The result depends on the request and the recipe alone.

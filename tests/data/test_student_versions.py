@@ -240,6 +240,32 @@ def test_feed_passes_gradients_to_the_images_and_keeps_its_weights(store):
     torch.testing.assert_close(feed(images).logits, logits, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_later_version_answers_to_the_last_bit_as_if_it_were_the_first(store, precision):
+    images, publisher = toy_images(4), StudentPublisher(store)
+    feed = StoredStudentFeed(batchnorm_teacher(), StudentVersions(store).newest, device=CPU, precision=precision)
+    for version in (1, 2, 3):
+        publisher.publish(version, batchnorm_teacher(seed=version).state_dict())
+        feed.refresh()
+        first = StoredStudentFeed(batchnorm_teacher(), StudentVersions(store).newest, device=CPU, precision=precision)
+        first.refresh()
+        answers = [asked(images).logits for asked in (feed, first)]
+        gradients = [torch.autograd.grad(answer.square().sum(), images)[0] for answer in answers]
+        assert answers[0].equal(answers[1])
+        assert gradients[0].equal(gradients[1])
+
+
+def test_student_is_compiled_once_and_not_for_each_version(store, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda network, **_: compiled.append(network) or network)
+    feed = StoredStudentFeed(batchnorm_teacher(), StudentVersions(store).newest, device=CPU, compiled=True)
+    for version in (1, 2, 3):
+        StudentPublisher(store).publish(version, batchnorm_teacher(seed=version).state_dict())
+        feed.refresh()
+        torch.testing.assert_close(feed(toy_images(3)).logits, batchnorm_teacher(seed=version)(toy_images(3)))
+    assert len(compiled) == 1
+
+
 def test_feed_computes_in_the_precision_of_the_teacher(store):
     published, images = batchnorm_teacher(seed=1), toy_images(4)
     feed = StoredStudentFeed(batchnorm_teacher(), StudentVersions(store).newest, device=CPU, precision=torch.bfloat16)
