@@ -15,8 +15,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import fsspec
-
 from raydfkd.bench.engine import engine
 from raydfkd.config.load import load_recipe
 from raydfkd.config.recipe import Recipe
@@ -25,7 +23,7 @@ from raydfkd.config.static_check import plugins_of
 from raydfkd.devices import device_name, pick_device
 from raydfkd.errors import RecipeError
 from raydfkd.images.real_data import Split
-from raydfkd.networks.weights import weights_exist
+from raydfkd.networks.weights import read_weights, weights_exist
 from raydfkd.store.store import Store
 
 _NOWHERE = "not-there"
@@ -156,8 +154,8 @@ def digest_of(recipe: Recipe) -> str:
         ),
         "engine": engine(),
         "device": device_name(pick_device(recipe.runtime.device)),
-        "teacher": Path(weights).name if recipe.teacher.train is not None else _content(weights),
-        "own code": {name: _content(path) for name, path in _own_modules(recipe)},
+        "teacher": Path(weights).name if recipe.teacher.train is not None else _digest_of_weights(weights),
+        "own code": {name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in _own_modules(recipe)},
     }
     return _short_digest(payload)
 
@@ -177,12 +175,11 @@ def _short_digest(payload: object) -> str:
     return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _content(uri: str) -> str:
-    """SHA-256 of a file, or of nothing where there is none: whoever needs it will say so."""
-    if not weights_exist(uri, where="teacher.weights") or uri == "random":
+def _digest_of_weights(uri: str) -> str:
+    """SHA-256 of a file, or its name where there is none: whoever needs it will say so."""
+    if uri == "random" or not weights_exist(uri, where="teacher.weights"):
         return uri
-    with fsspec.open(uri, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
+    return hashlib.sha256(read_weights(uri, where="teacher.weights")).hexdigest()
 
 
 def _own_modules(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -217,15 +214,16 @@ def measure(plan: Plan) -> Result:
     """Run one cell in this process; what it synthesizes is thrown away."""
     from raydfkd.runner.budget import run_within
     from raydfkd.runner.check import check
-    from raydfkd.runner.run import evaluate
+    from raydfkd.runner.run import judge_saved
 
     cell = plan.cell
     with tempfile.TemporaryDirectory() as scratch:
         transfer_set = plan.recipe.transfer_set.model_copy(update={"uri": f"{scratch}/transfer_set"})
         recipe = plan.recipe.model_copy(update={"run_dir": scratch, "transfer_set": transfer_set})
-        check(recipe)
+        prepared = check(recipe)
         outcome = run_within(recipe, cell.budget_s)
-        judged = evaluate(recipe, outcome.student, split=cell.split)  # whose plan is whole; a cut one is not
+        # Of the recipe whose plan is whole; that of the outcome was cut.
+        judged = judge_saved(prepared, str(outcome.student), split=cell.split)
     sets = "".join(f" --set {shlex.quote(override)}" for override in cell.overrides)
     return Result(
         recipe=cell.recipe,

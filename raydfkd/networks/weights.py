@@ -50,7 +50,7 @@ def load_weights(network: nn.Module, uri: str, *, where: str, say: Callable[[str
     if uri == "random":
         _refuse_not_finite(network, uri, where)
         return hashlib.sha256(save_bytes(network)).hexdigest()
-    content = _read(uri, where)
+    content = read_weights(uri, where=where)
     match = match_state(read_states(content, f"{where} is {uri!r}"), network, f"{where} is {uri!r}")
     _load(network, match, uri, where)
     _refuse_not_finite(network, uri, where)
@@ -59,7 +59,12 @@ def load_weights(network: nn.Module, uri: str, *, where: str, say: Callable[[str
     return hashlib.sha256(content).hexdigest()
 
 
-def _read(uri: str, where: str) -> bytes:
+def read_weights(uri: str, *, where: str) -> bytes:
+    """The bytes of the file at ``uri``.
+
+    Raises:
+        RecipeError: there is none, or it cannot be read.
+    """
     try:
         filesystem, path = fsspec.url_to_fs(uri)
         content: bytes = filesystem.cat_file(path)

@@ -208,8 +208,12 @@ def evaluate(
         raise RecipeError(
             f"--split is {split!r}, but the recipe has no real_data that it could be of; give real_data or no --split"
         )
-    weights = str(student or student_path(recipe))
-    prepared = check(recipe)
+    return judge_saved(check(recipe), str(student or student_path(recipe)), split=split or "test")
+
+
+def judge_saved(prepared: Prepared, weights: str, *, split: Split) -> dict[str, Any]:
+    """Do as ``evaluate``, with a recipe that was checked already."""
+    recipe = prepared.recipe
     if not weights_exist(weights, where="--student"):
         raise RecipeError(f"--student is {weights!r}: no such file; `raydfkd run` or `distill` writes it")
     if prepared.teacher is None:
@@ -217,7 +221,7 @@ def evaluate(
     network = build_network(recipe.student, recipe.teacher, where="student", seed=0)
     load_weights(network, weights, where="--student")
     job = open_job(recipe, prepared.teacher)
-    return judge_student(job, prepared.teacher, network, SetView(job), prepared.data, split=split or "test")
+    return judge_student(job, prepared.teacher, network, SetView(job), prepared.data, split=split)
 
 
 def report_again(recipe: Recipe) -> tuple[dict[str, Any], Path]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from concurrent.futures import Future
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 
@@ -157,6 +158,31 @@ def test_other_weights_in_the_same_file_are_another_cell(tmp_path, monkeypatch):
         weights.write_bytes(content)
         found += files_of(monkeypatch, tmp_path, cell)
     assert found[0] == found[2] != found[1]
+
+
+def test_weights_that_cannot_be_read_are_named_in_one_line(tmp_path):
+    overrides = ("teacher.train=null", f"teacher.weights={tmp_path}")
+    cell = Cell(recipe="digits-generators", budget_s=60, seed=0, split="test", overrides=overrides)
+    with pytest.raises(RecipeError, match=r"^teacher\.weights is '.*': no such file; give trained weights"):
+        list(bench_quality([cell], tmp_path / "results"))
+
+
+def test_a_cell_opens_its_teacher_once_before_the_clock_and_once_within_it(tmp_path, monkeypatch):
+    opened = []
+
+    def counted(name):
+        load = import_module(name).open_teacher
+        monkeypatch.setattr(f"{name}.open_teacher", lambda *args, **kw: opened.append(name) or load(*args, **kw))
+
+    counted("raydfkd.runner.check")
+    counted("raydfkd.runner.budget")
+    monkeypatch.setattr(quality, "ProcessPoolExecutor", Here)
+    list(
+        bench_quality(
+            [Cell(recipe="digits-generators", budget_s=2.0, seed=3, split="test", overrides=OVERRIDES)], tmp_path
+        )
+    )
+    assert opened == ["raydfkd.runner.check", "raydfkd.runner.budget"]
 
 
 def test_the_user_s_own_module_is_part_of_a_cell(tmp_path, monkeypatch):
