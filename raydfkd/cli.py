@@ -9,6 +9,7 @@ import traceback
 from typing import Annotated
 
 import typer
+from typing_extensions import override
 
 from raydfkd import __version__
 from raydfkd.commands import inspect as inspecting
@@ -19,6 +20,7 @@ from raydfkd.commands import storage
 from raydfkd.commands.bench import bench
 from raydfkd.commands.output import DONE, INCOMPLETE, INTERRUPTED, WRONG_INPUT, Commands, complain
 from raydfkd.errors import RecipeError, RunError
+from raydfkd.report.redaction import redacted, secrets_of_environment, secrets_of_settings
 
 app = typer.Typer(
     name="raydfkd",
@@ -73,7 +75,8 @@ app.add_typer(bench, name="bench")
 
 def main() -> None:
     """Entry point of the console script: turns what went wrong into one line and an exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, handlers=[_handler()])
+    sys.excepthook = lambda kind, error, trace: _print_traceback(error)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's way to say Ctrl-C
     arguments, is_debug = _without_debug(sys.argv[1:])
     try:
@@ -119,4 +122,27 @@ def _show_origin(error: BaseException, *, is_debug: bool) -> None:
     while link is not None:
         link.__suppress_context__ = link.__cause__ is not None
         link = link.__cause__ or link.__context__
-    traceback.print_exception(error)
+    _print_traceback(error)
+
+
+def _print_traceback(error: BaseException) -> None:
+    """Print a traceback; file systems and Ray, whose errors are in it, know nothing of secrets."""
+    typer.echo(_without_secrets("".join(traceback.format_exception(error))), err=True, nl=False)
+
+
+def _without_secrets(text: str) -> str:
+    return redacted(text, {*secrets_of_environment(), *secrets_of_settings(sys.argv)})
+
+
+class _Formatter(logging.Formatter):
+    """Leaves out secrets in what is logged by whatever package."""
+
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        return _without_secrets(super().format(record))
+
+
+def _handler() -> logging.Handler:
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
+    return handler

@@ -27,6 +27,14 @@ def pick_device(wanted: str, *, where: str = "runtime.device") -> torch.device:
     return torch.device(wanted)
 
 
+def worker_device(wanted: str, gpus: float) -> torch.device:
+    """The device of a worker for which so many ``gpus`` are reserved: without one ``auto`` is the CPU.
+
+    Ray does not hide the GPUs of its machine from a worker that reserves none, but they are there for others.
+    """
+    return pick_device("cpu" if wanted == "auto" and not gpus else wanted)
+
+
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
     """Compute with ``count`` CPU threads: a different split of a sum is a different last bit."""

@@ -8,12 +8,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from raydfkd.report.redaction import redacted
+
 
 class RecipeError(ValueError):
     """A mistake of the user's, found before work begins; the message names key, value and remedy in one line.
 
-    Of several mistakes that were found at once, each has a line and an argument.
+    Of several mistakes that were found at once, each has a line and an argument. No secret of a URL is in them.
     """
+
+    def __init__(self, *mistakes: object) -> None:
+        super().__init__(*(redacted(str(mistake)) for mistake in mistakes))
 
     def __str__(self) -> str:
         return "\n".join(self.lines)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, overload
 
+from raydfkd.report.redaction import redacted
 from raydfkd.seeds import derive_seed
 
 MAX_ALIKE = 5
@@ -250,7 +251,7 @@ class UnitQueue:
 
     def failed(self, unit: WorkUnit, error: str) -> Failure:
         """The unit's own fault: counts as an attempt, and shows that its worker survives it."""
-        failure = Failure(unit=unit.id, attempt=self.attempt_of(unit), error=error)
+        failure = Failure(unit=unit.id, attempt=self.attempt_of(unit), error=redacted(error))
         if self._is_settled(unit):
             return failure
         self._failures[unit.id] = failure.attempt

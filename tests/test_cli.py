@@ -23,6 +23,7 @@ from raydfkd.cli import main
 from raydfkd.config.families import BESIDE
 from raydfkd.config.load import load_recipe, packaged_recipes
 from raydfkd.data.transfer_set import TransferSet
+from raydfkd.devices import device_name
 from raydfkd.store.errors import StoreError
 from raydfkd.synthesis.worker import SynthesisWorker
 
@@ -52,6 +53,7 @@ runtime: {device: cpu}
 UNITS = ("r000-c0000-0009", "r001-c0000-0009")
 NO_BATCHNORM = ("teacher.network=lenet5", "teacher.options={}", "teacher.image_space.size=32")
 NO_TRAINING = "teacher.train=null"
+CUDA_HERE = ("runtime.device=cuda", "runtime.executor=local")
 RANDOM = ("teacher.weights=random", NO_TRAINING)
 
 
@@ -167,6 +169,7 @@ def test_run_reports_everything_that_scripts_rely_on(finished):
     assert all(re.fullmatch("[0-9a-f]{64}", report[key]) for key in ("content_digest", "recipe_digest"))
     assert report["versions"].keys() >= {"raydfkd", "python", "torch", "torchvision", "ray", "pyarrow"}
     assert report["command"] == "raydfkd run toy.yaml --on local --json"
+    assert report["device"] == device_name(torch.device("cpu"))
 
 
 def test_run_leaves_report_student_and_transfer_set(finished):
@@ -420,7 +423,7 @@ def test_check_says_that_a_student_is_larger_than_its_teacher(raydfkd):
 
 def test_check_finds_independent_mistakes_at_once(raydfkd, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    mistakes = ["runtime.device=cuda", "teacher.class_names=nowhere.txt", "teacher.weights=nowhere.pt", NO_TRAINING]
+    mistakes = [*CUDA_HERE, "teacher.class_names=nowhere.txt", "teacher.weights=nowhere.pt", NO_TRAINING]
     answer = raydfkd("check", "toy.yaml", *sets(*mistakes))
     assert answer.code == 2
     assert [line.partition(" ")[0] for line in answer.err.splitlines()] == [
@@ -442,12 +445,32 @@ def test_device_of_another_machine_is_named_with_the_way_to_check_a_recipe_for_i
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before = raydfkd.files()
     refusal = "runtime.device is 'cuda', but this machine has no CUDA device; use auto or cpu"
-    answer = raydfkd("check", "toy.yaml", *sets("runtime.device=cuda"))
+    answer = raydfkd("check", "toy.yaml", "--on", "local", *sets("runtime.device=cuda"))
     assert (answer.code, answer.out) == (2, "")
     assert answer.err == f"{refusal}, or check with --no-code what is for another machine\n"
-    assert raydfkd("run", "toy.yaml", *sets("runtime.device=cuda")).err == f"{refusal}\n"
+    assert raydfkd("run", "toy.yaml", *sets(*CUDA_HERE)).err == f"{refusal}\n"
     assert raydfkd.files() == before
-    assert raydfkd("check", "toy.yaml", "--no-code", *sets("runtime.device=cuda")).code == 0
+    assert raydfkd("check", "toy.yaml", "--no-code", *sets(*CUDA_HERE)).code == 0
+
+
+def test_device_of_the_workers_is_not_asked_of_the_machine_that_drives_them(raydfkd, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpus = ("runtime.gpus_per_worker=1", "runtime.gpus_per_student_worker=0.5")
+    answer = raydfkd("check", "toy.yaml", *sets("runtime.device=cuda", *gpus))
+    assert (answer.code, answer.err) == (0, "")
+    assert "device: cuda" in answer.out
+
+
+@pytest.mark.parametrize("key", ["gpus_per_worker", "gpus_per_student_worker"])
+def test_cuda_for_workers_that_reserve_no_gpu_is_refused_by_name(raydfkd, key):
+    gpus = {"gpus_per_worker": 1, "gpus_per_student_worker": 1} | {key: 0}
+    overrides = ["runtime.device=cuda", *(f"runtime.{name}={share}" for name, share in gpus.items())]
+    answer = raydfkd("check", "toy.yaml", "--no-code", *sets(*overrides))
+    assert (answer.code, answer.err) == (
+        2,
+        f'runtime.{key} is 0, but runtime.device is "cuda"; reserve a GPU or a share of one, such as 0.5, or use auto, '
+        "which takes the CPU there\n",
+    )
 
 
 def test_check_without_code_prints_the_same_json(raydfkd):
@@ -526,7 +549,17 @@ def test_verify_of_a_finished_run_finds_every_image(finished):
     terminal, _ = finished
     answer = terminal("verify", "toy.yaml")
     assert (answer.code, answer.out) == (0, "2 of 2 units are there and whole, 40 images; 0 damaged\n")
-    assert terminal("verify", "toy.yaml", "--json").json == {"units": 2, "planned": 2, "images": 40, "damaged": {}}
+    found = {"units": 2, "planned": 2, "beyond": 0, "images": 40, "damaged": {}}
+    assert terminal("verify", "toy.yaml", "--json").json == found
+
+
+def test_verify_of_a_shorter_plan_counts_its_units_alone_and_reads_the_others_too(finished):
+    terminal, _ = finished
+    answer = terminal("verify", "toy.yaml", *sets("transfer_set.images_per_class=2"))
+    assert (answer.code, answer.out) == (
+        0,
+        "1 of 1 units and 1 beyond this plan are there and whole, 40 images; 0 damaged\n",
+    )
 
 
 def test_verify_sets_a_damaged_unit_aside_and_the_same_run_makes_it_again(finished, caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,13 @@ from raydfkd.config.load import load_recipe
 
 JOBS = Path(__file__).parents[1] / "jobs"
 NAMES = sorted(path.name for path in JOBS.glob("*.yaml"))
-NO_FILES = ["teacher.weights=random", "runtime.device=cpu", "runtime.executor=local"]
+NO_FILES = ["teacher.weights=random", "transfer_set.uri=memory://jobs"]
 
 
-def raydfkd(*args: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def raydfkd(*args: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", "from raydfkd.cli import main; main()", *args]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+    env = {**os.environ, **environment}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=300)
 
 
 def sets(*overrides: str) -> list[str]:
@@ -38,14 +40,23 @@ def test_header_of_a_job_says_its_command(name):
     assert f"#   raydfkd run jobs/{name}" in header or f"#   raydfkd submit jobs/{name}" in header
 
 
-@pytest.mark.parametrize("name", ["one-gpu.yaml", "chaos.yaml"])  # the other large ones have the networks of the first
-def test_every_part_of_a_job_can_be_built_without_its_files(name, tmp_path):
-    answer = raydfkd("check", str(JOBS / name), *sets(*NO_FILES), folder=tmp_path)
+@pytest.mark.parametrize("name", ["spot-64.yaml", "chaos.yaml"])  # the other large ones have the networks of the first
+def test_every_part_of_a_job_can_be_built_without_its_files_and_without_a_gpu(name, tmp_path):
+    folder = ["--run-dir", str(tmp_path / "run")]
+    answer = raydfkd("check", str(JOBS / name), *folder, *sets(*NO_FILES), folder=tmp_path, CUDA_VISIBLE_DEVICES="")
     assert (answer.returncode, answer.stderr) == (0, "")
 
 
+def test_job_for_gpus_is_refused_where_this_process_would_have_to_be_the_worker(tmp_path):
+    answer = raydfkd(
+        "check", str(JOBS / "one-gpu.yaml"), "--on", "local", *sets(*NO_FILES), folder=tmp_path, CUDA_VISIBLE_DEVICES=""
+    )
+    assert answer.returncode == 2
+    assert answer.stderr.startswith("runtime.device is 'cuda', but this machine has no CUDA device")
+
+
 def test_missing_weights_of_a_large_job_are_one_line(tmp_path):
-    answer = raydfkd("check", str(JOBS / "one-gpu.yaml"), *sets("runtime.device=cpu"), folder=tmp_path)
+    answer = raydfkd("check", str(JOBS / "one-gpu.yaml"), folder=tmp_path)
     assert answer.returncode == 2
     assert answer.stderr == (
         "teacher.weights is 'resnet50.pth': no such file; give trained weights, or teacher.train to train them\n"

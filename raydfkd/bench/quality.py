@@ -24,6 +24,7 @@ from raydfkd.devices import device_name, pick_device
 from raydfkd.errors import RecipeError
 from raydfkd.images.real_data import Split
 from raydfkd.networks.weights import read_weights, weights_exist
+from raydfkd.report.redaction import redacted_setting
 from raydfkd.store.store import Store
 
 _NOWHERE = "not-there"
@@ -224,7 +225,7 @@ def measure(plan: Plan) -> Result:
         outcome = run_within(recipe, cell.budget_s)
         # Of the recipe whose plan is whole; that of the outcome was cut.
         judged = judge_saved(prepared, str(outcome.student), split=cell.split)
-    sets = "".join(f" --set {shlex.quote(override)}" for override in cell.overrides)
+    sets = "".join(f" --set {shlex.quote(redacted_setting(override))}" for override in cell.overrides)
     return Result(
         recipe=cell.recipe,
         digest=plan.digest,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from raydfkd.commands.completion import complete_name
-from raydfkd.commands.options import AsJson, Overrides, RunDir, Source, allow_code, load, read
+from raydfkd.commands.options import AsJson, On, Overrides, RunDir, Source, allow_code, load, read
 from raydfkd.commands.output import DONE, console_for, print_summary
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.static_check import static_check
@@ -26,6 +26,7 @@ def check(
     recipe: Source,
     overrides: Overrides = None,
     run_dir: RunDir = None,
+    on: On = None,
     no_code: Annotated[
         bool,
         typer.Option("--no-code", help="Run no code and open no data that the recipe names: for recipes of strangers."),
@@ -33,7 +34,7 @@ def check(
     as_json: AsJson = False,
 ) -> int:
     """Validate a recipe and print it resolved; nothing is made."""
-    plan = read(recipe, overrides, run_dir)
+    plan = read(recipe, overrides, run_dir, on)
     static_check(plan)
     found = _size_of_set(plan)
     if not no_code:
@@ -59,7 +60,7 @@ def _check_everything(plan: Recipe) -> Prepared:
 
     mistakes = Mistakes()
     try:
-        pick_device(plan.runtime.device)
+        pick_device(plan.runtime.driver_device)
     except RecipeError as error:
         with mistakes.gathered():
             raise RecipeError(f"{error}, or check with --no-code what is for another machine") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -70,6 +71,8 @@ def submit(  # noqa: PLR0913 - one option each
     check_package(package, working_dir, entrypoint.needs)
     server = connect(address)
     _say(f"sending {working_dir.absolute()}: {len(package.files)} files, {in_mib(package.num_bytes)}", is_json=as_json)
+    if package.withheld:
+        _say(f"not sent, as it may hold credentials: {_some(package.withheld)}", is_json=as_json)
     server.submit(entrypoint)
     if detach:
         state = server.job(entrypoint.name)
@@ -178,6 +181,11 @@ def _exit_code(state: JobState) -> int:
 
 def _say(line: str, *, is_json: bool) -> None:
     typer.echo(line, err=is_json)
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
 def _how_to_follow(job: str, address: str | None) -> str:

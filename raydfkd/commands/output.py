@@ -11,6 +11,8 @@ import typer
 from typer.core import TyperGroup
 from typing_extensions import override
 
+from raydfkd.report.redaction import redacted
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -29,8 +31,8 @@ class Commands(TyperGroup):
 
 
 def complain(text: str) -> None:
-    """Write one line to standard error."""
-    typer.echo(text, err=True)
+    """Write one line to standard error, without secrets."""
+    typer.echo(redacted(text), err=True)
 
 
 def console_for(*, is_json: bool) -> Console:

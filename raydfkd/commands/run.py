@@ -10,6 +10,7 @@ import typer
 from raydfkd.commands.options import AsJson, On, Overrides, RunDir, Source, allow_code, load, read
 from raydfkd.commands.output import DONE, INCOMPLETE, complain, console_for, print_summary
 from raydfkd.config.load import expand_home
+from raydfkd.report.redaction import redacted
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -53,7 +54,7 @@ def teach(recipe: Source, overrides: Overrides = None, run_dir: RunDir = None, a
     with listening(plan, console_for(is_json=as_json)) as events:
         train_teacher(plan, events)
     if as_json:
-        typer.echo(json.dumps({"weights": plan.teacher.weights}))
+        typer.echo(json.dumps({"weights": redacted(plan.teacher.weights)}))
     return DONE
 
 

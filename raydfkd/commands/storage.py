@@ -14,6 +14,7 @@ import typer
 from raydfkd.commands.options import AsJson, Overrides, RunDir, Source, load
 from raydfkd.commands.output import DONE, INCOMPLETE, complain
 from raydfkd.errors import RecipeError
+from raydfkd.report.redaction import redacted
 
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -24,19 +25,24 @@ def verify(recipe: Source, overrides: Overrides = None, run_dir: RunDir = None, 
     from raydfkd.job import open_job
 
     job = open_job(plan)
-    images, whole, damaged = 0, 0, {}
+    images, whole, beyond, damaged = 0, 0, 0, {}
     with _no_warnings("raydfkd.data.commit_log"):  # of damage, which is said here
         for verdict in job.transfer_set.verify():
             images += verdict.images
-            if verdict.damage is None:
-                whole += 1
-            else:
+            if verdict.damage is not None:
                 damaged[verdict.unit] = verdict.damage
                 complain(f"unit {verdict.unit}: {verdict.damage}")
+            elif verdict.unit in job.unit_ids:
+                whole += 1
+            else:
+                beyond += 1
     if as_json:
-        typer.echo(json.dumps({"units": whole, "planned": len(job.units), "images": images, "damaged": damaged}))
+        found = {"units": whole, "planned": len(job.units), "beyond": beyond, "images": images, "damaged": damaged}
+        typer.echo(json.dumps(found))
     else:
-        typer.echo(f"{whole} of {len(job.units)} units are there and whole, {images:,} images; {len(damaged)} damaged")
+        more = f" and {beyond} beyond this plan" if beyond else ""
+        there = f"{whole} of {len(job.units)} units{more} are there and whole, {images:,} images"
+        typer.echo(f"{there}; {len(damaged)} damaged")
     return INCOMPLETE if damaged else DONE
 
 
@@ -76,7 +82,9 @@ def gc(
         for path in found.paths:
             typer.echo(path)
     verb = "would be removed" if dry_run else "removed"
-    typer.echo(f"{len(found.paths)} objects, {found.bytes / 2**20:.1f} MiB {verb} from {plan.transfer_set.uri}")
+    typer.echo(
+        f"{len(found.paths)} objects, {found.bytes / 2**20:.1f} MiB {verb} from {redacted(plan.transfer_set.uri)}"
+    )
     return DONE
 
 

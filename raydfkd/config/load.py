@@ -13,11 +13,17 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from raydfkd.config.describe import model_in
-from raydfkd.config.recipe import SECRET, Recipe
+from raydfkd.config.recipe import Recipe
 from raydfkd.config.registry import explain, keys_of
 from raydfkd.config.schema import TeacherSpec, TransferSetSpec
 from raydfkd.errors import RecipeError, did_you_mean
+from raydfkd.report.redaction import is_redacted, redacted_at, redacted_setting
 
+PLACES = ("run_dir", "teacher.weights", "teacher.class_names", "transfer_set.uri")
+"""Keys of files and folders, beside options of real data.
+
+A local one is kept as a path, which means the same to driver, workers and libraries.
+"""
 RECIPES = Path(__file__).parents[1] / "recipes"
 """Recipes that come with raydfkd; in ``jobs`` those that also say where they run."""
 
@@ -45,7 +51,7 @@ def load_recipe(
 
     A recipe may start from another: ``recipe: NAME`` takes everything from that one and replaces what is given.
     ``overrides`` are ``a.b.c=value`` with YAML values, or a mapping of ``a.b.c`` to plain data; an entry of a list is
-    addressed by its name or position. Paths that begin with ``~`` are expanded here, once.
+    addressed by its name or position. Paths that begin with ``~`` are expanded here, once, and ``file://`` goes.
 
     Raises:
         RecipeError: with the key, its value and the remedy, a line for each mistake.
@@ -62,12 +68,13 @@ def load_recipe(
         raise RecipeError(f"{source} has a value that is not plain data: {error}") from None
     except ValidationError as error:
         raise RecipeError(*explain(error, "", Recipe, elsewhere=[*keys_of(Recipe), *_written(data)])) from None
-    for key, value in recipe.transfer_set.storage_options.items():
-        if value == SECRET:
-            raise RecipeError(
-                f"transfer_set.storage_options.{key} is {SECRET!r}, because a saved recipe has no secrets; "
-                f"give it again, as with --set transfer_set.storage_options.{key}=..."
-            )
+    lost = [
+        f"{key} is {text!r}, because a saved recipe has no secrets; give it again, as with --set {key}=..."
+        for key, text in _texts(data)
+        if is_redacted(text)
+    ]
+    if lost:
+        raise RecipeError(*lost)
     return recipe
 
 
@@ -150,12 +157,13 @@ def _changes(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path:
-            raise RecipeError(f"--set {override}: write it as key=value, such as seed=1")
+            raise RecipeError(f"--set {redacted_setting(override)}: write it as key=value, such as seed=1")
         try:
             value = yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
         except yaml.YAMLError:
-            raise RecipeError(f"--set {override}: {text!r} is not a YAML value; quote it") from None
-        yield path, value, f"--set {override}"
+            said = redacted_setting(override)
+            raise RecipeError(f"--set {said}: {said.partition('=')[2]!r} is not a YAML value; quote it") from None
+        yield path, value, f"--set {redacted_setting(override)}"
 
 
 def _plain(value: Any) -> Any:
@@ -181,7 +189,7 @@ def _override(data: dict[str, Any], path: str, value: Any, said: str) -> None:
         elif isinstance(place, dict):
             key = part
         else:
-            raise RecipeError(f"{said}: {where} is {place!r}, which has no keys inside")
+            raise RecipeError(f"{said}: {where} is {redacted_at(where, place)!r}, which has no keys inside")
         if depth == len(parts) - 1:
             place[key] = value
             return
@@ -232,6 +240,15 @@ def _written(data: Mapping[str, Any], where: str = "") -> Iterator[str]:
             yield from _written(value, f"{where}{key}.")
 
 
+def _texts(data: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys of all texts, and these."""
+    if isinstance(data, str):
+        yield where, data
+    entries = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in entries:
+        yield from _texts(value, f"{where}.{key}".lstrip("."))
+
+
 def _entry_name(entry: Any, index: int) -> str:
     if isinstance(entry, dict):
         return str(entry.get("name") or entry.get("term") or entry.get("kind") or index)
@@ -251,13 +268,18 @@ def _expand(data: dict[str, Any]) -> None:
             return value
         for name in re.findall(r"\$\{(\w+)\}", value):
             if name not in values:
-                raise RecipeError(f"{where} is {value!r}: unknown placeholder; {did_you_mean(name, values)}")
+                raise RecipeError(
+                    f"{where} is {redacted_at(where, value)!r}: unknown placeholder; {did_you_mean(name, values)}"
+                )
             value = value.replace(f"${{{name}}}", values[name])
         return expanded(value, where)
 
     def expanded(value: str, where: str) -> str:
         path = expand_home(value)
-        if path.startswith("~") and where in ("run_dir", "teacher.weights", "transfer_set.uri"):
+        if where not in PLACES and not where.startswith("real_data."):
+            return path
+        path = re.sub("^(file|local)://", "", path)
+        if path.startswith("~"):
             raise RecipeError(
                 f"{where} is {value!r}: there is no such home folder; write ~/ for yours, or ./~ for a name"
             )

@@ -25,9 +25,8 @@ from raydfkd.config.schema import (
     TransferSetSpec,
 )
 from raydfkd.errors import RecipeError
+from raydfkd.report.redaction import redacted_data
 from raydfkd.units import Phase, WorkUnit, plan_phases, plan_units
-
-SECRET = "***"  # noqa: S105 - what is shown instead
 
 
 class Recipe(Spec):
@@ -61,7 +60,12 @@ class Recipe(Spec):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        mistakes = [*self._mistakes_in_names(), *self._mistakes_in_images(), *self._mistakes_in_numbers()]
+        mistakes = [
+            *self._mistakes_in_names(),
+            *self._mistakes_in_images(),
+            *self._mistakes_in_numbers(),
+            *self._mistakes_in_workers(),
+        ]
         if mistakes:
             raise ValueError("\n".join(mistakes))
         return self
@@ -110,6 +114,19 @@ class Recipe(Spec):
                 f"transfer_set.unit.classes is {self.transfer_set.unit.classes}, but there are only "
                 f"{len(self.classes)} classes; use at most that"
             )
+
+    def _mistakes_in_workers(self) -> Iterator[str]:
+        if self.runtime.executor != "ray" or self.runtime.device != "cuda":
+            return
+        gpus = {"gpus_per_student_worker": self.runtime.gpus_per_student_worker}
+        if self.transfer_set.images_per_class:  # else there are none who only make images
+            gpus["gpus_per_worker"] = self.runtime.gpus_per_worker
+        for key, share in gpus.items():
+            if not share:
+                yield (
+                    f'runtime.{key} is 0, but runtime.device is "cuda"; reserve a GPU or a share of one, such as 0.5, '
+                    "or use auto, which takes the CPU there"
+                )
 
     @property
     def classes(self) -> tuple[int, ...]:
@@ -165,7 +182,7 @@ class Recipe(Spec):
 
         The number of images is not part of it: a longer plan begins with the units of a shorter one, so a set can be
         extended. One whose images are made against the student cannot, because its training depends on all of them;
-        there the student and its training count too.
+        there the student and its training count too. Secrets do not: a URL that was signed anew is the same one.
         """
         payload = {
             "format": 1,
@@ -182,7 +199,7 @@ class Recipe(Spec):
                 "images_per_class": self.transfer_set.images_per_class,
                 "rounds": self.rounds,
             }
-        return payload
+        return dict(redacted_data(payload))
 
     def trained_by(self) -> dict[str, Any]:
         """Everything that a student's training depends on beside its images, as plain data.
@@ -193,13 +210,14 @@ class Recipe(Spec):
         how_only = {"log_every", "checkpoint_every", "publish_every", "threads"}
         distill = self.distill.model_dump(mode="json", exclude=how_only)
         distill["source"].pop("window_rows", None)
-        return {
+        payload = {
             "classes": list(self.classes),
             "images_per_class": self.transfer_set.images_per_class,
             "encoding": self.transfer_set.encoding.model_dump(mode="json"),
             "student": self.student.model_dump(mode="json"),
             "distill": distill,
         }
+        return dict(redacted_data(payload))
 
     def located(self) -> Recipe:
         """The same recipe with absolute local paths, for processes that stand in another folder."""
@@ -212,9 +230,7 @@ class Recipe(Spec):
 
     def shown(self) -> dict[str, Any]:
         """The recipe as plain data without secrets, for reports and logs."""
-        data = self.model_dump(mode="json")
-        data["transfer_set"]["storage_options"] = dict.fromkeys(self.transfer_set.storage_options, SECRET)
-        return data
+        return dict(redacted_data(self.model_dump(mode="json")))
 
     def to_yaml(self) -> str:
         """The resolved recipe as a file that `load_recipe` reads; without secrets."""

@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 from raydfkd.config.describe import OptionDoc, flatten, model_in, options_of
 from raydfkd.config.schema import Family, PluginSpec
 from raydfkd.errors import RecipeError, close_to, did_you_mean, one_line
+from raydfkd.report.redaction import redacted_at
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -263,7 +264,7 @@ def _said(key: str, found: Sequence[ErrorDetails]) -> list[str]:
     messages = [finding["msg"].removeprefix("Value error, ") for finding in found]
     if first["type"] == "value_error" and isinstance(first["input"], dict):
         return [f"{key}: {message}" if key else message for message in messages[0].split("\n")]
-    value = json.dumps(first["input"], default=str)
+    value = json.dumps(redacted_at(key, first["input"]), default=str)
     lowered = [message[0].lower() + message[1:] for message in messages]
     alternatives = " or ".join([lowered[0], *(message.removeprefix("input should be ") for message in lowered[1:])])
     return [f"{key} is {value if len(value) < 80 else value[:77] + '...'}: {alternatives}"]

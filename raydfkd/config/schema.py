@@ -288,7 +288,7 @@ class TransferSetSpec(Spec):
 
     uri: Text = "${run_dir}/transfer_set"
     """Any fsspec URL or a local path."""
-    classes: Literal["all"] | tuple[int, ...] = "all"
+    classes: Literal["all"] | Annotated[tuple[int, ...], Field(min_length=1)] = "all"
     """Numbers of the classes that images are made for; `all` of them unless chosen."""
     images_per_class: Count = 0
     """Images of each class; synthesis ends when every class has them. 0 for live sources, which make their own."""
@@ -399,7 +399,8 @@ class RuntimeSpec(Spec):
     address: str = "auto"
     """Ray cluster to join; `auto` joins a running one or starts one here."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device that workers compute on: `cpu`, `cuda`, or `auto`, which takes CUDA where the worker has a GPU."""
+    """Device that workers compute on: `cpu`, `cuda`, or `auto`, which takes CUDA where a GPU is reserved for the
+    worker. The process that drives a run on Ray needs none."""
     workers: Range = Range()
     """Synthesis actors."""
     cpus_per_worker: NotNegative = 1.0
@@ -428,6 +429,11 @@ class RuntimeSpec(Spec):
         if self.student_workers.min < 1:
             raise ValueError("student_workers.min is 0, but the student needs at least 1 worker")
         return self
+
+    @property
+    def driver_device(self) -> Literal["auto", "cpu", "cuda"]:
+        """Device of the process that drives the run: the workers' where it is the worker, else what there is."""
+        return "auto" if self.executor == "ray" and self.device == "cuda" else self.device
 
 
 class BudgetSpec(Spec):

@@ -11,7 +11,7 @@ from types import FrameType
 import ray
 
 from raydfkd.config.recipe import Recipe
-from raydfkd.devices import pick_device
+from raydfkd.devices import device_name, worker_device
 from raydfkd.distributed.drain_notice import DrainNotice
 from raydfkd.job import job_of
 from raydfkd.networks.teacher import open_teacher
@@ -31,6 +31,16 @@ class Work:
     """Of the commit; None where the unit was left."""
     news: list[UnitProgress]
     """What was not asked for by then."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """The place of a worker that is ready."""
+
+    node: str
+    """Id of its node."""
+    device: str
+    """Name of its device."""
 
 
 class SynthesisActor:
@@ -54,17 +64,19 @@ class SynthesisActor:
         self._is_drained = DrainNotice()
         self._on_sigterm = signal.signal(signal.SIGTERM, self._leave_on_signal)
 
-    def ready(self) -> str:
-        """Build the worker: teacher, objective, synthesizer. Returns the id of the node that it is on."""
+    def ready(self) -> Place:
+        """Build the worker: teacher, objective, synthesizer."""
+        runtime = self._recipe.runtime
+        device = worker_device(runtime.device, runtime.gpus_per_worker)
         if self._worker is None:
             self._worker = SynthesisWorker(
                 job_of(self._recipe, self._made_of),
                 open_teacher(self._recipe),
-                device=pick_device(self._recipe.runtime.device),
+                device=device,
                 should_stop=self._should_stop,
                 on_progress=self._note,
             )
-        return str(ray.get_runtime_context().get_node_id())
+        return Place(node=ray.get_runtime_context().get_node_id(), device=device_name(device))
 
     def run(self, unit: WorkUnit, attempt: int) -> Work:
         """Commit ``unit``; only the commit's record travels, never pixels."""

@@ -21,7 +21,7 @@ from ray.exceptions import (
 )
 
 from raydfkd.data.commits import Commit
-from raydfkd.distributed.actor import SynthesisActor, Work
+from raydfkd.distributed.actor import Place, SynthesisActor, Work
 from raydfkd.distributed.lookout import Lookout
 from raydfkd.distributed.machines import is_there
 from raydfkd.distributed.patience import Patience
@@ -200,7 +200,7 @@ class SynthesisPool:
 
     def _started(self, worker: _Worker, call: Any, queue: UnitQueue) -> None:
         try:
-            worker.node = ray.get(call)
+            place: Place = ray.get(call)
         except LOST as error:
             if not worker.node:
                 self._stillborn(worker, error)
@@ -215,6 +215,8 @@ class SynthesisPool:
                 if self._cannot_go_on or not self._calls:  # else it may be that machine alone
                     raise cause from None
         else:
+            worker.node = place.node
+            self._events.worker_ready(place.device)
             self._num_stillborn, self._pause_s = 0, 0.0
             self._give_work(worker, queue)
 

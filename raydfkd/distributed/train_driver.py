@@ -100,6 +100,7 @@ def _fit(
         os.environ.setdefault(variable, value)
     runtime = job.recipe.runtime
     workers = runtime.student_workers
+    use_gpu = runtime.gpus_per_student_worker > 0
     sealed = ray.put(recipe.model_dump_json())  # Ray Train writes the config into its logs, secrets and all
     config = {
         "recipe": sealed,
@@ -115,11 +116,11 @@ def _fit(
         train_loop_config=config,
         scaling_config=ScalingConfig(
             num_workers=cast(int, workers.max if workers.min == workers.max else (workers.min, workers.max)),
-            use_gpu=runtime.gpus_per_student_worker > 0,
+            use_gpu=use_gpu,
             resources_per_worker={name: share for name, share in resources.items() if share or name == "CPU"},
             elastic_resize_monitor_interval_s=GROW_EVERY_S,
         ),
-        torch_config=TorchConfig(backend="nccl" if runtime.gpus_per_student_worker > 0 else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if use_gpu and runtime.device != "cpu" else "gloo"),
         run_config=RunConfig(
             name=name,
             storage_path=recipe.run_dir,

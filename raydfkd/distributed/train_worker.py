@@ -19,8 +19,10 @@ from torch import distributed, nn
 
 from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
 from raydfkd.config.recipe import Recipe
+from raydfkd.config.schema import RuntimeSpec
 from raydfkd.data.commits import Snapshot
 from raydfkd.data.sources import Ranks
+from raydfkd.devices import worker_device
 from raydfkd.distillation.trainer import TrainingHooks
 from raydfkd.distillation.training import StudentTraining
 from raydfkd.job import job_of
@@ -62,7 +64,7 @@ class _TrainWorker:
             ranks=Ranks(rank=self._rank, size=self._world_size, agree=self._agree),
             generator=generator_maker(recipe, teacher.module, parallel=_data_parallel),
             parallel=_data_parallel,
-            device=get_device() if recipe.runtime.gpus_per_student_worker > 0 else torch.device("cpu"),
+            device=_device(recipe.runtime),
         )
         newest = ray.train.get_checkpoint() or config["checkpoint"]
         if newest is not None:
@@ -98,6 +100,12 @@ class _TrainWorker:
         if agreed is None and self._notice.look():  # between two steps, the second of which may be long in coming
             self._save_steps()
         return agreed
+
+
+def _device(runtime: RuntimeSpec) -> torch.device:
+    """The worker's own device; of the GPUs that the workers of a machine share, the one that Ray Train gave it."""
+    device = worker_device(runtime.device, runtime.gpus_per_student_worker)
+    return get_device() if device.type == "cuda" and runtime.gpus_per_student_worker else device
 
 
 def _data_parallel(module: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from raydfkd.errors import RecipeError, one_line
 from raydfkd.networks.state_files import NO_WEIGHTS, Match, match_state, read_states
+from raydfkd.report.redaction import redacted, secrets_in, secrets_of_environment
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ def read_weights(uri: str, *, where: str) -> bytes:
 
 def _unreadable(uri: str, error: Exception, where: str) -> RecipeError:
     protocol, separator, _ = uri.partition("://")
+    reason = redacted(one_line(error), {*secrets_in(uri), *secrets_of_environment()})
     is_cloud = separator and protocol not in ("file", "http", "https")
     hint = (
         "; transfer_set.storage_options do not count here: credentials and endpoint come from the environment "
@@ -86,9 +88,7 @@ def _unreadable(uri: str, error: Exception, where: str) -> RecipeError:
         if is_cloud and not isinstance(error, ValueError)  # which is that of an unknown protocol
         else ""
     )
-    return RecipeError(
-        f"{where} is {uri!r}: cannot be read ({one_line(error)}){hint}; give a file that this machine can read"
-    )
+    return RecipeError(f"{where} is {uri!r}: cannot be read ({reason}){hint}; give a file that this machine can read")
 
 
 def _load(network: nn.Module, match: Match, uri: str, where: str) -> None:

@@ -60,6 +60,8 @@ class RunStats:
     """Images that were committed."""
     attempted: int
     """Attempts at units, those that failed or were lost included."""
+    devices: tuple[str, ...]
+    """Names of the devices that workers have made images on."""
 
     @property
     def images_per_second(self) -> float:
@@ -87,6 +89,7 @@ def run_stats(metrics: Sequence[Mapping[str, Any]], *, job: str, training: str) 
         ),
         images=sum(event["images"] for event in units),
         attempted=len(attempts),
+        devices=tuple(dict.fromkeys(e["device"] for session in mine for e in session if e["event"] == "worker")),
     )
 
 

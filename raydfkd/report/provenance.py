@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from raydfkd import __version__
+from raydfkd.report.redaction import redacted_setting
 
 
 def versions() -> dict[str, str]:
@@ -22,5 +23,5 @@ def versions() -> dict[str, str]:
 
 
 def command_line() -> str:
-    """The command that started this process."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """The command that started this process, without secrets."""
+    return shlex.join([Path(sys.argv[0]).name, *map(redacted_setting, sys.argv[1:])])

@@ -42,10 +42,15 @@ class Prepared:
     """Things that the user should know of teacher and student, a line each."""
 
 
-def check(recipe: Recipe) -> Prepared:
+def check(recipe: Recipe, *, writes_run: bool = True, writes_set: bool = True) -> Prepared:
     """Find the user's mistakes before any work; writes nothing but probes, and removes those.
 
     Builds every part of the run once, on the CPU.
+
+    Args:
+        recipe: what is to be done.
+        writes_run: whether run_dir is going to be written to.
+        writes_set: whether the transfer set is.
 
     Raises:
         RecipeError: with key, value and remedy.
@@ -66,11 +71,13 @@ def check(recipe: Recipe) -> Prepared:
     with mistakes.gathered():
         _check_training(recipe)
     with mistakes.gathered():
-        pick_device(recipe.runtime.device)
+        pick_device(recipe.runtime.driver_device)
     with mistakes.gathered():
-        Store(recipe.run_dir).probe("run_dir")
+        if writes_run:
+            Store(recipe.run_dir).probe("run_dir", once=False)
     with mistakes.gathered():
-        transfer_set_of(recipe, {}).store.probe()
+        if writes_set:
+            transfer_set_of(recipe, {}).store.probe()
     if network is not None and student is not None:
         with mistakes.gathered():
             _check_synthesis(recipe, network, student)

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from raydfkd.data.commits import Commit
 from raydfkd.report.metrics import MetricsLog
+from raydfkd.report.redaction import redacted
 from raydfkd.units import Failure, UnitProgress
 
 PROGRESS_EVERY_S = 4.0
@@ -44,6 +45,9 @@ class Listener:
 
     def synthesis_started(self) -> None:
         """The first unit is about to be worked on."""
+
+    def worker_ready(self, device: str) -> None:
+        """A worker is about to make images on the device of that name."""
 
     def progressed(self, progress: UnitProgress) -> None:
         """A unit in work has come so far."""
@@ -78,7 +82,7 @@ class Events(Listener):
 
     @override
     def say(self, topic: str, text: str) -> None:
-        self._tell("say", topic, text)
+        self._tell("say", topic, redacted(text))
 
     @override
     def planned(self, plan: Plan) -> None:
@@ -87,6 +91,10 @@ class Events(Listener):
     @override
     def synthesis_started(self) -> None:
         self._tell("synthesis_started")
+
+    @override
+    def worker_ready(self, device: str) -> None:
+        self._tell("worker_ready", device)
 
     @override
     def progressed(self, progress: UnitProgress) -> None:
@@ -136,6 +144,10 @@ class MetricsWriter(Listener):
     @override
     def synthesis_started(self) -> None:
         self._log.write("synthesis")
+
+    @override
+    def worker_ready(self, device: str) -> None:
+        self._log.write("worker", device=device)
 
     @override
     def progressed(self, progress: UnitProgress) -> None:

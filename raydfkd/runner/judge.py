@@ -37,7 +37,7 @@ def judge_student(
     Raises:
         RecipeError: there is no image to judge on.
     """
-    device = pick_device(job.recipe.runtime.device)
+    device = pick_device(job.recipe.runtime.driver_device)
     labels: Tensor | None = None
     if data is not None:
         real, judged_on = data.load(split), f"real {data_name(job.recipe)} {split} images"

@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 from typing_extensions import override
 
-from raydfkd.devices import pick_device
+from raydfkd.devices import device_name, pick_device
 from raydfkd.distillation.trainer import TrainingHooks
 from raydfkd.distillation.training import StudentCheckpoint, StudentTraining
 from raydfkd.job import Job, SynthesisOutcome
@@ -40,10 +40,12 @@ class LocalExecutor(Executor):
         return job.end_synthesis(queue)
 
     def _work(self, job: Job, queue: UnitQueue, teacher: Teacher, events: Events, interruption: Interruption) -> None:
+        device = pick_device(job.recipe.runtime.device)
+        events.worker_ready(device_name(device))
         worker = SynthesisWorker(
             job,
             teacher,
-            device=pick_device(job.recipe.runtime.device),
+            device=device,
             should_stop=lambda: interruption.seconds >= FINISH_S,
             on_progress=events.progressed,
         )
@@ -70,6 +72,8 @@ class LocalExecutor(Executor):
     @override
     def distill(self, job: Job, phase: Phase, teacher: Teacher, events: Events) -> Mapping[str, Tensor]:
         tell_of_new_training(job, events)
+        if not job.units:  # the images are made by who learns from them
+            events.worker_ready(device_name(pick_device(job.recipe.runtime.device)))
         checkpoint = StudentCheckpoint(job)
         training = StudentTraining(
             job,

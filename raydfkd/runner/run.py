@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from raydfkd import __version__
 from raydfkd.config.recipe import Recipe
 from raydfkd.data.transfer_set import TransferSet
-from raydfkd.devices import device_name, pick_device
 from raydfkd.errors import RecipeError
 from raydfkd.images.real_data import RealData, Split
-from raydfkd.job import Job, SynthesisOutcome, open_job
+from raydfkd.job import Job, SynthesisOutcome, asks_student, open_job
 from raydfkd.networks.build import build_network, count_parameters
 from raydfkd.networks.probe import probe_teacher
 from raydfkd.networks.teacher import Teacher
@@ -27,6 +26,7 @@ from raydfkd.networks.weights import load_weights, state_bytes, weights_exist
 from raydfkd.report.metrics import MetricsLog, RunStats, read_metrics, run_stats
 from raydfkd.report.page import read_report, write_pictures, write_report
 from raydfkd.report.provenance import command_line, versions
+from raydfkd.report.redaction import redacted
 from raydfkd.runner.check import Prepared, check
 from raydfkd.runner.events import Events, Listener, MetricsWriter, Plan
 from raydfkd.runner.executor import executor_of
@@ -82,7 +82,7 @@ class Synthesis:
             "images_per_second": round(stats.images_per_second, 3),
             "units": f"{len(snapshot.commits)}/{len(job.units)}",
             "content_digest": snapshot.content_digest(),
-            "transfer_set": job.recipe.transfer_set.uri,
+            "transfer_set": redacted(job.recipe.transfer_set.uri),
             "gallery": None if self.page is None else str(self.page),
         }
 
@@ -175,7 +175,7 @@ def distill(recipe: Recipe, images: TransferSet | None = None, *, console: Conso
 
 def distill_job(recipe: Recipe, images: TransferSet | None = None, *, console: Console | None = None) -> Distillation:
     """Do as ``distill``; returns the student with its job."""
-    prepared = check(recipe)
+    prepared = check(recipe, writes_set=asks_student(recipe))
     with listening(recipe, console) as events:
         teacher = _teacher(prepared, events)
         job = open_job(recipe, teacher)
@@ -208,7 +208,8 @@ def evaluate(
         raise RecipeError(
             f"--split is {split!r}, but the recipe has no real_data that it could be of; give real_data or no --split"
         )
-    return judge_saved(check(recipe), str(student or student_path(recipe)), split=split or "test")
+    prepared = check(recipe, writes_run=False, writes_set=False)
+    return judge_saved(prepared, str(student or student_path(recipe)), split=split or "test")
 
 
 def judge_saved(prepared: Prepared, weights: str, *, split: Split) -> dict[str, Any]:
@@ -232,7 +233,7 @@ def report_again(recipe: Recipe) -> tuple[dict[str, Any], Path]:
     Raises:
         RecipeError: there is neither a report nor an image.
     """
-    prepared = check(recipe)
+    prepared = check(recipe, writes_set=False)
     if prepared.teacher is None:
         raise RecipeError(f"teacher.weights is {recipe.teacher.weights!r}: no such file; `raydfkd run` makes it")
     job = open_job(recipe, prepared.teacher)
@@ -262,7 +263,7 @@ def _teacher(prepared: Prepared, events: Events) -> Teacher:
     """The teacher that was opened, or one that is taught now; says what the user should know of it."""
     notes, teacher = list(prepared.notes), prepared.teacher
     if teacher is None:
-        teacher = teach(prepared.recipe, events, prepared.network)
+        teacher = teach(prepared.recipe, events, prepared.network, anew=False)
         notes += probe_teacher(teacher.module, prepared.recipe.teacher)
     for note in notes:
         events.say("note", note)
@@ -348,7 +349,7 @@ def report(
         "content_digest": snapshot.content_digest(),
         "recipe_digest": job.digest,
         "versions": versions(),
-        "device": device_name(pick_device(job.recipe.runtime.device)),
+        "device": ", ".join(stats.devices) or None,
         "command": command,
     }
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,8 +21,8 @@ from raydfkd.images.pixels import PixelRange, nominal_from_uint8
 from raydfkd.images.real_data import RealData, open_real_data
 from raydfkd.networks.layout import lay_channels_last
 from raydfkd.networks.observed import ObservedNetwork
-from raydfkd.networks.teacher import Teacher, build_teacher, taught_teacher
-from raydfkd.networks.weights import save_bytes
+from raydfkd.networks.teacher import Teacher, build_teacher, open_teacher, taught_teacher
+from raydfkd.networks.weights import save_bytes, weights_exist
 from raydfkd.runner.events import Events
 from raydfkd.seeds import derive_seed, rng_from
 from raydfkd.store.store import Store
@@ -42,18 +45,53 @@ def check_teaching(recipe: Recipe) -> RealData:
     return data
 
 
-def teach(recipe: Recipe, events: Events, network: nn.Module | None = None) -> Teacher:
+def teach(recipe: Recipe, events: Events, network: nn.Module | None = None, *, anew: bool = True) -> Teacher:
     """Train the recipe's teacher, the ``network`` that was built for it or a fresh one, and write its weights.
+
+    ``anew`` replaces weights that are there. Else those that another run has written meanwhile are taken: all runs that
+    share a file have the same teacher, whoever was first, even where their machines do not compute alike.
 
     Raises:
         RecipeError: the recipe does not say how, or its data are not there.
     """
     data = check_teaching(recipe)
+    with _one_at_a_time(recipe.teacher.weights, events):
+        if not anew and weights_exist(recipe.teacher.weights, where="teacher.weights"):
+            return open_teacher(recipe, network)
+        return _taught(recipe, events, data, network, anew=anew)
+
+
+@contextmanager
+def _one_at_a_time(path: str, events: Events) -> Iterator[None]:
+    """Hold off others who want to train the weights at ``path``, where that is a file on a disk that has locks.
+
+    Elsewhere all of them train, which costs time and nothing else.
+    """
+    if "://" in path:
+        yield
+        return
+    folder, name = _split(path)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock = FileLock(Path(folder) / f".{name}.lock", fallback_to_soft=False)
+    with suppress(OSError):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            events.say("teacher", f"another run trains it; waiting for {path}")
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)  # two who hold it after that are told apart as without a lock
+
+
+def _taught(recipe: Recipe, events: Events, data: RealData, network: nn.Module | None, *, anew: bool) -> Teacher:
     spec, real = recipe.teacher.train, recipe.real_data
     assert spec is not None
     assert real is not None
     network = build_teacher(recipe) if network is None else network
-    started, device = time.monotonic(), pick_device(recipe.runtime.device)
+    started, device = time.monotonic(), pick_device(recipe.runtime.driver_device)
 
     def on_epoch(epoch: int, loss: float) -> None:
         if epoch == spec.epochs or epoch % max(1, spec.epochs // 5) == 0:
@@ -62,7 +100,12 @@ def teach(recipe: Recipe, events: Events, network: nn.Module | None = None) -> T
     train_on_real_data(recipe, network, data, device, on_epoch)
     path, content = recipe.teacher.weights, save_bytes(network, {"network": recipe.teacher.network})
     folder, name = _split(path)
-    Store(folder).put(name, content)
+    store = Store(folder)
+    if anew:
+        store.put(name, content)
+    elif not store.put_new(name, content):
+        events.say("teacher", f"another run was faster; its weights are taken   {path}")
+        return open_teacher(recipe, network.cpu())
     validation = data.load("validation")
     logits = predict(network, validation.images, PixelRange(recipe.teacher.image_space, device))
     top1 = dict(judge(logits, logits, validation.labels))["teacher.top1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterator
 from functools import cached_property
 
@@ -10,7 +11,7 @@ import torch
 from raydfkd.data.commits import Commit, Snapshot
 from raydfkd.data.shards import StoredRows
 from raydfkd.job import Job
-from raydfkd.store.errors import DamagedError
+from raydfkd.store.errors import DamagedError, StoreError
 
 
 class SetView:
@@ -73,6 +74,7 @@ class SetView:
         try:
             return self._job.transfer_set.read(commit.parts[number])
         except DamagedError as damage:
-            self._job.transfer_set.mark_damaged(commit, damage)
+            with contextlib.suppress(StoreError):  # a reader may have no access to write
+                self._job.transfer_set.mark_damaged(commit, damage)
             self._damaged.add(commit.unit)
             return None

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Collection, Iterator, Mapping
 
-PUBLIC_OPTIONS = frozenset({"endpoint_url", "client_kwargs.endpoint_url", "client_kwargs.region_name", "profile"})
-"""Storage options that an error may show, because it is of no use without them."""
-_SECRET_VARIABLE = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|PRIVATE|(ACCESS|API|ACCOUNT|STORAGE)_KEY")
+from raydfkd.report.redaction import redacted, secrets_of_environment
 
 
 class StoreError(OSError):
@@ -52,24 +48,7 @@ def explain(error: BaseException, secrets: Collection[str]) -> str:
     """The reason in one line, with *** for every secret in it."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     reason = " ".join(reason.split()) or type(error).__name__
-    for secret in sorted({*secrets, *_secrets_of_environment()}, key=len, reverse=True):
-        reason = reason.replace(secret, "***")
-    return reason
-
-
-def secrets_of(options: Mapping[str, object], within: str = "") -> Iterator[str]:
-    """Text of every storage option that is not known to be public; below four characters it is no secret but a flag."""
-    for key, value in options.items():
-        if isinstance(value, (list, tuple)):
-            yield from secrets_of({f"{key}.{index}": item for index, item in enumerate(value)}, within)
-        elif isinstance(value, Mapping):
-            yield from secrets_of(value, f"{within}{key}.")
-        elif f"{within}{key}" not in PUBLIC_OPTIONS and not isinstance(value, bool) and len(str(value)) >= 4:
-            yield str(value)
-
-
-def _secrets_of_environment() -> Iterator[str]:
-    return (value for name, value in os.environ.items() if len(value) >= 8 and _SECRET_VARIABLE.search(name.upper()))
+    return redacted(reason, {*secrets, *secrets_of_environment()})
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

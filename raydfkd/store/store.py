@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import mmap
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -17,7 +16,8 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import get_protocol
 
 from raydfkd.errors import RecipeError
-from raydfkd.store.errors import OutageError, StoreError, explain, is_missing_bucket, secrets_of
+from raydfkd.report.redaction import redacted, secrets_in, secrets_of
+from raydfkd.store.errors import OutageError, StoreError, explain, is_missing_bucket
 from raydfkd.store.folders import Entry, Folder, LocalFolder, ObjectFolder
 from raydfkd.store.retry import is_transient, patiently
 
@@ -65,7 +65,7 @@ class Store:
     @property
     def uri(self) -> str:
         """The URI without any password in it, for messages."""
-        return re.sub(r"//[^/@]*@", "//***@", self._location)
+        return redacted(self._location)
 
     def put(self, path: str, data: bytes) -> None:
         """Write an object, replacing one of the same name; readers see the old bytes or the new ones.
@@ -168,8 +168,8 @@ class Store:
         with contextlib.suppress(FileNotFoundError):
             self._do("deleted", path, partial(self._folder.delete, path))
 
-    def probe(self, key: str = "transfer_set.uri") -> None:
-        """Make sure that objects can be created here, once each, and leave nothing behind; ``key`` is blamed if not.
+    def probe(self, key: str = "transfer_set.uri", *, once: bool = True) -> None:
+        """Make sure that objects can be created here, ``once`` each, and leave nothing behind; ``key`` is blamed.
 
         Raises:
             RecipeError: with the reason, in one line that shows no storage option.
@@ -179,7 +179,7 @@ class Store:
             creates_once = self._creates_once(self._folder.nearest(), name)
         except Exception as error:  # every file system has errors of its own; here they become the user's line
             raise self._refusal(error, key) from None
-        if not creates_once:
+        if once and not creates_once:
             raise RecipeError(
                 f"{key} is {self.uri}: cannot create an object only once, so two workers could commit the same "
                 "unit; give a URI on a local disk, S3 or Google Cloud Storage"
@@ -225,9 +225,7 @@ class Store:
     def _explain(self, error: BaseException) -> str:
         if is_missing_bucket(error):
             return "no such bucket"
-        in_uri = re.findall(r"//([^/@]*)@", self._location)
-        secrets = [*secrets_of(self._storage_options), *in_uri, *(login.partition(":")[2] for login in in_uri)]
-        return explain(error, [secret for secret in secrets if secret])
+        return explain(error, {*secrets_of(self._storage_options), *secrets_in(self._location)})
 
     def _refusal(self, error: Exception, key: str) -> RecipeError:
         problem, remedy = "cannot be written", "give a URI this machine can write to"

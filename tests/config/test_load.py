@@ -20,6 +20,7 @@ from raydfkd.config.registry import keys_of
 from raydfkd.config.schema import PluginSpec, Range, RuntimeSpec
 from raydfkd.config.static_check import static_check
 from raydfkd.errors import RecipeError, differences
+from raydfkd.store.store import Store
 
 JOBS = Path(__file__).parents[2] / "jobs"
 PACKAGED = [*packaged_recipes(), *packaged_jobs()]
@@ -292,7 +293,26 @@ def test_tilde_is_the_users_folder_wherever_a_path_stands(tmp_path, monkeypatch)
     assert recipe.real_data.options == {"root": f"{home}/fashion"}
     assert recipe.transfer_set.storage_options == {"token": f"{home}/key.json"}
     assert load_recipe("~/mine.yaml", run_dir="~/there").run_dir == f"{home}/there"
-    assert load_recipe("~/mine.yaml", ["transfer_set.uri=file://~/set"]).transfer_set.uri == f"file://{home}/set"
+    assert load_recipe("~/mine.yaml", ["transfer_set.uri=file://~/set"]).transfer_set.uri == f"{home}/set"
+
+
+@pytest.mark.parametrize("form", ["file://{}", "local://{}", "{}", "./{}", "~/{}", "file://~/{}"])
+def test_worker_in_another_folder_means_the_same_places_as_the_driver(form, tmp_path, monkeypatch):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "here"))
+    monkeypatch.chdir(tmp_path / "here")
+    keys = ("run_dir", "teacher.weights", "teacher.class_names", "transfer_set.uri")
+    recipe = load_recipe("fashion-generators", {key: form.format(key) for key in (*keys, "real_data.root")})
+    sent = recipe.located().model_dump_json()
+    stores = [Store(recipe.transfer_set.uri)]
+    monkeypatch.chdir(tmp_path / "there")
+    worker = Recipe.model_validate_json(sent)
+    stores.append(Store(worker.transfer_set.uri))
+    places = (worker.run_dir, worker.teacher.weights, worker.teacher.class_names, worker.transfer_set.uri)
+    assert places == tuple(str(tmp_path / "here" / key) for key in keys)
+    assert [store.uri for store in stores] == [str(tmp_path / "here/transfer_set.uri")] * 2
+    assert "://" not in recipe.real_data.options["root"]
 
 
 @pytest.mark.parametrize("text", ["a~/b", "~tilde", "s3://~/b", "", "~nobody-of-that-name/x", "~~/x"])

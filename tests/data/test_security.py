@@ -9,20 +9,28 @@ import pickle
 import re
 import sys
 import traceback
+from typing import ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import xxhash
 from toy import encode_part
 
+from raydfkd.checkpoints import read_checkpoint
 from raydfkd.data.commits import GROUP_BYTES, RECORD_BYTES
+from raydfkd.data.epochs import EpochLog
 from raydfkd.data.garbage import collect_garbage
 from raydfkd.data.news import Watch
+from raydfkd.data.student_versions import StudentVersions
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.errors import RecipeError
 from raydfkd.store import retry as failures
 from raydfkd.store.errors import DamagedError
+from raydfkd.store.store import Store
+from raydfkd.synthesis.checkpoint import UnitCheckpoint
+from raydfkd.units import Request, WorkUnit
 
 DIGEST = "d" * 64
 
@@ -41,7 +49,7 @@ def strangers_set(uri):
     made.create()
     made.put_commit = lambda data, **changes: put_commit(made, data, **changes)
     yield made
-    assert not hasattr(sys, "raydfkd_was_here")
+    assert not vars(sys).pop("raydfkd_was_here", False)
 
 
 def put_commit(transfer_set, data, **changes):
@@ -60,20 +68,60 @@ def test_pickle_in_place_of_a_part_is_refused_and_runs_no_code(strangers_set):
         strangers_set.read(commit.parts[0])
 
 
-@pytest.mark.parametrize(
-    "place", ["set.json", "commits/u.json", "quarantine/u.json", "changed", "packs/u.json", "resume/u.pt"]
-)
-def test_pickle_in_place_of_a_record_runs_no_code(place, strangers_set):
+READERS = {
+    "set.json": lambda transfer_set: transfer_set.check(),
+    "recipe.json": lambda transfer_set: TransferSet(
+        transfer_set.store._location, digest="e" * 64, made_of={"seed": 1}
+    ).check(),
+    "commits/u.json": lambda transfer_set: transfer_set.snapshot(),
+    "quarantine/u.json": lambda transfer_set: transfer_set._log.reason("u"),
+    "closed/u.json": lambda transfer_set: transfer_set.is_closed("u"),
+    "changed": lambda transfer_set: Watch(transfer_set.store, transfer_set.progress).news(),
+    "packs/u.json": lambda transfer_set: transfer_set._log._packs.read(),
+    "resume/u.pt": lambda transfer_set: UnitCheckpoint(transfer_set.store, UNIT, DIGEST).load(),
+    "epochs-0123456789abcdef/000000.begun.json": lambda transfer_set: EpochLog(
+        transfer_set.store, "0123456789abcdef"
+    ).read(0),
+    "students/000000001.safetensors": lambda transfer_set: StudentVersions(transfer_set.store).newest(-1),
+}
+UNIT = WorkUnit(id="u", request=Request(classes=(0,), images_per_class=1, seed=0, class_seeds=(0,)))
+
+
+class Watched(Store):
+    """Notes what is read of it."""
+
+    seen: ClassVar[set[str]] = set()
+
+    def get(self, path, **limits):
+        self.seen.add(path)
+        return super().get(path, **limits)
+
+    def exists(self, path):
+        self.seen.add(path)
+        return super().exists(path)
+
+
+@pytest.mark.parametrize("place", READERS)
+def test_pickle_in_place_of_a_record_runs_no_code(place, strangers_set, monkeypatch):
     strangers_set.store.put(place, pickle.dumps(Bomb()))
-    for act in (
-        strangers_set.check,
-        strangers_set.snapshot,
-        lambda: Watch(strangers_set.store, strangers_set.progress).news(),
-        lambda: list(strangers_set.verify()),
-        lambda: collect_garbage(strangers_set, older_than_s=0.0, dry_run=True),
-    ):
-        with contextlib.suppress(RecipeError):
-            act()
+    monkeypatch.setattr("raydfkd.data.transfer_set.Store", Watched)
+    monkeypatch.setattr(Watched, "seen", set())
+    watched = TransferSet(strangers_set.store._location, digest=DIGEST)
+    with contextlib.suppress(RecipeError, ValueError):
+        READERS[place](watched)
+    assert place in Watched.seen, "else this shows nothing"
+    with contextlib.suppress(RecipeError):
+        collect_garbage(watched, older_than_s=0.0, dry_run=True)
+
+
+def test_pickle_in_place_of_a_state_to_resume_from_is_refused():
+    with pytest.raises(pickle.UnpicklingError):
+        read_checkpoint(pickle.dumps(Bomb()))
+    bomb = io.BytesIO()
+    torch.save({"digest": DIGEST, "state": Bomb()}, bomb)
+    with pytest.raises(pickle.UnpicklingError):
+        read_checkpoint(bomb.getvalue())
+    assert not hasattr(sys, "raydfkd_was_here")
 
 
 def test_pickle_in_place_of_a_pack_runs_no_code_and_the_records_are_read_instead(strangers_set, monkeypatch):

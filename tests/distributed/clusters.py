@@ -119,7 +119,7 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started_head(home: Path, **variables: str) -> Iterator[Head]:
+def started_head(home: Path, *, num_cpus: int = 4, num_gpus: int = 0, **variables: str) -> Iterator[Head]:
     """`ray start --head` as a person gives it who has run something here before: a token is in HOME."""
     token = home / ".ray" / "auth_token"
     token.parent.mkdir(exist_ok=True)
@@ -136,7 +136,8 @@ def started_head(home: Path, **variables: str) -> Iterator[Head]:
     }
     named = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
     ports = {name: free_port() for name in named}  # other Rays on this machine have the usual ones
-    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=4"]
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block"]
+    command += [f"--num-cpus={num_cpus}", f"--num-gpus={num_gpus}"]
     command += [f"--{name}={port}" for name, port in ports.items()]
     process = subprocess.Popen(command, env={**environment, **variables}, stdout=subprocess.PIPE, text=True)
     try:

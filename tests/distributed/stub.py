@@ -32,11 +32,11 @@ class StubActor:
         self._folder = Path(acts["folder"])
         self._step, self._unit = 0, ""
 
-    def ready(self) -> str:
+    def ready(self) -> SimpleNamespace:
         number = self._count("built")
         if number > self._acts.get("builds", 99):
             raise RuntimeError("CUDA error: unspecified launch failure")
-        return ray.get_runtime_context().get_node_id()
+        return SimpleNamespace(node=ray.get_runtime_context().get_node_id(), device="none")
 
     def run(self, unit: WorkUnit, attempt: int) -> SimpleNamespace:
         self._step, self._unit = 1, unit.id

@@ -23,6 +23,7 @@ from clusters import Head, started_head
 from ray.exceptions import AuthenticationError
 
 from raydfkd.cli import main
+from raydfkd.distributed.ray_internals import walk_package
 from raydfkd.distributed.submit import job_server as submission
 from raydfkd.distributed.submit.job_server import JobServer, report_in
 from raydfkd.distributed.submit.working_dir import package_of
@@ -197,6 +198,44 @@ def test_only_what_a_job_needs_is_sent_and_its_size_is_said(folder, client):
     assert f"sending {folder}: 3 files, 0.0 MiB\n" in submit().out
 
 
+CREDENTIALS = (
+    *("store.env", ".env", ".env.local", ".aws/credentials", ".ssh/id_rsa", "deep/er/.ssh/known_hosts", "id_ed25519"),
+    *("secret.pem", "my-credentials.json", "Credentials.csv", "token.json", "keys/gcs.key", ".netrc", ".kube/config"),
+    "service-account.json",
+)
+
+
+def test_files_with_credentials_are_not_sent_and_named_in_a_line(folder, client):
+    for name in CREDENTIALS:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("hidden")
+    package = package_of(folder)
+    assert package.files == {"mine.yaml", "mynet.py", ".gitignore"}
+    assert package.withheld == tuple(sorted(CREDENTIALS))
+    answer = submit()
+    assert answer.code == 0
+    assert (
+        "not sent, as it may hold credentials: .aws/credentials, .env, .env.local, .kube/config, .netrc and 10 more\n"
+    ) in answer.out
+    sent = client.submitted["runtime_env"]
+    found = []
+    walk_package(folder, sent["excludes"], lambda path: found.append(path.name) if path.is_file() else None)
+    assert sorted(found) == [".gitignore", "mine.yaml", "mynet.py"]
+
+
+def test_needed_file_that_is_called_like_credentials_is_refused_by_name(folder, client):
+    (folder / "token.json").write_text("weights")
+    answer = submit("--set", "teacher.weights=token.json", "--set", "teacher.train=null")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith("token.json is not sent with the job: it is called as files with credentials are; ")
+
+
+def test_credentials_that_git_ignores_are_no_news(folder, client):
+    (folder / "data/store.env").write_text("hidden")
+    assert package_of(folder).withheld == ()
+    assert "may hold credentials" not in submit().out
+
+
 def test_job_is_granted_time_to_save_and_gets_no_variable_that_is_not_named(folder, client, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
     assert submit().code == 0
@@ -241,6 +280,21 @@ WRONG = {
         ["--set", "transfer_set.storage_options.secret=hidden"],
         "--set transfer_set.storage_options.secret: a job's command is shown to everyone; leave credentials to the "
         "nodes' environment, or name a variable of yours with --env",
+    ),
+    "secret in a mapping": (
+        ["--set", "transfer_set={storage_options: {token: hidden}}"],
+        "--set transfer_set: a job's command is shown to everyone; leave credentials to the nodes' environment, or "
+        "name a variable of yours with --env",
+    ),
+    "password in a URL": (
+        ["--set", "transfer_set.uri=ftp://me:hidden@host/set"],
+        "--set transfer_set.uri: a job's command is shown to everyone; leave credentials to the nodes' environment, or "
+        "name a variable of yours with --env",
+    ),
+    "presigned URL": (
+        ["--set", "teacher.weights=https://host/w.pt?sig=hidden"],
+        "--set teacher.weights: a job's command is shown to everyone; leave credentials to the nodes' environment, or "
+        "name a variable of yours with --env",
     ),
     "variable that is not set": (
         ["--env", "NOT_SET_ANYWHERE"],

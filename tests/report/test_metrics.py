@@ -45,6 +45,15 @@ def test_attempts_that_failed_or_were_lost_count_as_attempts():
     assert stats(at(0, SESSION), *events).attempted == 3
 
 
+def test_devices_are_those_of_the_workers_of_all_sessions_that_made_these_images():
+    def worker(device):
+        return at(1, {"event": "worker", "device": device})
+
+    sessions = [at(0, SESSION), worker("H100"), worker("H100"), at(2, SESSION, job="that"), worker("A100")]
+    assert stats(*sessions, at(3, SESSION), worker("H200")).devices == ("H100", "H200")
+    assert stats(*sessions, job="none").devices == ()
+
+
 def test_sessions_on_other_images_and_steps_of_other_students_are_left_out():
     other_images = [at(0, SESSION, job="that"), synthesized(1), at(3, UNIT)]
     other_student = [at(10, SESSION, training="other"), at(11, STEP, training="other"), at(19, STEP, training="other")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -15,9 +16,13 @@ import raydfkd
 import raydfkd.networks.teacher
 from raydfkd.config.load import load_recipe
 from raydfkd.errors import RecipeError
+from raydfkd.job import open_job
 from raydfkd.networks.weights import save_bytes
 from raydfkd.report.page import read_report
-from raydfkd.runner.run import run
+from raydfkd.runner.check import check
+from raydfkd.runner.run import report_again, run
+from raydfkd.runner.view import SetView
+from raydfkd.store.folders import LocalFolder
 from raydfkd.store.store import Store
 
 SMOKE = Path(__file__).parents[2] / "jobs" / "smoke.yaml"
@@ -87,6 +92,61 @@ def test_images_can_be_made_looked_at_distilled_and_judged_by_one_call_each(tmp_
     assert judged == {key: whole.report[key] for key in judged}
     expected = safetensors.torch.load_file(whole.student)
     assert all(torch.equal(expected[name], value) for name, value in student.state_dict().items())
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """The folder of a finished run, whose files nobody may write from then on."""
+    run(smoke(tmp_path / "theirs"))
+    with pytest.MonkeyPatch.context() as patch:
+        for act in ("put", "put_new", "delete"):
+            patch.setattr(LocalFolder, act, refusing_below(tmp_path / "theirs", getattr(LocalFolder, act)))
+        yield tmp_path / "theirs"
+
+
+def refusing_below(place, act):
+    def refuse(folder, path, *content):
+        if (folder._root / path).is_relative_to(place):
+            raise PermissionError(13, "Permission denied")
+        return act(folder, path, *content)
+
+    return refuse
+
+
+def theirs(finished, folder):
+    return smoke(folder, f"transfer_set.uri={finished}/transfer_set", f"teacher.weights={finished}/teacher.safetensors")
+
+
+def test_set_that_may_only_be_read_is_distilled_judged_and_reported(finished, tmp_path):
+    mine = theirs(finished, tmp_path / "mine")
+    with pytest.raises(RecipeError, match="transfer_set.uri is .* cannot be written"):
+        run(mine)
+    raydfkd.distill(mine)
+    assert report_again(mine)[0]["images"] == 80
+    before = sorted((tmp_path / "mine").rglob("*"))
+    judged = raydfkd.evaluate(mine)
+    assert sorted((tmp_path / "mine").rglob("*")) == before
+    assert raydfkd.evaluate(smoke(finished)) == judged, "in the other's folder, which may not be written either"
+
+
+def test_damage_in_a_set_that_may_only_be_read_is_left_out(finished, tmp_path):
+    part = next((finished / "transfer_set/parts").iterdir())
+    part.write_bytes(bytes(part.stat().st_size))
+    mine = theirs(finished, tmp_path / "mine")
+    view = SetView(open_job(mine))
+    assert sum(len(rows) for rows in view.rows()) == 60
+    assert len(view.missing) == 1
+
+
+def test_run_dir_without_hard_links_will_do_where_the_set_is_elsewhere(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    random = ("teacher.weights=random", "teacher.train=null", "transfer_set.uri=memory://no-links")
+    check(smoke(tmp_path, *random))
+    with pytest.raises(RecipeError, match="cannot create an object only once"):
+        check(smoke(tmp_path, *random[:2]))
 
 
 def test_images_of_another_recipe_are_not_distilled(tmp_path):

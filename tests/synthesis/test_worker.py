@@ -15,7 +15,7 @@ from toy import (
 
 from raydfkd.data.batches import SyntheticBatch
 from raydfkd.data.shards import rows_digest
-from raydfkd.devices import pick_device
+from raydfkd.devices import pick_device, worker_device
 from raydfkd.errors import RecipeError
 from raydfkd.job import open_job
 from raydfkd.networks.teacher import open_teacher
@@ -343,6 +343,17 @@ def test_pooling_to_a_size_that_the_teacher_cannot_take_is_refused_before_any_wo
     settings = [*plain_teacher_settings(tmp_path), "synthesis.objective=[cross_entropy]"]
     with pytest.raises(RecipeError, match="pool"):
         batches_of(toy_recipe(tmp_path, settings))
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (0.5, "cuda"), (2, "cuda")])
+def test_worker_without_a_gpu_of_its_own_leaves_those_of_its_machine_alone(monkeypatch, gpus, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert worker_device("auto", gpus).type == device
+    assert worker_device("cpu", gpus).type == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert worker_device("auto", gpus).type == "cpu"
+    with pytest.raises(RecipeError, match="no CUDA device"):
+        worker_device("cuda", gpus)
 
 
 def test_device_that_is_not_there_is_refused(monkeypatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 from raydfkd.config.load import packaged_path
 from raydfkd.config.recipe import Recipe
 from raydfkd.errors import RecipeError
+from raydfkd.report.redaction import STORAGE_OPTIONS, redacted
 
 SECRET = re.compile(r"key|secret|token|password|credential", re.IGNORECASE)
 
@@ -98,7 +99,8 @@ def _is_elsewhere(path: str) -> bool:
 def _refuse_secrets(overrides: Sequence[str]) -> None:
     for override in overrides:
         key = override.partition("=")[0]
-        if key.startswith("transfer_set.storage_options") and SECRET.search(override):
+        is_option = STORAGE_OPTIONS in override and SECRET.search(override) is not None
+        if is_option or redacted(override) != override:
             raise RecipeError(
                 f"--set {key}: a job's command is shown to everyone; leave credentials to the nodes' environment, "
                 "or name a variable of yours with --env"
