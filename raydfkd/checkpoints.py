@@ -17,6 +17,18 @@ def checkpoint_bytes(state: Mapping[str, Any]) -> bytes:
 
 
 def read_checkpoint(content: bytes) -> dict[str, Any]:
-    """The state in a file; refuses anything but tensors and plain data."""
-    state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    """The state in a file; refuses anything but tensors and plain data.
+
+    Raises:
+        ValueError: the content is cut off, damaged or something else than a checkpoint.
+        Exception: there is too little memory for it.
+    """
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's reader has no error of its own
+        if isinstance(error, MemoryError) or "Allocator" in str(error):  # of this machine, not of the content
+            raise
+        raise ValueError(f"{len(content)} bytes that are no checkpoint ({type(error).__name__})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"a {type(state).__name__} in place of a checkpoint")
     return state

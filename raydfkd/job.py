@@ -72,6 +72,10 @@ class Job:
         count = min(recipe.repeats - 1, max(1, round(recipe.distill.holdout * recipe.repeats)))
         return frozenset(unit.id for unit in self.units if unit.repeat >= recipe.repeats - count)
 
+    def trained_units(self, phase: Phase) -> list[WorkUnit]:
+        """The units that the student is trained on until the end of ``phase``."""
+        return [unit for unit in phase.units if unit.id not in self.held_out]
+
     @cached_property
     def trained_by(self) -> Mapping[str, object]:
         """Everything that the student's training depends on, as plain data."""

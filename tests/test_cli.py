@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import io
 import json
 import logging
@@ -940,8 +941,8 @@ def test_damage_that_the_training_finds_is_reported_and_the_same_command_makes_u
 ):
     close = TransferSet.close
 
-    def close_and_rot(transfer_set, quarantined):
-        close(transfer_set, quarantined)
+    def close_and_rot(transfer_set, plan, quarantined):
+        close(transfer_set, plan, quarantined)
         monkeypatch.undo()
         (part,) = (raydfkd.folder / "out/transfer_set/parts").glob(f"{UNITS[0]}-*")
         part.write_bytes(part.read_bytes()[:-1])
@@ -955,9 +956,59 @@ def test_damage_that_the_training_finds_is_reported_and_the_same_command_makes_u
         "1 of 2 units are done; the same command tries the others again\n"
     )
 
+    assert again_and_whole(raydfkd, *finished)
+
+
+def again_and_whole(raydfkd, terminal, report):
+    """Whether the same command once more ends in the set, the student and the report of an undisturbed run."""
     again = raydfkd.run()
     assert again.code == 0
-    assert again.json["content_digest"] == finished[1]["content_digest"]
+    same = ("content_digest", "images", "student_images", "agreement", "warnings")
+    assert {key: again.json[key] for key in same} == {key: report[key] for key in same}
+    students = [safetensors.torch.load_file(place.folder / "out/student.safetensors") for place in (raydfkd, terminal)]
+    return all(torch.equal(students[0][name], value) for name, value in students[1].items())
+
+
+def test_student_that_did_not_see_all_images_is_said_to_and_trained_anew_by_the_same_command(finished, raydfkd):
+    with raising_at(UNITS[1], RuntimeError("no luck")):
+        short = raydfkd.run()
+    assert (short.code, short.json["images"], short.json["student_images"]) == (1, 20, 20)
+    with pytest.MonkeyPatch.context() as nobody_trains_it:
+        nobody_trains_it.setattr("raydfkd.runner.local.outdated", lambda *_: None)
+        stale = raydfkd.run()
+    assert (stale.json["images"], stale.json["student_images"]) == (40, 20)
+    warning = "the student's last steps were drawn from 20 of the 40 images that are there for it now"
+    assert warning in stale.json["warnings"][-1]
+    page = (raydfkd.folder / "out/report.html").read_text()
+    assert "a student taught by 20 synthetic images" in page
+    assert warning in html.unescape(page)
+    assert again_and_whole(raydfkd, *finished)
+
+
+def damaged(terminal, name, cut):
+    path = terminal.folder / "out" / name
+    path.write_bytes(cut(path.read_bytes()))
+
+
+def test_report_that_was_cut_off_is_one_line_and_the_same_run_makes_it_again(finished):
+    terminal, report = finished
+    damaged(terminal, "report.json", lambda content: content[: len(content) // 2])
+    answer = terminal("report", "toy.yaml")
+    assert (answer.code, answer.out) == (2, "")
+    assert len(answer.err.splitlines()) == 1
+    assert "its report.json is damaged" in answer.err
+    assert "`raydfkd run` makes it again" in answer.err
+    again = terminal.run()
+    assert {**again.json, "command": ""} == {**report, "command": ""}
+
+
+def test_metrics_with_a_damaged_line_cost_that_line_and_no_report(finished, caplog):
+    terminal, report = finished
+    damaged(terminal, "metrics.jsonl", lambda content: content.replace(b'"event"', b'"ev\0\n', 1))
+    again = terminal.run()
+    assert again.code == 0
+    assert again.json["content_digest"] == report["content_digest"]
+    assert caplog.text.count("damaged and left out") == 1
 
 
 def test_interrupted_run_says_how_to_go_on_and_goes_on(finished, raydfkd):

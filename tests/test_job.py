@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from toy import quiet_events, run_here, toy_recipe, training_of
+from toy import quiet_events, run_here, toy_recipe, training_of, worker_of
 
 from raydfkd.distillation.training import note_training
 from raydfkd.job import job_of, open_job
 from raydfkd.networks.teacher import open_teacher
 from raydfkd.report.metrics import read_metrics
+from raydfkd.store.errors import DamagedError
 
 SAME_STUDENT = [
     "distill.log_every=3",
@@ -111,6 +112,29 @@ def test_training_that_was_noted_before_is_no_news_and_the_newest_is_the_one_com
     assert note_training(jobs[2]) == "distill.steps is 6 there and 8 here"
 
 
+def test_other_classes_of_the_same_number_name_another_student(tmp_path):
+    first, other = (open_job(toy_recipe(tmp_path, [f"transfer_set.classes={chosen}"])) for chosen in ([0, 1], [2, 3]))
+    assert first.digest == other.digest, "both may be in one set"
+    assert first.planned_images == other.planned_images
+    assert first.student_digest != other.student_digest
+    note_training(first)
+    assert note_training(other) == "classes is [0, 1] there and [2, 3] here"
+
+
+@pytest.mark.parametrize("content", ["", "{", "\0\0"])
+def test_damaged_note_of_a_training_is_set_aside_and_no_error(tmp_path, content, caplog):
+    job = open_job(toy_recipe(tmp_path))
+    note_training(job)
+    (note,) = (tmp_path / "run" / "train").glob("training-*.json")
+    note.write_text(content)
+    other = open_job(toy_recipe(tmp_path, ["distill.steps=7"]))
+    assert note_training(other) == f"{note.name}, which would tell what differs, was damaged"
+    assert note.with_name(f"{note.name}.damaged").exists()
+    assert f"{note} is damaged" in caplog.text
+    assert note_training(other) is None
+    assert note_training(job) == "distill.steps is 7 there and 6 here"
+
+
 def test_of_many_differences_the_first_are_said_and_the_rest_are_counted(tmp_path):
     changes = ["distill.steps=7", "distill.batch_size=9", "distill.optimizer.lr=0.5", "distill.optimizer.momentum=0.5"]
     note_training(open_job(toy_recipe(tmp_path)))
@@ -141,3 +165,27 @@ def test_teacher_that_is_given_is_not_opened_again(tmp_path):
     expected = open_job(recipe).digest
     (tmp_path / "teacher.safetensors").unlink()
     assert open_job(recipe, teacher).digest == expected
+
+
+def test_damage_is_caught_up_with_while_others_work_and_so_is_what_they_commit(tmp_path):
+    job = open_job(toy_recipe(tmp_path))
+    queue = job.begin_synthesis()
+    for unit in job.units[:3]:
+        worker_of(job).run(unit)
+    job.catch_up(queue, job.news(at_once=True))
+    assert (queue.num_open, queue.take()) == (1, job.units[3])
+    (commit, *_) = job.snapshot().commits
+    job.transfer_set.mark_damaged(commit, DamagedError(job.transfer_set.store.uri, commit.parts[0].path, "is damaged"))
+    job.catch_up(queue, job.news(at_once=True))
+    assert queue.num_open == 2
+    assert queue.take() == job.units_by_id[commit.unit]
+
+
+def test_set_is_open_while_there_is_something_to_make_and_closed_after_it(tmp_path):
+    job = open_job(toy_recipe(tmp_path))
+    job.transfer_set.create()
+    job.transfer_set.close(job.phases[-1].plan, [])
+    queue = job.begin_synthesis()
+    assert not job.is_closed
+    job.end_synthesis(queue)
+    assert job.is_closed

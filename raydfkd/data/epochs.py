@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from raydfkd.store.store import Store
 from raydfkd.units import plan_name
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 class EpochPlanner:
@@ -52,6 +54,7 @@ class EpochPlanner:
         self._plan = plan
         self._watch = Watch(transfer_set.store, lambda: transfer_set.snapshot(within=units))
         self._snapshot = Snapshot(())
+        self._is_closed = False
         self._log = log
 
     def begin(self, number: int, step: int) -> Snapshot | None:
@@ -61,6 +64,10 @@ class EpochPlanner:
             return None
         _, earlier = self._recorded(number, newest)
         return earlier or self._begun(number, step, newest)
+
+    def wanted(self, step: int) -> int:
+        """Images that the epoch that was just begun, after ``step`` steps, should have: all, where none are to come."""
+        return self._planned_images if self._is_closed else self._wanted_images(step)
 
     def is_due(self, snapshot: Snapshot, step_in_epoch: int) -> bool:
         """Whether to ask ``end_early`` after as many steps of an epoch over ``snapshot``; the same on every rank."""
@@ -114,11 +121,11 @@ class EpochPlanner:
     def _newest(self, step: int) -> Snapshot | None:
         is_complete = self._snapshot.images >= self._planned_images  # and then only damage is news
         # before the listing, which then cannot miss a last commit
-        closed = is_complete or self._transfer_set.is_closed(self._plan)
+        self._is_closed = is_complete or self._transfer_set.is_closed(self._plan)
         news = self._watch.news()
         if news is not None:
             self._snapshot = news
-        return self._snapshot if closed or self._snapshot.images >= self._wanted_images(step) else None
+        return self._snapshot if self._is_closed or self._snapshot.images >= self._wanted_images(step) else None
 
     @cached_property
     def _names(self) -> tuple[str, tuple[str, ...]]:
@@ -181,11 +188,7 @@ class EpochLog:
         self._store.put(self._path(number), _EPOCH.dump_json(record))
 
     def read(self, number: int) -> Epoch | None:
-        """The record of epoch ``number``; None if there is none.
-
-        Raises:
-            ValueError: the object is not such a record.
-        """
+        """The record of epoch ``number``; None if there is none, or none that can be read: it is chosen anew then."""
         return self._read(self._path(number), _EPOCH)
 
     def keep(self, number: int, record: Epoch, *, until: int) -> None:
@@ -197,13 +200,20 @@ class EpochLog:
         kept = self._read(self._path(number, "kept"), _KEPT)
         return kept.until if kept is not None and kept.first_step == record.first_step else record.first_step
 
+    def forget(self) -> None:
+        """Remove every record: the training begins anew, and its epochs are chosen anew."""
+        for path in self._store.list(self._folder):
+            self._store.delete(path)
+
     def _read(self, path: str, adapter: TypeAdapter[T]) -> T | None:
         try:
             return parse_record(adapter, self._store.get(path, at_most=RECORD_BYTES))
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise ValueError(f"{self._store.uri}/{path} is not the record of an epoch: {error}") from None
+            uri = self._store.uri
+            logger.warning("%s/%s is not the record of an epoch (%s); images are chosen anew", uri, path, error)
+            return None
 
     def _path(self, number: int, kind: str = "begun") -> str:
         return f"{self._folder}/{number:06d}.{kind}.json"

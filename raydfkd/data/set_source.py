@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -90,6 +90,7 @@ class TransferSetSource:
         self._pin_memory = feed.pin_memory
         self._held: dict[str, StoredRows] = {}
         self._unreadable: set[str] = set()
+        self._num_unreadable = self._wanted = 0
         self._step = 0
         self._epoch = 0
         self._step_in_epoch = 0
@@ -106,11 +107,14 @@ class TransferSetSource:
                 return
             if snapshot.images < self._world_size:
                 raise ValueError(f"{snapshot.images} images cannot be shared by {self._world_size} training workers")
+            if self._step_in_epoch == 0:
+                self._wanted, self._num_unreadable = self._planner.wanted(self._step), 0
             with closing(ahead(self._remaining(snapshot, self._step_in_epoch), depth=AHEAD)) as batches:
                 while (newer := self._newer_than(snapshot)) is None and (batch := next(batches, None)) is not None:
                     self._step += 1
                     self._step_in_epoch += 1
-                    yield batch
+                    there = snapshot.images - self._num_unreadable
+                    yield replace(batch, snapshot_images=there, wanted_images=self._wanted)
             self._epoch += 1
             self._step_in_epoch = 0
             self._snapshot = newer
@@ -121,12 +125,14 @@ class TransferSetSource:
             "step": self._step,
             "epoch": self._epoch,
             "step_in_epoch": self._step_in_epoch,
+            "wanted": self._wanted,
             "snapshot": None if self._snapshot is None else base64.b64encode(self._snapshot.packed).decode(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from ``state``; with another epoch where its snapshot is of another version of this engine."""
         self._step, self._epoch, self._step_in_epoch = state["step"], state["epoch"], state["step_in_epoch"]
+        self._wanted = state.get("wanted", 0)  # which earlier versions did not keep
         self._snapshot, self._is_restored = None, False
         if state["snapshot"] is not None:
             try:
@@ -252,6 +258,7 @@ class TransferSetSource:
         """Take the unit that cannot be read out of the set."""
         commit = next(commit for commit in snapshot.commits if damage.path in [part.path for part in commit.parts])
         self._unreadable.add(damage.path)
+        self._num_unreadable += next(part.rows for part in commit.parts if part.path == damage.path)
         self._transfer_set.mark_damaged(commit, damage)
         logger.info("the student trains on without unit %s", commit.unit)
 

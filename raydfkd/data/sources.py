@@ -30,6 +30,8 @@ class StudentBatch:
     gives the mean over images."""
     snapshot_images: int
     """Images that the batch was drawn from; of a live source all that it has made."""
+    wanted_images: int = 0
+    """Images that it should be drawn from: as many as the recipe wants by then, or all where none are to come."""
 
 
 def in_this_process(snapshot: Snapshot | None) -> Snapshot | None:

@@ -142,6 +142,7 @@ class StudentTrainer:
         self._optimizer, self._schedule = build_optimizer(student, spec.optimizer, steps=spec.steps)
         self._hooks = hooks
         self._images_seen = 0
+        self._snapshot_images = self._wanted_images = 0
         self._is_settled = False
         self.step = 0
 
@@ -166,6 +167,7 @@ class StudentTrainer:
             made = self._train_step(batch)
             self.step += 1
             self._images_seen += len(batch.labels)
+            self._snapshot_images, self._wanted_images = batch.snapshot_images, batch.wanted_images
             position = pace(self.step)
             for _ in range(min(position, self._spec.steps) - self._schedule.last_epoch):
                 self._schedule.step()
@@ -275,6 +277,8 @@ class StudentTrainer:
         return {
             "step": self.step,
             "images_seen": self._images_seen,
+            "snapshot_images": self._snapshot_images,
+            "wanted_images": self._wanted_images,
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
             "is_settled": self._is_settled,
@@ -283,6 +287,8 @@ class StudentTrainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from ``state``."""
         self.step, self._images_seen = state["step"], state["images_seen"]
+        self._snapshot_images = state.get("snapshot_images", 0)  # which earlier versions did not keep
+        self._wanted_images = state.get("wanted_images", 0)
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self._is_settled = state.get("is_settled", True)  # where it is not said, the last step was the end

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from raydfkd.seeds import derive_seed
 from raydfkd.store.store import Store
 from raydfkd.units import Phase
 
+logger = logging.getLogger(__name__)
+_NOTE = re.compile(r"training-[0-9a-f]+\.json")
 MakeGenerator = Callable[[nn.Module, int, Ranks, torch.device], LiveGenerator]
 """Makes the generator of a live source against a student in training, to be trained for a number of steps."""
 
@@ -83,7 +87,7 @@ class StudentTraining:
 
     def _feed(self, generator: MakeGenerator | None, device: torch.device) -> Feed:
         job = self._job
-        units = [unit for unit in self._phase.units if unit.id not in job.held_out]
+        units = job.trained_units(self._phase)
         return Feed(
             transfer_set=job.transfer_set,
             units=frozenset(unit.id for unit in units),
@@ -94,7 +98,7 @@ class StudentTraining:
             batch_size=self._spec.batch_size,
             seed=derive_seed(job.recipe.seed, "student"),
             ranks=self._ranks,
-            epochs=EpochLog(_train_store(job), job.student_digest),
+            epochs=_epochs_of(job),
             pin_memory=device.type == "cuda",
             generator=None if generator is None else lambda steps: generator(self._student, steps, self._ranks, device),
         )
@@ -140,10 +144,59 @@ class StudentCheckpoint:
         self._store.put(self._name, checkpoint_bytes(state))
 
     def load(self) -> dict[str, Any] | None:
-        """The newest state, or None."""
-        if not self._store.exists(self._name):
+        """The newest state, or None where there is none; one that is damaged is set aside with a warning."""
+        try:
+            content = self._store.get(self._name)
+        except FileNotFoundError:
             return None
-        return read_checkpoint(self._store.get(self._name))
+        try:
+            return read_student(content)
+        except ValueError as error:
+            _set_aside(self._store, self._name, content, error)
+            logger.warning("the student is trained from the beginning")
+            return None
+
+    def remove(self) -> None:
+        """The training begins anew."""
+        self._store.delete(self._name)
+
+
+def read_student(content: bytes) -> dict[str, Any]:
+    """The ``state_dict`` of a training in a checkpoint's bytes.
+
+    Raises:
+        ValueError: the content is damaged, or of something else.
+    """
+    state = read_checkpoint(content)
+    missing = {"student", "trainer", "source"} - state.keys()
+    if missing:
+        raise ValueError(f"a checkpoint without {', '.join(sorted(missing))}")
+    return state
+
+
+def outdated(job: Job, state: Mapping[str, Any]) -> str | None:
+    """Why a training whose last ``state`` this is has to begin anew; None where it need not.
+
+    It has if it had come to an end, of a phase or of all, on fewer images than the recipe wants there, because
+    synthesis had ended without the others, and there are more images by now, or they are being made.
+    """
+    step, images = state["trainer"]["step"], state["trainer"].get("snapshot_images", 0)
+    phase = next((phase for phase in job.phases if phase.until_step == step), None)
+    if phase is None or images >= state["trainer"].get("wanted_images", 0):
+        return None
+    units = job.trained_units(phase)
+    planned = sum(unit.request.count for unit in units)
+    there = job.transfer_set.snapshot(within={unit.id for unit in units}).images
+    if there > images:
+        return f"trains from the beginning: it has seen {images:,} of {planned:,} images, and now there are {there:,}"
+    if not job.transfer_set.is_closed(phase.plan):
+        return f"trains from the beginning: it has seen {images:,} of {planned:,} images; the others are being made"
+    return None
+
+
+def forget_epochs(job: Job) -> None:
+    """Let a training that begins anew choose the snapshots of its epochs anew."""
+    _epochs_of(job).forget()
 
 
 def note_training(job: Job) -> str | None:
@@ -152,14 +205,31 @@ def note_training(job: Job) -> str | None:
     Returns None for a training that was noted before, and for the first one.
     """
     store, name = _train_store(job), f"training-{job.student_digest[:16]}.json"
-    noted = [entry for entry in store.entries("") if entry.path.startswith("training-")]
+    noted = [entry for entry in store.entries("") if _NOTE.fullmatch(entry.path)]
     is_known = any(entry.path == name for entry in noted)
     store.put(name, json.dumps(job.trained_by, indent=1).encode())  # written again, so that the newest is the last
     if is_known or not noted:
         return None
     last = max(noted, key=lambda entry: entry.modified or 0.0)
-    found = differences(json.loads(store.get(last.path)), json.loads(json.dumps(job.trained_by)))
+    content = store.get(last.path)
+    try:
+        there = json.loads(content)
+    except ValueError as error:
+        _set_aside(store, last.path, content, error)
+        return f"{last.path}, which would tell what differs, was damaged"
+    found = differences(there, json.loads(json.dumps(job.trained_by)))
     return "; ".join(found[:3]) + (f", and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def _set_aside(store: Store, name: str, content: bytes, error: ValueError) -> None:
+    """Take a damaged file out of the way, so that it is met once, and keep it for who wants to look at it."""
+    store.put(f"{name}.damaged", content)
+    store.delete(name)
+    logger.warning("%s/%s is damaged (%s); it is now %s.damaged", store.uri, name, error, name)
+
+
+def _epochs_of(job: Job) -> EpochLog:
+    return EpochLog(_train_store(job), job.student_digest)
 
 
 def _train_store(job: Job) -> Store:

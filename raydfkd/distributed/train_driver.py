@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import pickle
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from ray.train.v2.api.result import Result
 from torch import Tensor
 
 from raydfkd.config.recipe import Recipe
+from raydfkd.distillation.training import forget_epochs, outdated
 from raydfkd.distributed.coordinator import Coordinator
 from raydfkd.distributed.ray_internals import (
     CHECKPOINT_MANAGER_SNAPSHOT_FILENAME,
@@ -84,6 +84,11 @@ def train_student(
     with training_lock(folder / "train" / f"{name}.lock", on_wait, is_over) as has_waited:
         checkpoint = _newest_in(folder / name)
         state = None if checkpoint is None else read_state(checkpoint)
+        if state is not None and (why := outdated(job, state)):
+            coordinator.say.remote(why)
+            forget_epochs(job)
+            shutil.rmtree(folder / name)  # Ray Train would go on from what it finds there
+            checkpoint = state = None
         if state is None or state["trainer"]["step"] < phase.until_step:
             if has_waited:
                 time.sleep(GONE_S)
@@ -146,19 +151,26 @@ def _newest_in(folder: Path) -> Checkpoint | None:
     """The newest checkpoint of the Train run in ``folder``.
 
     Ray Train lists a checkpoint some time after it is there, and writes the list over the old one. Where a kill came
-    before the first list, or has hit it, the newest checkpoint that is whole is found by itself; the damaged list goes,
-    since Train would refuse to go on from it.
+    before the first list, or has hit it, or the checkpoint that it names is damaged, the newest checkpoint that is
+    whole is found by itself; the list goes, since Train would go on from it or refuse to.
     """
     listed = folder / CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
     if listed.exists():
         try:
-            return Result.from_path(folder).checkpoint
-        except (ValueError, CheckpointManagerInitializationError) as error:
-            logger.warning("%s is damaged (%s); looking at the checkpoints themselves", listed, error)
+            checkpoint = Result.from_path(folder).checkpoint
+            if checkpoint is not None:
+                read_state(checkpoint)
+            return checkpoint
+        except (ValueError, FileNotFoundError, CheckpointManagerInitializationError) as error:
+            logger.warning("%s or what it names is damaged (%s); looking at the checkpoints themselves", listed, error)
             listed.unlink()
     for path in sorted(folder.glob(f"checkpoint_*/{STATE}"), reverse=True):
         checkpoint = Checkpoint.from_directory(path.parent)
-        with contextlib.suppress(RuntimeError, EOFError, pickle.UnpicklingError):  # cut off by the same kill
+        try:
             read_state(checkpoint)
+        except ValueError as error:  # cut off by the same kill
+            path.rename(f"{path}.damaged")
+            logger.warning("%s is damaged (%s); it is now %s.damaged", path, error, path.name)
+        else:
             return checkpoint
     return None

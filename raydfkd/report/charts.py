@@ -5,11 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 
 MAX_POINTS = 200
+MAX_ENTRIES = 50_000
+"""Entries of a kind that are kept in memory: about 800 units of 62 looks at the objective each."""
+_BESIDE = frozenset({"event", "time", "unit", "step", "attempt"})
+"""Keys of an entry on the objective that are no part of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,45 +33,85 @@ class Chart:
     y_ticks: list[tuple[float, str]]
 
 
+_STUDENT = ("loss", "agreement", "snapshot_images")
+"""Keys of an entry of the learning curve that are drawn."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42.0, 310.0, 8.0, 138.0
 
 
-def student_curves(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """Loss, agreement and size of the snapshot over the student's steps."""
-    # a student that resumes from a checkpoint repeats steps: the last entry on a step counts
-    by_step = {event["step"]: event for event in metrics if event["event"] == "student"}
-    steps = _thin(sorted(by_step))
-    charts = []
-    for key, title, form in (
-        ("loss", "loss", _short),
-        ("agreement", "agreement with teacher", lambda value: f"{100 * value:.3g} %"),
-        ("snapshot_images", "images that it draws from", _short),
-    ):
-        values = [(step, by_step[step].get(key)) for step in steps]
-        charts += _chart(title, [(step, value, value, value) for step, value in values if value is not None], form)
-    return charts
+class Curves:
+    """The curves of a run, thinned while its metrics are read, so that memory does not grow with the run.
 
+    Up to ``MAX_ENTRIES`` entries of each kind are exact. Of more, the student's curve keeps every second step, then
+    every fourth, and so on, and the objective that of some units, whole ones and the same in whatever order they come.
 
-def objective_curves(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """Every part of the objective over the steps of a unit: median over units, and the middle half."""
-    latest = {(event["step"], event["unit"]): event for event in metrics if event["event"] == "objective"}
-    by_step: dict[int, list[Mapping[str, Any]]] = {}
-    for (step, _), event in latest.items():
-        by_step.setdefault(step, []).append(event)
-    steps = _thin(sorted(by_step))
-    keys = dict.fromkeys(key for step in steps for event in by_step[step] for key in event)
-    charts = []
-    for key in keys:
-        if key in ("event", "time", "unit", "step", "attempt"):
-            continue
-        points = []
-        for step in steps:
-            values = [event[key] for event in by_step[step] if event.get(key) is not None]
-            if values:
-                low, middle, high = np.percentile(values, (25, 50, 75)).tolist()
-                points.append((step, low, middle, high))
-        charts += _chart(key, points, _short)
-    return charts
+    Args:
+        training: name of the student's training; any, unless given.
+    """
+
+    def __init__(self, training: str | None = None) -> None:
+        self._training = training
+        self._student: dict[int, list[float | None]] = {}
+        self._units: dict[str, dict[int, dict[str, float]]] = {}
+        self._places: list[tuple[int, str]] = []
+        self._num_entries = 0
+        self._limit = 1 << 32
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        """Take the next event into account."""
+        kind, step = event["event"], event.get("step")
+        if kind == "objective" and step is not None:
+            self._add_objective(event.get("unit", ""), step, event)
+        elif kind == "student" and step is not None and self._training in (None, event.get("training")):
+            # a student that resumes from a checkpoint repeats steps: the last entry on a step counts
+            self._student[step] = [event.get(key) for key in _STUDENT]
+            if len(self._student) > MAX_ENTRIES:
+                steps = sorted(self._student)
+                self._student = {step: self._student[step] for step in (*steps[:-1:2], steps[-1])}
+
+    def _add_objective(self, unit: str, step: int, event: Mapping[str, Any]) -> None:
+        entries = self._units.get(unit)
+        if entries is None:
+            place = crc32(unit.encode())  # has nothing to do with a unit's classes, nor with when it was made
+            if place >= self._limit:
+                return
+            entries = self._units[unit] = {}
+            heappush(self._places, (-place, unit))
+        self._num_entries += step not in entries
+        entries[step] = {key: value for key, value in event.items() if key not in _BESIDE and value is not None}
+        while self._num_entries > MAX_ENTRIES and len(self._units) > 1:
+            place, last = heappop(self._places)
+            self._limit = -place
+            self._num_entries -= len(self._units.pop(last))
+
+    def student(self) -> list[Chart]:
+        """Loss, agreement and size of the snapshot over the student's steps."""
+        steps = _thin(sorted(self._student))
+        charts = []
+        titles = ("loss", "agreement with teacher", "images that it draws from")
+        forms = (_short, lambda value: f"{100 * value:.3g} %", _short)
+        for number, (title, form) in enumerate(zip(titles, forms, strict=True)):
+            values = [(step, self._student[step][number]) for step in steps]
+            charts += _chart(title, [(step, value, value, value) for step, value in values if value is not None], form)
+        return charts
+
+    def objective(self) -> list[Chart]:
+        """Every part of the objective over the steps of a unit: median over units, and the middle half."""
+        by_step: dict[int, list[Mapping[str, float]]] = {}
+        for entries in self._units.values():
+            for step, values in entries.items():
+                by_step.setdefault(step, []).append(values)
+        steps = _thin(sorted(by_step))
+        keys = dict.fromkeys(key for step in steps for values in by_step[step] for key in values)
+        charts = []
+        for key in keys:
+            points = []
+            for step in steps:
+                found = [values[key] for values in by_step[step] if key in values]
+                if found:
+                    low, middle, high = np.percentile(found, (25, 50, 75)).tolist()
+                    points.append((step, low, middle, high))
+            charts += _chart(key, points, _short)
+        return charts
 
 
 def _chart(title: str, points: Sequence[tuple[int, float, float, float]], form: Callable[[float], str]) -> list[Chart]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
-from raydfkd.report.charts import objective_curves, student_curves
+from raydfkd.report.charts import Curves
 from raydfkd.report.metrics import JSON, finite
 
 NOT_JUDGED = "not judged (no real data)"
@@ -28,11 +28,15 @@ MAX_FAILURES = 50
 MAX_PICTURE_BYTES = 3_000_000
 NEWER_KEYS: Mapping[str, JSON] = {
     "judged_images": None,
+    "student_images": None,
+    "held_out_images": 0,
     "intended_class": None,
     "answered_classes": None,
     "warnings": (),
 }
 """Keys of report.json that earlier versions did not write, and the values that are read instead."""
+_ALWAYS = frozenset({"agreement", "images", "judged_on", "recipe", "seconds", "student", "teacher", "units"})
+"""Keys without which a file is no report."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +48,9 @@ class Gallery:
     class_names: tuple[str, ...]
     """Names of the K classes."""
     teacher_confidence: Tensor
-    """[K, M]: probability that the teacher gives the intended class."""
+    """[K, M]: probability that the teacher gives the intended class; NaN where a class has no more images."""
+    of_classes: int = 0
+    """Classes from which these were chosen, evenly spaced; 0 where these are all."""
 
     def __post_init__(self) -> None:
         assert self.images.dtype == torch.uint8, "a gallery shows bytes"
@@ -52,57 +58,52 @@ class Gallery:
         assert len(self.images) == len(self.class_names), "each row has its name"
 
 
-def write_report(
-    run_dir: Path,
-    report: Mapping[str, JSON],
-    *,
-    metrics: Sequence[Mapping[str, Any]],
-    gallery: Gallery | None,
-) -> None:
-    """Write ``report.json`` and the self-contained ``report.html``, each of them whole or not at all."""
+def report_json(report: Mapping[str, JSON]) -> str:
+    """The content of ``report.json``."""
+    return json.dumps(_plain(report), indent=2, allow_nan=False) + "\n"
+
+
+def report_page(report: Mapping[str, JSON], *, curves: Curves, gallery: Gallery | None) -> str:
+    """The self-contained ``report.html``."""
     data = _plain(report)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    _replace(run_dir / "report.json", json.dumps(data, indent=2, allow_nan=False) + "\n")
-    html = _rendered(
+    return _rendered(
         "page.html",
         report=data,
         difference=_difference(data["teacher"]["top1"], data["student"]["top1"]),
-        student_curves=student_curves(metrics),
-        objective_curves=objective_curves(metrics),
+        student_curves=curves.student(),
+        objective_curves=curves.objective(),
         gallery=None if gallery is None else _gallery_rows(gallery),
         recipe_yaml=_yaml(data["recipe"]),
         max_failures=MAX_FAILURES,
     )
-    _replace(run_dir / "report.html", html)
 
 
-def write_pictures(
-    run_dir: Path,
-    gallery: Gallery,
-    *,
-    metrics: Sequence[Mapping[str, Any]],
-    recipe: Mapping[str, Any],
-    warnings: Sequence[str],
-) -> Path:
-    """Write the self-contained ``gallery.html``: the images of a set that no student was trained on yet."""
-    html = _rendered(
+def pictures_page(gallery: Gallery, *, curves: Curves, recipe: Mapping[str, Any], warnings: Sequence[str]) -> str:
+    """The self-contained ``gallery.html``: the images of a set that no student was trained on yet."""
+    return _rendered(
         "pictures.html",
         gallery=_gallery_rows(gallery),
-        objective_curves=objective_curves(metrics),
+        objective_curves=curves.objective(),
         recipe=recipe,
         recipe_yaml=_yaml(recipe),
         warnings=warnings,
     )
-    _replace(run_dir / "gallery.html", html)
-    return run_dir / "gallery.html"
 
 
 def read_report(run_dir: Path) -> dict[str, Any] | None:
-    """The content of ``report.json``, also of an earlier version; None where there is no such file."""
+    """The content of ``report.json``, also of an earlier version; None where there is no such file.
+
+    Raises:
+        ValueError: the file is cut off, damaged or no report.
+    """
     path = run_dir / "report.json"
     if not path.is_file():
         return None
-    return _plain(json.loads(path.read_text(encoding="utf-8")))
+    found = json.loads(path.read_bytes())
+    missing = _ALWAYS - found.keys() if isinstance(found, dict) else _ALWAYS
+    if missing:
+        raise ValueError(f"there is no {', '.join(sorted(missing))} in it")
+    return _plain(found)
 
 
 def _rendered(template: str, **values: Any) -> str:
@@ -184,8 +185,8 @@ def _difference(teacher: float | None, student: float | None) -> str:
 
 def _gallery_rows(gallery: Gallery) -> dict[str, Any]:
     """The part of a gallery that the page shows: evenly spaced classes, as many columns as its weight allows."""
-    num_classes, num_columns, _, height, width = gallery.images.shape
-    chosen = np.linspace(0, num_classes - 1, min(num_classes, MAX_CLASSES)).round().astype(int).tolist()
+    num_rows, num_columns, _, height, width = gallery.images.shape
+    chosen = evenly_spaced(num_rows, MAX_CLASSES)
     rows: list[dict[str, Any]] = [{"name": gallery.class_names[index], "pictures": []} for index in chosen]
     total_bytes = shown = 0
     for column in range(num_columns):
@@ -194,18 +195,27 @@ def _gallery_rows(gallery: Gallery) -> dict[str, Any]:
         if column and total_bytes > MAX_PICTURE_BYTES:
             break
         for row, index, uri in zip(rows, chosen, pictures, strict=True):
-            row["pictures"].append({"uri": uri, "confidence": float(gallery.teacher_confidence[index, column])})
+            confidence = float(gallery.teacher_confidence[index, column])
+            if not math.isnan(confidence):
+                row["pictures"].append({"uri": uri, "confidence": confidence})
         shown = column + 1
     side = max(height, width)
     return {
         "rows": rows,
-        "num_classes": num_classes,
+        "num_classes": max(num_rows, gallery.of_classes),
+        "is_sampled": max(num_rows, gallery.of_classes) > MAX_CLASSES,
         "shown": shown,
         "num_columns": num_columns,
         "height": height,
         "width": width,
         "display": side * max(1, round(64 / side)) if side <= 96 else 112,
     }
+
+
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """Some of the numbers below ``count``, the first and the last included, ``most`` of them or all."""
+    chosen: list[int] = np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
+    return chosen
 
 
 def _showable(images: Tensor) -> Tensor:
@@ -232,9 +242,3 @@ def _plain(report: Mapping[str, JSON]) -> dict[str, Any]:
     """The report as a reader of ``report.json`` gets it."""
     data: dict[str, Any] = json.loads(json.dumps(finite({**NEWER_KEYS, **report})))
     return data
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

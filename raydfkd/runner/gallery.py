@@ -5,10 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from raydfkd.report.page import Gallery
+from raydfkd.data.shards import StoredRows
+from raydfkd.report.page import MAX_CLASSES, Gallery, evenly_spaced
 from raydfkd.runner.view import SetView
 
 GALLERY_IMAGES = 12
+MAX_READS = 120
+"""Parts that are read at most: of large images 4 GiB, where a set may have terabytes."""
+_Picture = tuple[Tensor, float]
+"""An image [C, H, W] and the teacher's confidence in its class."""
 
 
 def gallery(
@@ -16,30 +21,69 @@ def gallery(
 ) -> Gallery | None:
     """Images of each class, from different units as far as there are some; classes without any are left out.
 
-    Of each unit the last images come first, which are those of the longest training. None where there is no image.
+    Of each unit the last images come first, which are those of the longest training. A class with fewer images than
+    others has gaps. Of more than ``MAX_CLASSES`` classes some are shown, evenly spaced. None where there is no image.
+
+    No part is read twice, and none whose unit, by its plan, has no class that wants more. Reading ends with the first
+    round over the units that brings nothing new, or after ``MAX_READS`` parts.
     """
-    candidates: dict[int, list[list[tuple[Tensor, Tensor]]]] = {label: [] for label in classes}
-    for rows in view.rows():
-        probabilities = rows.teacher_logits.float().softmax(1)
-        for label in candidates.keys() & set(rows.labels.tolist()):
-            if len(candidates[label]) < images:
-                places = (rows.labels == label).nonzero().flatten().flip(0)[:images].tolist()
-                pictures = [(rows.images[place].clone(), probabilities[place, label]) for place in places]
-                candidates[label].append(pictures)
-        if all(sum(map(len, pieces)) >= images and len(pieces) >= images for pieces in candidates.values()):
+    found = {classes[index]: _Pictures(images) for index in evenly_spaced(len(classes), MAX_CLASSES)}
+    num_reads = 0
+    for number in range(view.max_parts):
+        wanting = [label for label in found if found[label].wants_more(number)]
+        is_news = False
+        for commit in view.snapshot.commits:
+            if not wanting or num_reads >= MAX_READS:
+                break
+            made_for = view.classes_of(commit.unit)
+            labels = wanting if made_for is None else [label for label in wanting if label in made_for]
+            if not labels or number >= len(commit.parts):
+                continue
+            num_reads += 1
+            rows = view.read(commit, number)
+            if rows is not None:
+                is_news |= any([found[label].take(rows, label) for label in labels])
+                wanting = [label for label in wanting if found[label].wants_more(number)]
+        if not is_news:
             break
-    found = {label: _in_turns(pieces, images) for label, pieces in candidates.items() if pieces}
-    if not found:
+    rows_found = {label: pictures.chosen for label, pictures in found.items() if pictures.chosen}
+    if not rows_found:
         return None
-    shortest = min(len(row) for row in found.values())
+    blank = torch.full_like(next(iter(rows_found.values()))[0][0], 255)
+    columns = max(map(len, rows_found.values()))
+    filled = [[*row, *[(blank, float("nan"))] * (columns - len(row))] for row in rows_found.values()]
     return Gallery(
-        images=torch.stack([torch.stack([image for image, _ in row[:shortest]]) for row in found.values()]),
-        class_names=tuple(class_names[label] for label in found),
-        teacher_confidence=torch.stack([torch.stack([sure for _, sure in row[:shortest]]) for row in found.values()]),
+        images=torch.stack([torch.stack([image for image, _ in row]) for row in filled]),
+        class_names=tuple(class_names[label] for label in rows_found),
+        teacher_confidence=torch.tensor([[confidence for _, confidence in row] for row in filled]),
+        of_classes=len(classes),
     )
 
 
-def _in_turns(pieces: list[list[tuple[Tensor, Tensor]]], count: int) -> list[tuple[Tensor, Tensor]]:
-    """Take one of each piece, then another of each, up to ``count``."""
-    turns = [piece[turn] for turn in range(count) for piece in pieces if turn < len(piece)]
-    return turns[:count]
+class _Pictures:
+    """The pictures of one class: those that are shown of what was read so far, and no others."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._pieces: list[list[_Picture]] = []
+
+    def wants_more(self, number: int) -> bool:
+        """Whether to look into another part: a first one for the sake of another unit, a later one for want of any."""
+        return (len(self._pieces) if number == 0 else len(self.chosen)) < self._count
+
+    def take(self, rows: StoredRows, label: int) -> bool:
+        """Choose among the images of another part too; returns whether it has any of the class."""
+        places = (rows.labels == label).nonzero().flatten().flip(0)[: self._count].tolist()
+        confidences = rows.teacher_logits[places].float().softmax(1)[:, label].tolist()
+        if places:
+            self._pieces.append(
+                [(rows.images[place].clone(), sure) for place, sure in zip(places, confidences, strict=True)]
+            )
+        while len(self.chosen) > self._count:
+            max(reversed(self._pieces), key=len).pop()
+        return bool(places)
+
+    @property
+    def chosen(self) -> list[_Picture]:
+        """One picture of each part, then another of each, and so on."""
+        return [piece[turn] for turn in range(self._count) for piece in self._pieces if turn < len(piece)]

@@ -11,16 +11,17 @@ from typing_extensions import override
 
 from raydfkd.devices import device_name, pick_device
 from raydfkd.distillation.trainer import TrainingHooks
-from raydfkd.distillation.training import StudentCheckpoint, StudentTraining
+from raydfkd.distillation.training import StudentCheckpoint, StudentTraining, forget_epochs, outdated
 from raydfkd.job import Job, SynthesisOutcome
 from raydfkd.networks.teacher import Teacher
 from raydfkd.runner.events import Events
-from raydfkd.runner.executor import Executor, one_after_the_other, tell_of_new_training
+from raydfkd.runner.executor import Executor, Outages, one_after_the_other, tell_of_new_training
 from raydfkd.runner.signals import Interruption
+from raydfkd.store.errors import OutageError
 from raydfkd.synthesis.build import generator_maker
 from raydfkd.synthesis.checkpoint import Interrupted
 from raydfkd.synthesis.worker import SynthesisWorker
-from raydfkd.units import Phase, UnitQueue, WorkUnit
+from raydfkd.units import Phase, UnitQueue
 
 logger = logging.getLogger(__name__)
 FINISH_S = 6.0
@@ -49,13 +50,20 @@ class LocalExecutor(Executor):
             should_stop=lambda: interruption.seconds >= FINISH_S,
             on_progress=events.progressed,
         )
-        while (unit := self._next(job, queue)) is not None:
+        outages = Outages(events)
+        while not queue.is_drained or not self._is_over(job, queue, outages):
             if interruption.is_requested:
                 raise KeyboardInterrupt
+            unit = queue.take()
+            if unit is None:
+                continue  # the store was out of reach: nobody knows whether there is anything left
             try:
                 commit = worker.run(unit, queue.attempt_of(unit))
             except Interrupted:
                 raise KeyboardInterrupt from None
+            except OutageError as outage:  # which the unit can do nothing about
+                queue.lost(unit, preempted=True)
+                outages.bear(outage)
             except Exception as error:  # the edge of a unit: whatever it was, the other units are made
                 logger.debug("unit %s failed", unit.id, exc_info=True)
                 failure = queue.failed(unit, f"{type(error).__name__}: {error}")
@@ -64,10 +72,16 @@ class LocalExecutor(Executor):
                 queue.finished(unit)
                 events.committed(commit, running=queue.num_running)
 
-    def _next(self, job: Job, queue: UnitQueue) -> WorkUnit | None:
-        if queue.is_drained and (news := job.news(at_once=True)) is not None:
+    def _is_over(self, job: Job, queue: UnitQueue, outages: Outages) -> bool:
+        """Whether nothing is left once others' work and damage are known too; False while nobody can tell."""
+        try:
+            news = job.news(at_once=True)
+        except OutageError as outage:
+            outages.bear(outage)
+            return False
+        if news is not None:
             job.catch_up(queue, news)
-        return queue.take()
+        return queue.is_drained
 
     @override
     def distill(self, job: Job, phase: Phase, teacher: Teacher, events: Events) -> Mapping[str, Tensor]:
@@ -75,6 +89,12 @@ class LocalExecutor(Executor):
         if not job.units:  # the images are made by who learns from them
             events.worker_ready(device_name(pick_device(job.recipe.runtime.device)))
         checkpoint = StudentCheckpoint(job)
+        saved = checkpoint.load()
+        if saved is not None and (why := outdated(job, saved)):
+            events.say("student", why)
+            forget_epochs(job)
+            checkpoint.remove()
+            saved = None
         training = StudentTraining(
             job,
             teacher,
@@ -82,7 +102,6 @@ class LocalExecutor(Executor):
             hooks=TrainingHooks(on_log=events.student, on_checkpoint=checkpoint.save, on_publish=job.publisher()),
             generator=generator_maker(job.recipe, teacher.module),
         )
-        saved = checkpoint.load()
         if saved is not None:
             training.load_state_dict(saved)
             events.say("student", f"resumes at step {training.trainer.step:,}")

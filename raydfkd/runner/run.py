@@ -23,8 +23,9 @@ from raydfkd.networks.build import build_network, count_parameters
 from raydfkd.networks.probe import probe_teacher
 from raydfkd.networks.teacher import Teacher
 from raydfkd.networks.weights import load_weights, state_bytes, weights_exist
-from raydfkd.report.metrics import MetricsLog, RunStats, read_metrics, run_stats
-from raydfkd.report.page import read_report, write_pictures, write_report
+from raydfkd.report.charts import Curves
+from raydfkd.report.metrics import MetricsLog, RunStats, StatsReader, read_metrics
+from raydfkd.report.page import pictures_page, read_report, report_json, report_page
 from raydfkd.report.provenance import command_line, versions
 from raydfkd.report.redaction import redacted
 from raydfkd.runner.check import Prepared, check
@@ -64,6 +65,8 @@ class Synthesis:
     job: Job
     outcome: SynthesisOutcome
     view: SetView
+    stats: RunStats
+    """Totals of all sessions."""
     page: Path | None
     """Page of pictures; None where there are none."""
 
@@ -76,10 +79,9 @@ class Synthesis:
     def summary(self) -> dict[str, Any]:
         """The figures that scripts and people are told."""
         snapshot, job = self.view.snapshot, self.job
-        stats = stats_of(job)
         return {
             "images": snapshot.images,
-            "images_per_second": round(stats.images_per_second, 3),
+            "images_per_second": round(self.stats.images_per_second, 3),
             "units": f"{len(snapshot.commits)}/{len(job.units)}",
             "content_digest": snapshot.content_digest(),
             "transfer_set": redacted(job.recipe.transfer_set.uri),
@@ -94,11 +96,17 @@ class Distillation:
     job: Job
     student: nn.Module
     """The student in eval mode, on the CPU."""
+    stats: RunStats
+    """Totals of all sessions."""
 
     @property
     def summary(self) -> dict[str, Any]:
         """The figures that scripts and people are told."""
-        return {"student": str(student_path(self.job.recipe)), "images": self.job.snapshot().images}
+        return {
+            "student": str(student_path(self.job.recipe)),
+            "images": self.job.snapshot().images,
+            "student_images": self.stats.student_images,
+        }
 
 
 def run(recipe: Recipe, *, console: Console | None = None) -> Result:
@@ -126,8 +134,9 @@ def run(recipe: Recipe, *, console: Console | None = None) -> Result:
         return Result(job=job, outcome=outcome, missing=frozenset(view.missing), report={})
     weights = save_student(job, state)
     judged = judge_student(job, teacher, student_of(recipe, state), view, prepared.data)
-    found = report(job, judged, view, outcome, command=command_line())
-    page = write(job, found, view, prepared.data)
+    stats, curves = metrics_of(job)
+    found = report(job, judged, view, outcome, stats, command=command_line())
+    page = write(job, found, view, curves, prepared.data)
     return Result(job=job, outcome=outcome, missing=frozenset(view.missing), report=found, student=weights, page=page)
 
 
@@ -155,8 +164,9 @@ def synthesize_job(recipe: Recipe, *, console: Console | None = None) -> Synthes
         announce(job, events)
         outcome = executor_of(recipe).synthesize(job, job.phases[-1], teacher, events)
     view = SetView(job)
-    page = write_gallery(job, view, prepared.data)
-    return Synthesis(job=job, outcome=outcome, view=view, page=page)
+    stats, curves = metrics_of(job)
+    page = write_gallery(job, view, curves, prepared.data)
+    return Synthesis(job=job, outcome=outcome, view=view, stats=stats, page=page)
 
 
 def distill(recipe: Recipe, images: TransferSet | None = None, *, console: Console | None = None) -> nn.Module:
@@ -188,7 +198,7 @@ def distill_job(recipe: Recipe, images: TransferSet | None = None, *, console: C
     if not state:
         raise RecipeError(f"transfer_set.uri is {recipe.transfer_set.uri}: no image came of its synthesis")
     save_student(job, state)
-    return Distillation(job=job, student=student_of(recipe, state))
+    return Distillation(job=job, student=student_of(recipe, state), stats=metrics_of(job)[0])
 
 
 def evaluate(
@@ -231,16 +241,23 @@ def report_again(recipe: Recipe) -> tuple[dict[str, Any], Path]:
     Returns the content of report.json, or little more than the number of images, and the page's path.
 
     Raises:
-        RecipeError: there is neither a report nor an image.
+        RecipeError: there is neither a report nor an image, or the report is damaged.
     """
     prepared = check(recipe, writes_set=False)
     if prepared.teacher is None:
         raise RecipeError(f"teacher.weights is {recipe.teacher.weights!r}: no such file; `raydfkd run` makes it")
     job = open_job(recipe, prepared.teacher)
-    view, found = SetView(job), read_report(Path(recipe.run_dir))
+    try:
+        found = read_report(Path(recipe.run_dir))
+    except ValueError as error:
+        raise RecipeError(
+            f"run_dir is {recipe.run_dir!r}: its report.json is damaged ({error}); `raydfkd run` makes it again, and "
+            "takes images and student as they are"
+        ) from None
+    view, (_, curves) = SetView(job), metrics_of(job)
     if found is not None:
-        return found, write(job, found, view, prepared.data)
-    page = write_gallery(job, view, prepared.data)
+        return found, write(job, found, view, curves, prepared.data)
+    page = write_gallery(job, view, curves, prepared.data)
     if page is None:
         raise RecipeError(
             f"run_dir is {recipe.run_dir!r}: there is neither a report nor an image; `raydfkd run` makes them"
@@ -254,9 +271,11 @@ def listening(recipe: Recipe, console: Console | None, *others: Listener) -> Ite
     folder = Path(recipe.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     Store(str(folder)).put("recipe.yaml", recipe.to_yaml().encode())
-    metrics = MetricsWriter(MetricsLog(folder / METRICS, fresh=False))
-    with Display(console or Console(quiet=True)) as display:
-        yield Events(metrics, display, *others)
+    with (
+        MetricsLog(folder / METRICS, fresh=False) as metrics,
+        Display(console or Console(quiet=True)) as display,
+    ):
+        yield Events(MetricsWriter(metrics), display, *others)
 
 
 def _teacher(prepared: Prepared, events: Events) -> Teacher:
@@ -311,26 +330,42 @@ def save_student(job: Job, state: Mapping[str, Tensor]) -> Path:
     return path
 
 
-def stats_of(job: Job) -> RunStats:
-    """The totals of all sessions of the job, as its metrics have them."""
-    return run_stats(read_metrics(Path(job.recipe.run_dir) / METRICS), job=job.digest, training=job.training_name)
+def metrics_of(job: Job) -> tuple[RunStats, Curves]:
+    """The totals of all sessions of the job and its curves, from a single look through its metrics."""
+    stats = StatsReader(job=job.digest, training=job.training_name)
+    curves = Curves(job.training_name)
+    for event in read_metrics(Path(job.recipe.run_dir) / METRICS):
+        stats.add(event)
+        curves.add(event)
+    return stats.stats(), curves
 
 
 def report(
-    job: Job, judged: Mapping[str, Any], view: SetView, outcome: SynthesisOutcome, *, command: str
+    job: Job,
+    judged: Mapping[str, Any],
+    view: SetView,
+    outcome: SynthesisOutcome,
+    stats: RunStats,
+    *,
+    command: str,
 ) -> dict[str, Any]:
     """Put the report together; ``write`` saves it. Scripts rely on the keys."""
     snapshot = view.snapshot
-    stats = stats_of(job)
     look = look_at_images(job, view)
+    held_out = sum(commit.images for commit in snapshot.commits if commit.unit in job.held_out)
     return {
         **judged,
         "intended_class": None if look is None else look.intended,
         "answered_classes": None if look is None else look.answered,
-        "warnings": [] if look is None else look.warnings,
+        "warnings": [
+            *([] if look is None else look.warnings),
+            *unseen_images(stats.student_images, snapshot.images - held_out),
+        ],
         "recipe": job.recipe.shown(),
         "seed": job.recipe.seed,
         "images": snapshot.images,
+        "student_images": stats.student_images,
+        "held_out_images": held_out,
         "images_per_second": round(stats.images_per_second, 3),
         "units": {
             "planned": len(job.units),
@@ -354,33 +389,37 @@ def report(
     }
 
 
-def write(job: Job, found: Mapping[str, Any], view: SetView, data: RealData | None) -> Path:
-    """Write report.json and report.html; returns the page's path."""
-    folder = Path(job.recipe.run_dir)
-    metrics = [
-        entry
-        for entry in read_metrics(folder / METRICS)
-        if entry["event"] != "student" or entry.get("training") == job.training_name
+def unseen_images(seen: int | None, there: int) -> list[str]:
+    """The line on images that are for the student and that it has not seen; none where it has, or nobody knows."""
+    if seen is None or seen >= there:
+        return []
+    return [
+        f"the student's last steps were drawn from {seen:,} of the {there:,} images that are there for it now: the "
+        "others came too late, or were not whole"
     ]
+
+
+def write(job: Job, found: Mapping[str, Any], view: SetView, curves: Curves, data: RealData | None) -> Path:
+    """Write report.json and report.html, each of them whole or not at all; returns the page's path."""
+    folder = Path(job.recipe.run_dir)
     pictures = gallery(view, job.recipe.classes, class_names(job.recipe, data))
-    write_report(folder, found, metrics=metrics, gallery=pictures)
+    Store(str(folder)).put("report.json", report_json(found).encode())
+    Store(str(folder)).put("report.html", report_page(found, curves=curves, gallery=pictures).encode())
     return folder / "report.html"
 
 
-def write_gallery(job: Job, view: SetView, data: RealData | None) -> Path | None:
+def write_gallery(job: Job, view: SetView, curves: Curves, data: RealData | None) -> Path | None:
     """Write gallery.html, pictures of the set without a student; returns its path, None where there is no image."""
     pictures = gallery(view, job.recipe.classes, class_names(job.recipe, data))
     if pictures is None:
         return None
     folder = Path(job.recipe.run_dir)
     look = look_at_images(job, view)
-    return write_pictures(
-        folder,
-        pictures,
-        metrics=read_metrics(folder / METRICS),
-        recipe=job.recipe.shown(),
-        warnings=[] if look is None else look.warnings,
+    page = pictures_page(
+        pictures, curves=curves, recipe=job.recipe.shown(), warnings=[] if look is None else look.warnings
     )
+    Store(str(folder)).put("gallery.html", page.encode())
+    return folder / "gallery.html"
 
 
 def class_names(recipe: Recipe, data: RealData | None) -> tuple[str, ...]:

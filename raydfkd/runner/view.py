@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator
 from functools import cached_property
+from zlib import crc32
 
 import torch
 
@@ -12,6 +13,10 @@ from raydfkd.data.commits import Commit, Snapshot
 from raydfkd.data.shards import StoredRows
 from raydfkd.job import Job
 from raydfkd.store.errors import DamagedError, StoreError
+from raydfkd.synthesis.build import has_targets
+
+MAX_SAMPLED = 250
+"""Units that a sample is taken of: their parts are read whole, and may have 32 MiB each."""
 
 
 class SetView:
@@ -26,6 +31,20 @@ class SetView:
         """The commits of the job's units at the first look."""
         return self._job.snapshot()
 
+    @cached_property
+    def max_parts(self) -> int:
+        """Parts of the unit that has most."""
+        return max((len(commit.parts) for commit in self.snapshot.commits), default=0)
+
+    def classes_of(self, unit: str) -> Collection[int] | None:
+        """The classes that a unit's images were made for; None where its plan does not say."""
+        planned = self._job.units_by_id.get(unit) if self._has_targets else None
+        return None if planned is None else planned.request.classes
+
+    @cached_property
+    def _has_targets(self) -> bool:
+        return has_targets(self._job.recipe)
+
     @property
     def missing(self) -> set[str]:
         """Units of the plan that are not there, or were found damaged meanwhile."""
@@ -36,21 +55,28 @@ class SetView:
         # Part number before unit, so that a caller who stops early has seen every unit. A unit that turns out damaged
         # half-way is skipped from then on; the parts of it that were yielded before stay with the caller.
         commits = [commit for commit in self.snapshot.commits if within is None or commit.unit in within]
-        for number in range(max((len(commit.parts) for commit in commits), default=0)):
+        for number in range(self.max_parts):
             for commit in commits:
                 if number < len(commit.parts):
-                    rows = self._read(commit, number)
+                    rows = self.read(commit, number)
                     if rows is not None:
                         yield rows
 
     def sample(self, count: int, within: Collection[str] | None = None) -> StoredRows | None:
-        """About ``count`` rows, as many of each unit as of any other; None where there is none."""
+        """About ``count`` rows, as many of each unit as of any other; None where there is none.
+
+        They are of ``MAX_SAMPLED`` units at most, however large the set is.
+        """
         # Each part gives at most an equal share of the rows, evenly spaced over it, and the first parts of all units
-        # come first; so the parts that follow are read only where the first ones were too short.
+        # come first; so the parts that follow are read only where the first ones were too short. Of many units some
+        # are asked, in an order that has nothing to do with their classes.
         units = [unit for unit in self.snapshot.units if within is None or unit in within]
+        units = (
+            sorted(units, key=lambda unit: crc32(unit.encode()))[:MAX_SAMPLED] if len(units) > MAX_SAMPLED else units
+        )
         each = max(1, count // max(1, len(units)))
         pieces, found = [], 0
-        for rows in self.rows(within):
+        for rows in self.rows(frozenset(units)):
             places = torch.linspace(0, len(rows) - 1, min(each, len(rows))).round().long()
             pieces.append(
                 StoredRows(
@@ -68,7 +94,8 @@ class SetView:
             teacher_logits=torch.cat([piece.teacher_logits for piece in pieces]),
         )
 
-    def _read(self, commit: Commit, number: int) -> StoredRows | None:
+    def read(self, commit: Commit, number: int) -> StoredRows | None:
+        """Part ``number`` of a unit; None where the unit turns out to be damaged, or has before."""
         if commit.unit in self._damaged:
             return None
         try:

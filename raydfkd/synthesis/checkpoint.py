@@ -54,7 +54,7 @@ class UnitCheckpoint:
     Args:
         store: of the transfer set.
         unit: what the state is of.
-        digest: of the recipe; a state of another one is not gone on from.
+        digest: of all that the state depends on; a state of another one is not gone on from.
     """
 
     def __init__(self, store: Store, unit: WorkUnit, digest: str) -> None:
@@ -68,10 +68,13 @@ class UnitCheckpoint:
             state = read_checkpoint(self._store.get(self._path))
         except FileNotFoundError:
             return None
-        except Exception as error:  # torch's reader has no error of its own; a lost state costs time and nothing else
-            logger.warning("%s cannot be read (%s); the unit begins anew", self._path, type(error).__name__)
+        except ValueError as error:  # a lost state costs time and nothing else
+            logger.warning("%s cannot be read (%s); the unit begins anew", self._path, error)
             return None
-        return state if state.get("digest") == self._digest else None
+        if state.get("digest") != self._digest:
+            logger.info("%s is of another recipe, part_rows or encoding; the unit begins anew", self._path)
+            return None
+        return state
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Replace the state."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from raydfkd.devices import cpu_threads, keep_freed_memory
 from raydfkd.errors import RecipeError
 from raydfkd.job import Job, dependencies_of, transfer_set_of
 from raydfkd.networks.teacher import Teacher
+from raydfkd.store.errors import StoreError
 from raydfkd.synthesis.build import build_student, build_synthesizer
 from raydfkd.synthesis.checkpoint import CheckpointHook, Interrupted, UnitCheckpoint
 from raydfkd.synthesis.synthesizer import num_steps_of
@@ -59,6 +61,9 @@ class SynthesisWorker:
         if device.type == "cpu":
             keep_freed_memory()
         self._job = job
+        # rows that wait for their part are encoded already, so a state goes with the form in which they are stored
+        stored = recipe.transfer_set.model_dump(mode="json", include={"part_rows", "encoding"})
+        self._digest = f"{job.digest} {json.dumps(stored, sort_keys=True)}"
         self._should_stop, self._on_progress = should_stop, on_progress
         self._students = StudentVersions(job.transfer_set.store)
         self._student = build_student(recipe, self._students.newest, device)
@@ -72,13 +77,15 @@ class SynthesisWorker:
     def run(self, unit: WorkUnit, attempt: int = 1) -> Commit:
         """Make the images of ``unit`` and commit them, from where another attempt was interrupted if one was.
 
-        On any error nothing of the attempt remains.
+        On an error of the unit itself nothing of the attempt remains. Where the store fails or the process is to end,
+        the state that was saved last stays, with the parts that it names.
 
         Raises:
             Interrupted: ``should_stop`` said so; the unit's state is saved.
+            StoreError: the set cannot be read or written.
         """
         recipe, transfer_set = self._job.recipe, self._job.transfer_set
-        checkpoint = UnitCheckpoint(transfer_set.store, unit, transfer_set.digest)
+        checkpoint = UnitCheckpoint(transfer_set.store, unit, self._digest)
         self._meet_student(unit)
         work = self._resume(unit, attempt, checkpoint.load())
         hook = CheckpointHook(
@@ -94,7 +101,7 @@ class SynthesisWorker:
                 for batch in self._synthesizer.produce(unit.request, work.log, hook):
                     work.sink.write(batch)
             commit = work.sink.commit(seconds=work.seconds)
-        except Interrupted:
+        except (Interrupted, StoreError, KeyboardInterrupt, SystemExit):  # nothing that the unit could be blamed for
             work.sink.release()
             raise
         except BaseException:

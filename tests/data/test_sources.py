@@ -9,7 +9,7 @@ import torch
 
 from raydfkd.data import set_source as sources
 from raydfkd.data.batches import SyntheticBatch
-from raydfkd.data.epochs import EpochLog
+from raydfkd.data.epochs import Epoch, EpochLog
 from raydfkd.data.set_source import GrowingSource
 from raydfkd.data.shards import StoredRows
 from raydfkd.data.sources import SOURCES, Feed, Ranks
@@ -605,6 +605,60 @@ def test_training_that_is_killed_while_the_set_grows_repeats_its_batches(tmp_pat
         source.load_state_dict(state)
     found, _ = grown(rows, resumed, left, saved, 30)
     assert found == {step: expected[step] for step in range(saved, 30)}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"first_step": "x"}'])
+def test_damaged_record_of_an_epoch_costs_its_choice_and_no_training(tmp_path, content, caplog):
+    store = Store(str(tmp_path / "run"))
+    log = EpochLog(store, "t" * 64)
+    for number in (0, 1):
+        log.write(number, Epoch(first_step=3 * number, plan=PLAN, units="gA=="))
+        log.keep(number, log.read(number), until=5)
+    first, kept, *_ = store.list("epochs-" + 16 * "t")
+    whole = log.read(0)
+    for path in (first, kept):
+        store.put(path, content)
+    assert log.read(0) is None
+    assert log.kept_until(0, whole) == 0
+    assert log.read(1) is not None
+    assert log.kept_until(1, log.read(1)) == 5
+    assert f"{first} is not the record of an epoch" in caplog.text
+    log.forget()
+    assert log.read(1) is None
+
+
+def test_batch_tells_how_many_images_the_recipe_wants_it_to_be_drawn_from(tmp_path):
+    """More than there are only where synthesis has ended without the others."""
+    rows = Rows(tmp_path)
+    rows.write(8)
+    (source,) = rows.sources(
+        planned=24, steps=10, batch_size=8, wait_for=4, complete_by=0.5, on_wait=lambda: rows.set.close(PLAN)
+    )
+    stream = iter(source)
+    batches = list(itertools.islice(stream, 7))
+    stream.close()
+    assert [batch.snapshot_images for batch in batches] == [8] * 7
+    assert [batch.wanted_images for batch in batches] == [4, 4, 24, 24, 24, 24, 24]
+
+
+def test_batch_of_an_epoch_that_is_resumed_wants_as_many_images_as_before(tmp_path):
+    """The set that it began with was growing; that it has grown and is closed now makes no epoch incomplete."""
+    rows = Rows(tmp_path)
+    rows.write(24)
+    spec = {"planned": 32, "steps": 10, "batch_size": 8, "wait_for": 4}
+    (source,) = rows.sources(**spec)
+    stream = iter(source)
+    next(stream)
+    state = source.state_dict()
+    stream.close()
+    rows.write(8)
+    rows.set.close(PLAN)
+    (resumed,) = rows.sources(**spec)
+    resumed.load_state_dict(state)
+    stream = iter(resumed)
+    batches = [next(stream) for _ in range(3)]
+    stream.close()
+    assert [(batch.snapshot_images, batch.wanted_images) for batch in batches] == [(24, 4), (24, 4), (32, 32)]
 
 
 def test_ranks_agree_in_the_thread_that_trains(tmp_path):

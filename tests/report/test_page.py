@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
+from raydfkd.report.charts import Curves
 from raydfkd.report.metrics import MetricsLog, read_metrics
 from raydfkd.report.page import (
     NEWER_KEYS,
@@ -24,10 +25,11 @@ from raydfkd.report.page import (
     count,
     duration,
     gallery_png,
+    pictures_page,
     read_report,
+    report_json,
+    report_page,
     summary_table,
-    write_pictures,
-    write_report,
 )
 
 METRICS = [
@@ -66,6 +68,8 @@ def report() -> dict[str, Any]:
         "answered_classes": 10,
         "warnings": [],
         "images": 6000,
+        "student_images": 6000,
+        "held_out_images": 0,
         "images_per_second": 41.27,
         "units": {"planned": 24, "committed": 24, "attempted": 25, "quarantined": 0},
         "failures": [{"unit": "r000-c0000-0004", "attempt": 1, "error": "RuntimeError: lost"}],
@@ -87,9 +91,15 @@ def make_gallery(classes: int = 3, images: int = 2, channels: int = 3, side: int
     )
 
 
-def write_page(folder, report, metrics=METRICS, gallery=None) -> str:
-    write_report(folder, report, metrics=metrics, gallery=gallery)
-    return (folder / "report.html").read_text(encoding="utf-8")
+def curves_of(metrics) -> Curves:
+    curves = Curves()
+    for event in metrics:
+        curves.add(event)
+    return curves
+
+
+def page_of(report, metrics=METRICS, gallery=None) -> str:
+    return report_page(report, curves=curves_of(metrics), gallery=gallery)
 
 
 def text_of(page: str) -> str:
@@ -135,35 +145,65 @@ def test_torn_last_line_of_metrics_is_left_out_and_not_continued_on_resume(tmp_p
     assert [event["unit"] for event in read_metrics(path)] == ["u0", "u1"]
 
 
+def test_damaged_lines_of_metrics_are_skipped_and_that_is_said_once(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path, fresh=True) as log:
+        log.write("unit", unit="u0")
+    good = path.read_bytes()
+    bad = [
+        good[:20] + b"\n",
+        b"\0" * 50 + b"\n",
+        b"\xff\xfe\n",
+        b"[1]\n",
+        b'{"event": 3, "time": 1.0}\n',
+        b'{"event": "unit"}\n',
+    ]
+    path.write_bytes(good + b"".join(bad) + good)
+    assert [event["unit"] for event in read_metrics(path)] == ["u0", "u0"]
+    (record,) = caplog.records
+    assert record.getMessage() == f"{path}: 6 lines are damaged and left out, the first is line 2"
+
+
+def test_metrics_that_are_not_there_are_none(tmp_path):
+    assert list(read_metrics(tmp_path / "metrics.jsonl")) == []
+
+
+def test_metrics_of_a_run_are_one_open_file(tmp_path, monkeypatch):
+    log = MetricsLog(tmp_path / "metrics.jsonl", fresh=True)
+    monkeypatch.setattr("pathlib.Path.open", lambda *_: pytest.fail("opened again"))
+    for number in range(3):
+        log.write("unit", unit=f"u{number}")
+        assert (tmp_path / "metrics.jsonl").stat().st_size > 50 * number, "a line is out at once"
+
+
 def test_fresh_metrics_forget_an_earlier_run(tmp_path):
     path = tmp_path / "metrics.jsonl"
     MetricsLog(path, fresh=True).write("unit", unit="u0")
     MetricsLog(path, fresh=True)
-    assert read_metrics(path) == []
+    assert list(read_metrics(path)) == []
 
 
 def test_threads_do_not_tear_each_others_lines(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl", fresh=True)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda index: log.write("unit", unit=f"{index}" * 50), range(100)))
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 100
+    assert len(list(read_metrics(tmp_path / "metrics.jsonl"))) == 100
 
 
 def test_numbers_that_json_does_not_know_are_written_as_null(tmp_path, report):
     MetricsLog(tmp_path / "metrics.jsonl", fresh=True).write("unit", objective=math.nan)
-    assert read_metrics(tmp_path / "metrics.jsonl")[0]["objective"] is None
-    write_page(tmp_path, report | {"agreement": math.inf})
-    assert json.loads((tmp_path / "report.json").read_text())["agreement"] is None
+    (event,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert event["objective"] is None
+    assert json.loads(report_json(report | {"agreement": math.inf}))["agreement"] is None
 
 
-def test_report_json_round_trips_and_nothing_temporary_stays_behind(tmp_path, report):
-    write_page(tmp_path, report)
-    assert json.loads((tmp_path / "report.json").read_text()) == report
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
+def test_report_json_round_trips(tmp_path, report):
+    (tmp_path / "report.json").write_text(report_json(report))
+    assert json.loads((tmp_path / "report.json").read_text()) == read_report(tmp_path) == report
 
 
-def test_page_shows_every_value_of_the_report(tmp_path, report):
-    page = write_page(tmp_path, report, gallery=make_gallery())
+def test_page_shows_every_value_of_the_report(report):
+    page = page_of(report, gallery=make_gallery())
     assert "<title>big_net → small_net</title>" in page
     text = text_of(page)
     for value in ("99.1 %", "96.7 %", "97.2 %", "2.4 points below", "62,346", "9,842", "6,000", "41.3", "3 min 12 s"):
@@ -179,8 +219,8 @@ def test_page_shows_every_value_of_the_report(tmp_path, report):
     assert yaml.safe_load(recipe[1]) == report["recipe"]
 
 
-def test_page_needs_nothing_from_the_network(tmp_path, report):
-    page = write_page(tmp_path, report, gallery=make_gallery())
+def test_page_needs_nothing_from_the_network(report):
+    page = page_of(report, gallery=make_gallery())
     tags = Tags(page)
     assert tags.open == []
     assert tags.of("script") == tags.of("link") == tags.of("iframe") == []
@@ -190,10 +230,10 @@ def test_page_needs_nothing_from_the_network(tmp_path, report):
     assert "url(" not in page
 
 
-def test_without_real_data_the_accuracy_is_not_judged(tmp_path, report):
+def test_without_real_data_the_accuracy_is_not_judged(report):
     report["teacher"]["top1"] = report["student"]["top1"] = None
     report["judged_on"] = "synthetic images that were held out"
-    text = text_of(write_page(tmp_path, report))
+    text = text_of(page_of(report))
     assert text.count("not judged (no real data)") == 4
     assert "points" not in text
     assert "on 1,797 synthetic images that were held out. What the student does on real images nobody" in text
@@ -201,26 +241,21 @@ def test_without_real_data_the_accuracy_is_not_judged(tmp_path, report):
 
 
 @pytest.mark.parametrize("write", ["report", "pictures"])
-def test_what_is_wrong_with_the_images_is_said_before_anything_else(tmp_path, report, write):
+def test_what_is_wrong_with_the_images_is_said_before_anything_else(report, write):
     warnings = ["the teacher finds the intended class in only 12 %", "only <2> of 10 classes"]
-    if write == "report":
-        page = write_page(tmp_path, report | {"warnings": warnings})
-    else:
-        page = pictures_page(tmp_path, warnings=warnings)
+    page = page_of(report | {"warnings": warnings}) if write == "report" else page_of_pictures(warnings=warnings)
     above = text_of(page.partition("<main>")[0].partition("<dl")[0])
     assert warnings[0] in above
     assert "only &lt;2&gt; of 10 classes" in above
 
 
-def pictures_page(folder, *, metrics=METRICS, warnings=()):
+def page_of_pictures(*, metrics=METRICS, warnings=()):
     recipe = {"name": "toy", "teacher": {"network": "big_net"}}
-    gallery = make_gallery(3, 2)
-    path = write_pictures(folder, gallery, metrics=metrics, recipe=recipe, warnings=warnings)
-    return path.read_text(encoding="utf-8")
+    return pictures_page(make_gallery(3, 2), curves=curves_of(metrics), recipe=recipe, warnings=warnings)
 
 
-def test_page_of_pictures_has_the_images_the_objective_and_the_recipe_and_no_student(tmp_path):
-    page = pictures_page(tmp_path)
+def test_page_of_pictures_has_the_images_the_objective_and_the_recipe_and_no_student():
+    page = page_of_pictures()
     tags = Tags(page)
     assert tags.open == []
     assert len(tags.of("img")) == 6
@@ -229,11 +264,10 @@ def test_page_of_pictures_has_the_images_the_objective_and_the_recipe_and_no_stu
     assert "No student was trained on them yet" in text_of(page)
     recipe = re.search(r"<pre>(name: .*?)</pre>", page, flags=re.DOTALL)
     assert yaml.safe_load(recipe[1]) == {"name": "toy", "teacher": {"network": "big_net"}}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["gallery.html"]
 
 
-def test_page_of_pictures_does_without_metrics(tmp_path):
-    assert Tags(pictures_page(tmp_path, metrics=[])).of("svg") == []
+def test_page_of_pictures_does_without_metrics():
+    assert Tags(page_of_pictures(metrics=[])).of("svg") == []
 
 
 def test_report_of_an_earlier_version_is_still_read_shown_and_summed_up(tmp_path, report):
@@ -241,32 +275,46 @@ def test_report_of_an_earlier_version_is_still_read_shown_and_summed_up(tmp_path
     (tmp_path / "report.json").write_text(json.dumps(earlier))
     found = read_report(tmp_path)
     assert {key: found[key] for key in earlier} == earlier
-    text = text_of(write_page(tmp_path, found))
+    text = text_of(page_of(found))
     assert "of the teacher’s answers, on digits test" in text
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(summary_table(found))
     assert "agreement on digits test" in console.export_text()
 
 
+@pytest.mark.parametrize("content", ["", '{"teacher": {"top1"', "[]", "{}", '{"teacher": 1}'])
+def test_report_that_is_damaged_is_an_error_of_value(tmp_path, content):
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(ValueError, match=r"line 1 column|there is no agreement, "):
+        read_report(tmp_path)
+
+
+def test_page_says_how_many_images_the_student_saw(report):
+    report |= {"images": 6000, "student_images": 4500, "held_out_images": 600}
+    text = text_of(page_of(report))
+    assert "a student taught by 4,500 synthetic images" in text
+    assert "last steps were drawn from, of 6,000 with 600 held out – 4,500" in text
+
+
 def test_report_that_is_not_there_is_none(tmp_path):
     assert read_report(tmp_path) is None
 
 
-def test_script_in_an_error_or_a_name_is_text_on_the_page(tmp_path, report):
+def test_script_in_an_error_or_a_name_is_text_on_the_page(report):
     attack = "</pre><script>alert('x')</script>\"'"
     report["failures"][0]["error"] = report["command"] = report["recipe"]["teacher"]["network"] = attack
     gallery = Gallery(
         images=make_gallery(1).images, class_names=(attack,), teacher_confidence=make_gallery(1).teacher_confidence
     )
     metrics = [{"event": "objective", "unit": "u0", "step": 0, attack: 1.0}]
-    page = write_page(tmp_path, report, metrics, gallery)
+    page = page_of(report, metrics, gallery)
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert f"Synthetic image of class {attack}" in {image["alt"] for image in Tags(page).of("img")}
 
 
-def test_every_image_names_its_class_and_the_teachers_confidence(tmp_path, report):
-    images = Tags(write_page(tmp_path, report, gallery=make_gallery(3, 2))).of("img")
+def test_every_image_names_its_class_and_the_teachers_confidence(report):
+    images = Tags(page_of(report, gallery=make_gallery(3, 2))).of("img")
     titles = [image["title"].replace("\N{NO-BREAK SPACE}", " ") for image in images]
     assert titles == [f"class-{index}, teacher’s confidence 87.5 %" for index in (0, 0, 1, 1, 2, 2)]
     assert all(image["alt"] for image in images)
@@ -275,10 +323,21 @@ def test_every_image_names_its_class_and_the_teachers_confidence(tmp_path, repor
 @pytest.mark.parametrize(("channels", "side"), [(1, 8), (3, 32), (5, 8), (3, 128)])
 def test_gallery_takes_grey_colour_and_odd_images_of_any_size(tmp_path, report, channels, side):
     gallery = make_gallery(2, 2, channels, side)
-    assert len(Tags(write_page(tmp_path, report, gallery=gallery)).of("img")) == 4
+    assert len(Tags(page_of(report, gallery=gallery)).of("img")) == 4
     gallery_png(gallery, tmp_path / "gallery.png", scale=3)
     with Image.open(tmp_path / "gallery.png") as sheet:
         assert sheet.size == (2 * (3 * side + 3) + 3, 2 * (3 * side + 3) + 3)
+
+
+def test_class_with_fewer_images_than_others_has_gaps(report):
+    full = make_gallery(2, 3)
+    confidence = full.teacher_confidence.clone()
+    confidence[0, 1:] = math.nan
+    gallery = Gallery(images=full.images, class_names=full.class_names, teacher_confidence=confidence, of_classes=3)
+    page = page_of(report, gallery=gallery)
+    names = [image["title"].partition(",")[0] for image in Tags(page).of("img")]
+    assert names == ["class-0", "class-1", "class-1", "class-1"]
+    assert "2 of 3 classes; of the others there is no image." in text_of(page)
 
 
 def test_contact_sheet_has_a_row_for_each_class_and_keeps_the_pixels(tmp_path):
@@ -290,8 +349,8 @@ def test_contact_sheet_has_a_row_for_each_class_and_keeps_the_pixels(tmp_path):
     torch.testing.assert_close(second_row_third_column, gallery.images[1, 2])
 
 
-def test_more_than_twenty_classes_are_sampled_and_the_page_says_so(tmp_path, report):
-    page = write_page(tmp_path, report, gallery=make_gallery(1000, 3, side=32))
+def test_more_than_twenty_classes_are_sampled_and_the_page_says_so(report):
+    page = page_of(report, gallery=make_gallery(1000, 3, side=32))
     assert "20 of 1,000 classes, evenly spaced." in text_of(page)
     names = [image["title"].partition(",")[0] for image in Tags(page).of("img")]
     assert len(set(names)) == 20
@@ -299,14 +358,14 @@ def test_more_than_twenty_classes_are_sampled_and_the_page_says_so(tmp_path, rep
     assert len(page) < 5_000_000
 
 
-def test_large_images_are_left_out_before_the_page_gets_heavy(tmp_path, report):
-    page = write_page(tmp_path, report, gallery=make_gallery(10, 12, side=224))
+def test_large_images_are_left_out_before_the_page_gets_heavy(report):
+    page = page_of(report, gallery=make_gallery(10, 12, side=224))
     assert re.search(r"The first \d of 12 images of each class", text_of(page))
     assert len(page) < 5_000_000
 
 
-def test_curves_name_their_first_and_last_value(tmp_path, report):
-    labels = [chart["aria-label"] for chart in Tags(write_page(tmp_path, report)).of("svg")]
+def test_curves_name_their_first_and_last_value(report):
+    labels = [chart["aria-label"] for chart in Tags(page_of(report)).of("svg")]
     assert labels == [
         "loss over steps, from 1 to 0.333",
         "agreement with teacher over steps, from 90 % to 90 %",
@@ -316,42 +375,42 @@ def test_curves_name_their_first_and_last_value(tmp_path, report):
     ]
 
 
-def test_curve_of_a_resumed_student_takes_the_last_word_on_a_step(tmp_path, report):
+def test_curve_of_a_resumed_student_takes_the_last_word_on_a_step(report):
     losses = [(1, 9.0), (2, 8.0), (3, 7.0), (2, 5.0), (3, 4.0)]
     metrics = [{"event": "student", "step": step, "loss": loss} for step, loss in losses]
-    (chart,) = Tags(write_page(tmp_path, report, metrics)).of("svg")
+    (chart,) = Tags(page_of(report, metrics)).of("svg")
     assert chart["aria-label"] == "loss over steps, from 9 to 4"
 
 
 @pytest.mark.parametrize(
     "values", [[1.0], [0.0, 0.0], [-5.0, 3.0], [1e-9, 1e6], [1e-300, 1.0], [None, 2.0], [1e16, 1e16]]
 )
-def test_any_numbers_make_a_curve_inside_its_box(tmp_path, report, values):
+def test_any_numbers_make_a_curve_inside_its_box(report, values):
     metrics = [{"event": "student", "step": step, "loss": value} for step, value in enumerate(values)]
-    (line,) = Tags(write_page(tmp_path, report, metrics)).of("polyline")
+    (line,) = Tags(page_of(report, metrics)).of("polyline")
     for point in line["points"].split():
         x, y = map(float, point.split(","))
         assert 42 <= x <= 310
         assert 8 <= y <= 138
 
 
-def test_long_runs_stay_readable(tmp_path, report):
+def test_long_runs_stay_readable(report):
     report["failures"] = [{"unit": f"u{index}", "attempt": 1, "error": "x" * 9000} for index in range(500)]
     metrics = [{"event": "student", "step": step, "loss": 1.0} for step in range(20_000)]
-    page = write_page(tmp_path, report, metrics)
+    page = page_of(report, metrics)
     assert "The first 50 of 500" in text_of(page)
     assert len(page) < 300_000
 
 
-def test_incomplete_transfer_set_is_said_at_the_top(tmp_path, report):
+def test_incomplete_transfer_set_is_said_at_the_top(report):
     report["units"] |= {"quarantined": 1, "committed": 23}
-    before_numbers = write_page(tmp_path, report).partition("<dl")[0]
+    before_numbers = page_of(report).partition("<dl")[0]
     assert "incomplete: 1 of 24 units" in before_numbers
 
 
-def test_page_of_a_run_without_metrics_or_gallery_has_its_numbers(tmp_path, report):
+def test_page_of_a_run_without_metrics_or_gallery_has_its_numbers(report):
     report |= {"images_per_second": None, "failures": [], "seconds": {"total": 1.0, "synthesis": None}}
-    page = write_page(tmp_path, report, metrics=[])
+    page = page_of(report, metrics=[])
     assert Tags(page).of("svg") == Tags(page).of("img") == []
     assert "synthesis –" in text_of(page)
 

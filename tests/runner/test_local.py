@@ -1,21 +1,26 @@
 from __future__ import annotations
 
 import io
+import uuid
 from dataclasses import replace
 
 import pytest
 import torch
+from faulty import PLANS, Faults
 from rich.console import Console
 from toy import SYNTHESIZERS_UNDER_TEST, distill_here, quiet_events, run_here, synthesize_here, toy_recipe
 
+from raydfkd.checkpoints import checkpoint_bytes
 from raydfkd.data.batches import SyntheticBatch
 from raydfkd.data.sink import ParquetSink
-from raydfkd.distillation.training import StudentTraining
-from raydfkd.job import open_job
+from raydfkd.distillation.training import StudentCheckpoint, StudentTraining, outdated
+from raydfkd.job import Job, open_job
 from raydfkd.report.metrics import MetricsLog, read_metrics
+from raydfkd.runner import executor
 from raydfkd.runner.events import Events, MetricsWriter
 from raydfkd.runner.progress import Display
-from raydfkd.store.errors import DamagedError
+from raydfkd.store import retry
+from raydfkd.store.errors import DamagedError, OutageError
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS
 from raydfkd.synthesis.worker import SynthesisWorker
 
@@ -253,3 +258,200 @@ def test_number_of_images_in_memory_does_not_grow_with_the_plan(tmp_path, break_
         monkeypatch.setattr(ParquetSink, "write", write)
         peaks[images] = max(held)
     assert peaks[8] == peaks[32] < 5
+
+
+@pytest.fixture
+def faulty_job(tmp_path, break_classes, monkeypatch):
+    """A job of grey images whose store can be taken away by switching its faults on, and those faults."""
+    break_classes()
+    monkeypatch.setattr(retry, "_FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr(retry, "_ATTEMPTS", 2)
+    plan = uuid.uuid4().hex
+    faults = PLANS[plan] = Faults(timeout=1.0)
+    faults.is_on = False
+    place = [f"transfer_set.uri=faulty://{plan}/set", f"transfer_set.storage_options={{plan: {plan}}}"]
+    return grey_job(tmp_path, *place, "runtime.max_attempts=1"), faults
+
+
+class StoreGoesAndComes(Events):
+    """Takes the store away after the first commit, and gives it back after the third attempt that it cost."""
+
+    def __init__(self, faults, monkeypatch):
+        super().__init__()
+        self.said, self.failures, self.faults = [], [], faults
+        run = SynthesisWorker.run
+
+        def counted(worker, unit, attempt=1):
+            try:
+                return run(worker, unit, attempt)
+            except OutageError:
+                self.num_outages += 1
+                faults.is_on = self.num_outages < 3
+                raise
+
+        self.num_outages = 0
+        monkeypatch.setattr(SynthesisWorker, "run", counted)
+
+    def say(self, topic, text):
+        self.said.append(text)
+
+    def committed(self, commit, *, running):
+        self.faults.is_on = self.num_outages == 0
+
+    def failed(self, failure, *, is_final):
+        self.failures.append(failure)
+
+
+def test_outage_of_the_store_costs_a_unit_no_attempt_and_is_said_once(faulty_job, monkeypatch):
+    job, faults = faulty_job
+    events = StoreGoesAndComes(faults, monkeypatch)
+    outcome = synthesize_here(job, events)
+    assert events.num_outages == 3
+    assert (events.failures, outcome.given_up) == ([], ())
+    assert set(job.snapshot().units) == job.unit_ids
+    assert ["going on as soon as it can" in text for text in events.said] == [True]
+
+
+def test_store_that_is_away_when_all_seems_done_is_waited_for(faulty_job, monkeypatch):
+    job, _ = faulty_job
+    news, calls = Job.news, []
+
+    def cut_off(job, *, at_once=False):
+        calls.append(at_once)
+        if len(calls) < 3:
+            raise OutageError("s3://bucket/set/commits cannot be listed (timed out; tried again and again)")
+        return news(job, at_once=at_once)
+
+    monkeypatch.setattr(Job, "news", cut_off)
+    assert synthesize_here(job, Events()).given_up == ()
+    assert len(calls) == 3
+
+
+def test_outage_that_lasts_ends_the_synthesis(faulty_job, monkeypatch):
+    job, faults = faulty_job
+    monkeypatch.setattr(executor, "OUTAGE_S", 0.0)
+    events = StoreGoesAndComes(faults, monkeypatch)
+    with pytest.raises(OutageError, match="tried again and again"):
+        synthesize_here(job, events)
+    assert events.num_outages == 2
+
+
+def saying(folder):
+    """Events that keep what is said to the student's person, and the metrics."""
+    events = quiet_events(folder)
+    events.student_said = []
+    events.say = lambda topic, text: events.student_said.append(text) if topic == "student" else None
+    return events
+
+
+SOURCES = ["growing", "snapshot", "{kind: growing, refresh_steps: 1}"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_student_of_an_incomplete_set_is_trained_anew_once_there_are_more_images(tmp_path, break_classes, source):
+    settings = ["distill.checkpoint_every=2", f"distill.source={source}"]
+    break_classes()
+    _, expected = run_here(grey_job(tmp_path / "whole", *settings), quiet_events(tmp_path / "whole"))
+
+    break_classes(1)
+    job, folder = grey_job(tmp_path / "cut", *settings), tmp_path / "cut"
+    _, short = run_here(job, quiet_events(folder))
+    said = saying(folder)
+    _, again = run_here(job, said)
+    assert said.student_said == ["resumes at step 6"], "there is nothing more to see"
+    assert all(torch.equal(again[name], short[name]) for name in short)
+
+    break_classes()
+    said = saying(folder)
+    _, state = run_here(job, said)
+    assert said.student_said == ["trains from the beginning: it has seen 12 of 24 images, and now there are 24"]
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert [entry["snapshot_images"] for entry in events(folder, "student")] == [12] * 6 + [24] * 6
+
+    said = saying(folder)
+    run_here(job, said)
+    assert said.student_said == ["resumes at step 6"]
+
+
+def test_student_that_was_interrupted_on_an_incomplete_set_goes_on_with_all_images(
+    tmp_path, break_classes, monkeypatch
+):
+    break_classes(1)
+    job = grey_job(tmp_path, "distill.steps=12", "distill.checkpoint_every=2", "distill.source=snapshot")
+    save, saved = StudentCheckpoint.save, []
+
+    def cut(checkpoint, state):
+        save(checkpoint, state)
+        saved.append(state)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StudentCheckpoint, "save", cut)
+        with pytest.raises(KeyboardInterrupt):
+            run_here(job, quiet_events(tmp_path))
+    break_classes()
+    said = saying(tmp_path)
+    run_here(job, said)
+    assert said.student_said == ["resumes at step 4"]
+    assert [entry["snapshot_images"] for entry in events(tmp_path, "student")][-1] == 24
+
+
+@pytest.mark.parametrize(
+    ("seen", "wanted", "is_closed", "says"),
+    [
+        (12, 24, True, "12 of 24 images, and now there are 24"),
+        (12, 24, False, "12 of 24 images, and now there are 24"),
+        (24, 24, True, None),
+        (18, 18, True, None),  # a growing set's last epoch that began in time: as the recipe has it
+        (24, 48, True, None),  # as many as there are
+        (24, 48, False, "24 of 24 images; the others are being made"),
+        (None, None, True, None),  # of an earlier version
+    ],
+)
+def test_training_that_ended_is_outdated_where_the_set_has_or_will_have_more_than_it_should_have_seen(
+    tmp_path, break_classes, seen, wanted, is_closed, says
+):
+    break_classes()
+    job = grey_job(tmp_path)
+    synthesize(job, tmp_path)
+    if not is_closed:
+        job.transfer_set.reopen(job.phases[-1].plan)
+    known = {} if seen is None else {"snapshot_images": seen, "wanted_images": wanted}
+    expected = None if says is None else f"trains from the beginning: it has seen {says}"
+    assert outdated(job, {"trainer": {"step": 6, **known}}) == expected
+    assert outdated(job, {"trainer": {"step": 5, **known}}) is None, "it has not ended"
+
+
+def test_student_of_rounds_that_lacked_images_is_trained_anew(tmp_path, break_classes):
+    objective = "synthesis.objective=[one_hot, {term: competition, weight: 1}]"
+    settings = ["transfer_set.images_per_class=12", "rounds=2", objective]
+    break_classes()
+    _, expected = run_here(grey_job(tmp_path / "whole", *settings), quiet_events(tmp_path / "whole"))
+    break_classes(3)
+    job, folder = grey_job(tmp_path / "cut", *settings), tmp_path / "cut"
+    run_here(job, quiet_events(folder))
+    break_classes()
+    said = saying(folder)
+    _, state = run_here(job, said)
+    assert said.student_said[0] == "trains from the beginning: it has seen 24 of 48 images, and now there are 36"
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "something else", "not all there"])
+def test_damaged_checkpoint_of_a_student_is_set_aside_and_it_is_trained_from_the_beginning(tmp_path, caplog, damage):
+    job = open_job(toy_recipe(tmp_path))
+    _, expected = run_here(job, quiet_events(tmp_path))
+    (path,) = (tmp_path / "run" / "train").glob("student-*.pt")
+    content = path.read_bytes()
+    wrong = {"cut off": content[:-100], "empty": b"", "something else": checkpoint_bytes({"step": 1}),
+             "not all there": checkpoint_bytes({"student": {}, "trainer": {}})}[damage]  # fmt: skip
+    path.write_bytes(wrong)
+    said = saying(tmp_path)
+    state = distill_here(job, said)
+    assert said.student_said == []
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert path.with_name(f"{path.name}.damaged").read_bytes() == wrong
+    assert StudentCheckpoint(job).load() is not None
+    assert f"{path} is damaged" in caplog.text
+    assert "trained from the beginning" in caplog.text

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import uuid
 
 import pytest
 import torch
+from faulty import PLANS, Faults
 from toy import SYNTHESIZERS_UNDER_TEST, batches_of, joined, toy_recipe
 from toy import worker_of as new_worker_of
 
+from raydfkd.checkpoints import read_checkpoint
 from raydfkd.data.shards import rows_digest
 from raydfkd.data.sink import ParquetSink
 from raydfkd.job import open_job
+from raydfkd.store import retry
+from raydfkd.store.errors import OutageError
 from raydfkd.synthesis.checkpoint import Interrupted, UnitCheckpoint
 from raydfkd.synthesis.generator_training import GeneratorTraining
 from raydfkd.synthesis.judge import ObjectiveNotFiniteError
@@ -124,7 +129,7 @@ def test_state_that_cannot_be_gone_on_from_costs_time_and_nothing_else(tmp_path,
     elif damage == "state damaged":
         store.put(state, store.get(state)[:100])
     else:
-        UnitCheckpoint(store, job.units[0], "another").save(UnitCheckpoint(store, job.units[0], job.digest).load())
+        UnitCheckpoint(store, job.units[0], "another").save(read_checkpoint(store.get(state)))
     commit = worker_of(job).run(job.units[0])
     other = job_of(tmp_path / "other", "generator", *settings)
     assert commit.content == worker_of(other).run(other.units[0]).content
@@ -167,3 +172,92 @@ def test_state_of_an_attempt_that_failed_is_not_gone_on_from(tmp_path, monkeypat
     with pytest.raises(ObjectiveNotFiniteError):
         worker.run(job.units[0])
     assert objects(job, "resume") == objects(job, "parts") == []
+
+
+@pytest.fixture
+def outages(monkeypatch):
+    """Makes jobs whose store goes away whenever the faults that come with them are switched on."""
+    monkeypatch.setattr(retry, "_FIRST_WAIT_S", 0.0)
+    monkeypatch.setattr(retry, "_ATTEMPTS", 2)
+
+    def make(folder, synthesizer, *settings):
+        plan = uuid.uuid4().hex
+        faults = PLANS[plan] = Faults(timeout=1.0)
+        faults.is_on = False
+        place = [f"transfer_set.uri=faulty://{plan}/set", f"transfer_set.storage_options={{plan: {plan}}}"]
+        return job_of(folder, synthesizer, *place, *settings), faults
+
+    return make
+
+
+def steps_of(job, unit, at=None, act=lambda: None):
+    """The number of steps that a new worker makes of the unit; ``act`` is called before step ``at``."""
+    steps = itertools.count()
+    made = []
+
+    def should_stop():
+        made.append(next(steps))
+        if made[-1] == at:
+            act()
+        return False
+
+    new_worker_of(job, should_stop=should_stop).run(unit)
+    return len(made)
+
+
+@pytest.mark.parametrize("end", ["outage", KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("synthesizer", SYNTHESIZERS_UNDER_TEST)
+def test_what_a_unit_had_saved_is_gone_on_from_after_an_outage_or_an_end_of_the_process(
+    tmp_path, outages, synthesizer, end
+):
+    settings = ["runtime.checkpoint_every=2", "transfer_set.part_rows=2"]
+    undisturbed = job_of(tmp_path / "undisturbed", synthesizer, *settings)
+    unit = undisturbed.units[0]
+    whole = steps_of(undisturbed, unit)
+    job, faults = outages(tmp_path / "cut", synthesizer, *settings)
+
+    def cut():
+        if end != "outage":
+            raise end
+        faults.is_on = True
+
+    with pytest.raises(OutageError if end == "outage" else end):
+        steps_of(job, unit, at=3, act=cut)
+    faults.is_on = False
+    assert objects(job, "resume") == [f"resume/{unit.id}.pt"]
+    assert steps_of(job, unit) == whole - 2, "two steps had been saved"
+    (commit,) = job.snapshot().commits
+    assert commit.content == undisturbed.snapshot().commits[0].content
+    assert objects(job, "resume") == []
+
+
+@pytest.mark.parametrize(
+    ("saved_with", "resumed_with"),
+    [
+        ("transfer_set.part_rows=4096", "transfer_set.part_rows=1"),
+        ("transfer_set.part_rows=4", "transfer_set.part_rows=3"),
+        ("transfer_set.encoding=raw", "transfer_set.encoding=png"),
+        ("transfer_set.encoding=png", "transfer_set.encoding={kind: jpeg, quality: 90}"),
+        ("transfer_set.encoding={kind: jpeg, quality: 90}", "transfer_set.encoding={kind: jpeg, quality: 50}"),
+    ],
+)
+def test_unit_whose_rows_are_stored_in_another_form_now_begins_anew(tmp_path, saved_with, resumed_with):
+    settings = ["synthesis.steps=6", "synthesis.emissions=3"]
+    before = job_of(tmp_path, "generator", *settings, saved_with)
+    with pytest.raises(Interrupted):
+        worker_of(before, after=5).run(before.units[0])
+    after = job_of(tmp_path, "generator", *settings, resumed_with)
+    assert after.digest == before.digest, "the images are the same"
+    expected = job_of(tmp_path / "undisturbed", "generator", *settings, resumed_with)
+    commit, undisturbed = (worker_of(job).run(job.units[0]) for job in (after, expected))
+    assert commit.content == undisturbed.content
+    assert [(part.rows, part.xxh3) for part in commit.parts] == [(part.rows, part.xxh3) for part in undisturbed.parts]
+
+
+def test_state_of_another_digest_is_no_state(tmp_path):
+    job = job_of(tmp_path, "generator")
+    store, unit = job.transfer_set.store, job.units[0]
+    UnitCheckpoint(store, unit, "this").save({"step": 3})
+    assert UnitCheckpoint(store, unit, "this").load() == {"step": 3, "digest": "this"}
+    assert UnitCheckpoint(store, unit, "that").load() is None
+    assert UnitCheckpoint(store, job.units[1], "this").load() is None
