@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from toy import FAMILIES, shipped
 
 from raydfkd.cli import main
@@ -264,6 +265,16 @@ def test_report_writes_the_page_anew(finished):
     assert answer.code == 0
     assert answer.json == report
     assert page.read_text() == before
+
+
+def test_report_draws_all_its_pictures_as_one_png(finished):
+    terminal, _ = finished
+    assert terminal("report", "toy.yaml", "--png", "pictures/toy.png").code == 0
+    with Image.open(terminal.folder / "pictures/toy.png") as sheet:
+        assert sheet.format == "PNG"
+        assert sheet.size == (4 * (2 * 8 + 2) + 2, 10 * (2 * 8 + 2) + 2), "4 of each of 10 classes, twice as large"
+    answer = terminal("report", "toy.yaml", "--png", "pictures")
+    assert (answer.code, answer.err) == (2, "Invalid value for '--png': file 'pictures' is a directory.\n")
 
 
 def test_synthesizing_and_distilling_one_after_the_other_makes_the_same_student(finished, tmp_path):

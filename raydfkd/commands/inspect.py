@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -124,12 +125,21 @@ def show(
     return DONE
 
 
-def report(recipe: Source, overrides: Overrides = None, run_dir: RunDir = None, as_json: AsJson = False) -> int:
+def report(
+    recipe: Source,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    png: Annotated[
+        Path | None,
+        typer.Option("--png", metavar="FILE", dir_okay=False, help="Write the pictures as one PNG too, a row a class."),
+    ] = None,
+    as_json: AsJson = False,
+) -> int:
     """Write report.html again and print its table; before there is a student, gallery.html of the images so far."""
     plan = load(recipe, overrides, run_dir)
     from raydfkd.runner.run import report_again
 
-    found, page = report_again(plan)
+    found, page = report_again(plan, png=None if png is None else png.expanduser())
     if as_json:
         typer.echo(json.dumps(found))
     elif "agreement" in found:

@@ -25,7 +25,7 @@ from raydfkd.networks.teacher import Teacher
 from raydfkd.networks.weights import load_weights, state_bytes, weights_exist
 from raydfkd.report.charts import Curves
 from raydfkd.report.metrics import MetricsLog, RunStats, StatsReader, read_metrics
-from raydfkd.report.page import pictures_page, read_report, report_json, report_page
+from raydfkd.report.page import gallery_png, pictures_page, read_report, report_json, report_page
 from raydfkd.report.provenance import command_line, versions
 from raydfkd.report.redaction import redacted
 from raydfkd.runner.check import Prepared, check
@@ -235,10 +235,14 @@ def judge_saved(prepared: Prepared, weights: str, *, split: Split) -> dict[str, 
     return judge_student(job, prepared.teacher, network, SetView(job), prepared.data, split=split)
 
 
-def report_again(recipe: Recipe) -> tuple[dict[str, Any], Path]:
+def report_again(recipe: Recipe, *, png: Path | None = None) -> tuple[dict[str, Any], Path]:
     """Write the page of a finished run again, or, where no student was trained yet, pictures of its set.
 
     Returns the content of report.json, or little more than the number of images, and the page's path.
+
+    Args:
+        recipe: of the run.
+        png: file to write the pictures to as well, all in one.
 
     Raises:
         RecipeError: there is neither a report nor an image, or the report is damaged.
@@ -255,6 +259,11 @@ def report_again(recipe: Recipe) -> tuple[dict[str, Any], Path]:
             "takes images and student as they are"
         ) from None
     view, (_, curves) = SetView(job), metrics_of(job)
+    if png is not None:
+        pictures = gallery(view, job.recipe.classes, class_names(job.recipe, prepared.data))
+        if pictures is not None:
+            png.parent.mkdir(parents=True, exist_ok=True)
+            gallery_png(pictures, png)
     if found is not None:
         return found, write(job, found, view, curves, prepared.data)
     page = write_gallery(job, view, curves, prepared.data)
