@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -207,14 +207,6 @@ class _Session:
     def __init__(self, began: float) -> None:
         self.whole, self.synthesis, self.distillation = _Span(), _Span(), _Span()
         self.whole.begin(began)
-
-
-def run_stats(metrics: Iterable[Mapping[str, Any]], *, job: str, training: str) -> RunStats:
-    """The totals of all ``metrics``."""
-    reader = StatsReader(job=job, training=training)
-    for event in metrics:
-        reader.add(event)
-    return reader.stats()
 
 
 def finite(value: JSON) -> JSON:

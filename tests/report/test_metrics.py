@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from raydfkd.report.metrics import run_stats
+from raydfkd.report.metrics import StatsReader
 
 SESSION = {"event": "session", "job": "this", "training": "student"}
 UNIT = {"event": "unit", "images": 10}
@@ -20,7 +20,10 @@ def synthesized(time):
 
 
 def stats(*metrics, job="this", training="student"):
-    return run_stats(metrics, job=job, training=training)
+    reader = StatsReader(job=job, training=training)
+    for event in metrics:
+        reader.add(event)
+    return reader.stats()
 
 
 def test_sessions_of_a_run_add_up_and_the_time_between_them_does_not_count():
@@ -72,3 +75,11 @@ def test_metrics_before_the_first_session_or_none_at_all_are_nothing():
 def test_session_that_was_killed_before_its_first_commit_has_made_no_images_for_no_time():
     found = stats(at(0, SESSION), synthesized(1), at(9, {"event": "objective"}))
     assert (found.seconds, found.synthesis_seconds) == (9, 0)
+
+
+def test_images_of_the_student_are_those_of_its_last_entry():
+    entries = [at(time, STEP, snapshot_images=images) for time, images in ((1, 10), (2, 40))]
+    other = at(3, STEP, training="other", snapshot_images=99)
+    assert stats(at(0, SESSION), *entries, other).student_images == 40
+    assert stats(at(0, SESSION), *entries, at(4, STEP)).student_images == 40, "of an entry that does not say"
+    assert stats(at(0, SESSION), other).student_images is None
