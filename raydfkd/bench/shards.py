@@ -49,9 +49,9 @@ def bench_shards(
                 yield from _bench_feeding(Path(folder), transfer_set, batch, rounds, feeders)
 
 
-def random_batch(count: int, size: int) -> SyntheticBatch:
+def random_batch(count: int, size: int, *, seed: int = 0) -> SyntheticBatch:
     """Noise of three channels with labels and logits."""
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(seed)
     return SyntheticBatch(
         images=torch.randint(0, 256, (count, 3, size, size), generator=rng, dtype=torch.uint8),
         labels=torch.randint(0, CLASSES, (count,), generator=rng),

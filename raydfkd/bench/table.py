@@ -49,6 +49,12 @@ class Row:
     """Share of its time that the device waits."""
     ratio_raw: Spread | None = None
     """Ratio to the raw library."""
+    seconds: float | None = None
+    """Duration of something that is done once."""
+    requests: int | None = None
+    """Requests to an object store that it took."""
+    bytes: int | None = None
+    """Size of what came of it."""
     note: str = ""
 
     def to_json(self, **about: str) -> str:

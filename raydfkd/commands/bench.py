@@ -76,6 +76,18 @@ def bench_student(as_json: AsJson = False, rounds: Rounds = 5, device: Device = 
     return _print_rows(measure(rounds=rounds, device=device), device, is_json=as_json)
 
 
+@bench.command("set")
+def bench_set(
+    as_json: AsJson = False,
+    units: Annotated[int, typer.Option(min=1, help="Units of the set.")] = 20_000,
+    uri: Annotated[str | None, typer.Option(help="Measure in a new folder there too, as in s3://bucket.")] = None,
+) -> int:
+    """Seconds, requests and bytes that a set of many units costs its readers."""
+    from raydfkd.bench.set import bench_set as measure
+
+    return _print_rows(measure(units=units, uri=uri), "cpu", is_json=as_json)
+
+
 @bench.command("quality")
 def bench_quality(  # noqa: PLR0913 - one option each
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Recipe files or packaged recipes.")],

@@ -176,6 +176,10 @@ class TransferSetSource:
         is_asked = self._rank == 0
         return self._agree(self._planner.end_early(self._epoch, self._step, snapshot) if is_asked else None)
 
+    def plan(self, snapshot: Snapshot) -> list[Share]:
+        """This rank's share of each shuffle buffer of this epoch over ``snapshot``, in order; reads nothing."""
+        return [self._share_of(parts, number) for number, parts in enumerate(self._buffers(snapshot))]
+
     def _buffers(self, snapshot: Snapshot) -> list[list[Part]]:
         """The parts in this epoch's order, cut where a buffer is full.
 
@@ -202,8 +206,7 @@ class TransferSetSource:
         # Shares are planned from row counts alone, so that buffers that were used up are skipped unread.
         # Then one thread reads buffer after buffer while the batches of the one before are taken from memory.
         shares, first_steps = [], []
-        for number, parts in enumerate(self._buffers(snapshot)):
-            share = self._share_of(parts, number)
+        for share in self.plan(snapshot):
             if skip < share.split.steps:
                 shares.append(share)
                 first_steps.append(skip)
@@ -213,10 +216,10 @@ class TransferSetSource:
                 for step in range(first, share.split.steps):
                     yield self._batch(window, order, share.split, step, snapshot.images)
 
-    def _share_of(self, parts: list[Part], number: int) -> _Share:
+    def _share_of(self, parts: list[Part], number: int) -> Share:
         total = sum(part.rows for part in parts)
         steps = max(1, min(-(-total // self._batch_size), total // self._world_size))
-        split = _Split(total=total, steps=steps, ranks=self._world_size)
+        split = Split(total=total, steps=steps, ranks=self._world_size)
         begin, end = split.first_row(self._rank), split.first_row(self._rank + 1)
         pieces, first = [], 0
         for part in parts:
@@ -224,9 +227,9 @@ class TransferSetSource:
             if low < high:
                 pieces.append(Piece(part, low - first, high - first))
             first += part.rows
-        return _Share(number=number, pieces=pieces, split=split)
+        return Share(number=number, pieces=pieces, split=split)
 
-    def _read_all(self, shares: list[_Share], snapshot: Snapshot) -> Generator[tuple[ShuffleBuffer, Tensor]]:
+    def _read_all(self, shares: list[Share], snapshot: Snapshot) -> Generator[tuple[ShuffleBuffer, Tensor]]:
         """For each share its rows and their order; rows that cannot be read have others in their place."""
         for share in shares:
             window = self._window(share, snapshot)
@@ -235,7 +238,7 @@ class TransferSetSource:
             order = torch.randperm(count, generator=self._rng("rows", share.number, self._rank))
             yield window, order % len(window)
 
-    def _window(self, share: _Share, snapshot: Snapshot) -> ShuffleBuffer:
+    def _window(self, share: Share, snapshot: Snapshot) -> ShuffleBuffer:
         def read(part: Part) -> StoredRows | None:
             try:
                 return self._transfer_set.read(part)
@@ -263,7 +266,7 @@ class TransferSetSource:
         logger.info("the student trains on without unit %s", commit.unit)
 
     def _batch(
-        self, window: ShuffleBuffer, order: Tensor, split: _Split, step: int, snapshot_images: int
+        self, window: ShuffleBuffer, order: Tensor, split: Split, step: int, snapshot_images: int
     ) -> StudentBatch:
         first, end = split.taken(step, self._rank), split.taken(step + 1, self._rank)
         rows = window.take(order[first:end], pin_memory=self._pin_memory)
@@ -325,7 +328,7 @@ class SnapshotSource(TransferSetSource):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Split:
+class Split:
     """The rows of a shuffle buffer, split into steps as equal as can be, and each step among the ranks.
 
     A rank's rows of all steps lie side by side, so that it reads few parts.
@@ -357,10 +360,10 @@ class _Split:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Share:
+class Share:
     """One rank's part of a shuffle buffer."""
 
     number: int
     """Number of the buffer in the epoch."""
     pieces: list[Piece]
-    split: _Split
+    split: Split
