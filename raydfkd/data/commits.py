@@ -172,7 +172,7 @@ class Snapshot:
 
     @cached_property
     def packed(self) -> bytes:
-        """The snapshot in some 90 bytes a unit of one part, for checkpoints and other processes; without the commits' curves."""
+        """The snapshot without curves, for checkpoints and other processes: some 90 bytes a unit of one part."""
         commits = tuple(replace(commit, curve=()) if commit.curve else commit for commit in self.commits)
         return zlib.compress(_COMMITS.dump_json(commits), level=1)
 

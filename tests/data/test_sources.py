@@ -3,12 +3,14 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 
 from raydfkd.data import set_source as sources
 from raydfkd.data.batches import SyntheticBatch
+from raydfkd.data.commits import Snapshot
 from raydfkd.data.epochs import Epoch, EpochLog
 from raydfkd.data.set_source import GrowingSource
 from raydfkd.data.shards import StoredRows
@@ -337,6 +339,16 @@ def test_closed_set_without_an_image_ends_the_iteration(tmp_path):
     assert list(source) == []
 
 
+@pytest.mark.parametrize("spec", [{"kind": "growing", "wait_for": 8}, {"kind": "snapshot"}])
+def test_set_that_is_closed_for_a_shorter_plan_is_waited_for(tmp_path, spec):
+    """Plans of different length share a set, and the shorter one ends first."""
+    rows = Rows(tmp_path)
+    rows.write(4)
+    rows.set.close("f" * 16)
+    (source,) = rows.sources(planned=8, on_wait=lambda: rows.write(4), **spec)
+    assert next(iter(source)).snapshot_images == 8
+
+
 def test_snapshot_source_waits_for_the_whole_plan(tmp_path):
     rows = Rows(tmp_path)
     rows.write(4)
@@ -659,6 +671,91 @@ def test_batch_of_an_epoch_that_is_resumed_wants_as_many_images_as_before(tmp_pa
     batches = [next(stream) for _ in range(3)]
     stream.close()
     assert [(batch.snapshot_images, batch.wanted_images) for batch in batches] == [(24, 4), (24, 4), (32, 32)]
+
+
+def test_log_of_epochs_is_small_and_is_written_where_something_is_decided(tmp_path, monkeypatch):
+    rows, put = Rows(tmp_path), Store.put
+    rows.write(40)
+    written = []
+    monkeypatch.setattr(
+        Store, "put", lambda self, path, data: written.append((path, len(data))) or put(self, path, data)
+    )
+    log = EpochLog(Store(str(tmp_path / "run")), "t" * 64)
+    units = frozenset(f"u{number:05d}" for number in range(20_000)) | EVERY_UNIT
+    (source,) = rows.sources(
+        wait_for=1, planned=1000, refresh_steps=2, epochs=log, units=units, batch_size=4, on_wait=lambda: None
+    )
+    stream = iter(source)
+    taken(stream, 10)
+    taken(stream, 3)
+    begun, kept = "epochs-tttttttttttttttt/000000.begun.json", "epochs-tttttttttttttttt/000000.kept.json"
+    assert [path for path, _ in written] == [
+        begun,
+        *[kept] * 5,
+        begun.replace("00.b", "01.b"),
+        kept.replace("00.k", "01.k"),
+    ]
+    sizes = dict(written)
+    assert sizes[begun] < 4096, "20,100 units"
+    assert sizes[kept] < 64
+
+
+def test_epoch_over_as_large_a_set_as_any_is_planned_in_linear_time(tmp_path):
+    rows = Rows(tmp_path)
+    rows.write(4)
+    (made,) = rows.set.snapshot().commits
+    (source,) = rows.sources()
+    (part,) = made.parts
+
+    class Counted(int):
+        """A number of rows that is looked at a number of times."""
+
+        looks = 0
+
+        def __radd__(self, other):
+            Counted.looks += 1
+            return int(self) + other
+
+        __add__ = __radd__
+
+    commits = tuple(
+        replace(made, unit=f"u{number:05d}", parts=(replace(part, path=f"parts/{number}", rows=Counted(10)),))
+        for number in range(5000)
+    )
+    shares = source.plan(Snapshot(commits))
+    assert sum(share.split.total for share in shares) == 50_000
+    assert Counted.looks <= 5 * 5000
+
+
+@pytest.mark.parametrize(
+    ("image_bytes", "buffer_rows"), [(3 * 32 * 32, 65536), (3 * 64 * 64, 65536), (3 * 224 * 224, 7133), (2**24, 64)]
+)
+def test_shuffle_buffer_of_large_images_has_fewer_rows(tmp_path, image_bytes, buffer_rows):
+    rows = Rows(tmp_path)
+    rows.write(4)
+    (made,) = rows.set.snapshot().commits
+    (part,) = made.parts
+    parts = tuple(replace(part, path=f"parts/{number}", rows=1) for number in range(70_000))
+    (source,) = rows.sources(image_bytes=image_bytes)
+    shares = source.plan(Snapshot((replace(made, images=70_000, parts=parts),)))
+    assert shares[0].split.total == buffer_rows
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_every_buffer_is_split_into_full_steps_whose_ranks_differ_by_one_image(ranks):
+    for total in range(ranks, 60):
+        for steps in range(1, total // ranks + 1):
+            split = sources.Split(total=total, steps=steps, ranks=ranks)
+            sizes = [
+                [split.taken(step + 1, rank) - split.taken(step, rank) for rank in range(ranks)]
+                for step in range(steps)
+            ]
+            assert [sum(step) for step in sizes] == [split.size(step) for step in range(steps)]
+            assert {split.size(step) for step in range(steps)} <= {total // steps, -(-total // steps)}
+            assert all(max(step) - min(step) <= 1 <= max(step) and min(step) >= 1 for step in sizes)
+            shares = [split.first_row(rank + 1) - split.first_row(rank) for rank in range(ranks)]
+            assert sum(shares) == total
+            assert max(shares) - min(shares) <= 1
 
 
 def test_ranks_agree_in_the_thread_that_trains(tmp_path):

@@ -5,6 +5,7 @@ import math
 import pickle
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -153,6 +154,23 @@ def test_abandoned_attempt_leaves_nothing(transfer_set, make_batch):
     filled(transfer_set.open(UNITS[0]), make_batch(9)).abandon()
     assert transfer_set.store.list("parts") == []
     assert transfer_set.committed() == set()
+
+
+@pytest.mark.parametrize("is_alive", [False, True])
+def test_parts_of_the_attempt_that_was_gone_on_from_are_deleted_unless_it_was_first(is_alive, transfer_set, make_batch):
+    batches = [make_batch(5), make_batch(3)]
+    old, new = (transfer_set.open(UNITS[0], attempt=attempt) for attempt in (1, 2))
+    old.write(batches[0])
+    new.load_state_dict(old.state_dict())
+    (inherited,) = set(transfer_set.store.list("parts")) & {part.path for part in old._parts}
+    if is_alive:
+        filled(old, batches[1]).commit(seconds=1.0)
+    else:
+        old.release()
+    made = filled(new, batches[1]).commit(seconds=1.0)
+    assert (inherited in [part.path for part in made.parts]) == is_alive
+    assert transfer_set.store.list("parts") == sorted(part.path for part in made.parts)
+    assert made.content == rows_digest(batches)
 
 
 def test_unit_without_images_is_not_committed(transfer_set):
@@ -666,6 +684,23 @@ def test_snapshot_survives_its_json_and_pickling(transfer_set, make_batch):
     snapshot = transfer_set.snapshot()
     assert Snapshot.from_json(snapshot.to_json()) == snapshot
     assert pickle.loads(pickle.dumps(transfer_set)).snapshot() == snapshot
+    assert Snapshot.unpacked(snapshot.packed) == snapshot
+
+
+def test_packed_snapshot_leaves_curves_out_and_is_small(transfer_set, make_batch):
+    transfer_set.store.put("commits/r000-c0000-0000.json", OLD_RECORD)
+    made = replace(commit(transfer_set, UNITS[1], make_batch(2)), unit="r000-c0001-0001")
+    (old,) = transfer_set.snapshot(within=["r000-c0000-0000"]).commits
+    assert old.curve
+    assert Snapshot.unpacked(Snapshot((old, made)).packed).commits == (replace(old, curve=()), made)
+    many = [replace(old, unit=f"r{number:05d}", curve=({"step": 1.0, "total": 0.1},) * 300) for number in range(2000)]
+    assert len(Snapshot(tuple(many)).packed) < 2000 * 100
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", zlib.compress(b"{}"), zlib.compress(b"[1]")])
+def test_what_is_no_packed_snapshot_is_refused(data):
+    with pytest.raises(ValueError, match="not a packed snapshot|Input should be"):
+        Snapshot.unpacked(data)
 
 
 OLD_RECORD = (

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,6 +100,42 @@ def test_a_run_survives_a_killed_worker_makes_the_set_that_one_process_makes_and
     assert 0 <= report["agreement"] <= 1
     saved = safetensors.torch.load_file(job.recipe.run_dir + "/student.safetensors")
     assert all(torch.equal(saved[name], student[name]) for name in student)
+
+
+class Says(Listener):
+    """Notes what a run says, and the steps of its student."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.steps: list[float] = []
+
+    def say(self, topic: str, text: str) -> None:
+        self.lines.append(text)
+
+    def student(self, entry: Mapping[str, float]) -> None:
+        self.steps.append(entry["step"])
+
+
+@pytest.mark.cluster
+def test_damage_that_two_training_workers_find_restarts_neither(ray_cluster, tmp_path):
+    """More damaged parts than a group of workers may fail in a row."""
+    from raydfkd.distributed.executor import RayExecutor
+
+    job = open_job(small_recipe(tmp_path, "runtime.student_workers={min: 2, max: 2}", "distill.batch_size=40",
+                                "distill.holdout=0", "runtime.cpus_per_student_worker=0.5"))  # fmt: skip
+    synthesize_here(job, quiet_events(tmp_path))
+    commits = job.snapshot().commits
+    broken = commits[: job.recipe.runtime.max_losses + 3]
+    for commit in broken:
+        for part in commit.parts:
+            job.transfer_set.store.put(part.path, b"damaged")
+    says = Says()
+    student = RayExecutor().distill(job, job.phases[0], open_teacher(job.recipe), Events(says))
+    assert student
+    assert says.steps[-1] == 40
+    assert not [line for line in says.lines if "fail" in line or "resume" in line or "again" in line]
+    assert job.transfer_set.damaged() == {commit.unit for commit in broken}
+    assert job.snapshot().commits == commits[len(broken) :]
 
 
 def test_a_mistake_that_only_a_worker_can_see_reaches_the_user_as_it_is(ray_cluster, tmp_path):
