@@ -952,8 +952,8 @@ def test_damage_that_the_training_finds_is_reported_and_the_same_command_makes_u
 ):
     close = TransferSet.close
 
-    def close_and_rot(transfer_set, plan, quarantined):
-        close(transfer_set, plan, quarantined)
+    def close_and_rot(transfer_set, plan, given_up):
+        close(transfer_set, plan, given_up)
         monkeypatch.undo()
         (part,) = (raydfkd.folder / "out/transfer_set/parts").glob(f"{UNITS[0]}-*")
         part.write_bytes(part.read_bytes()[:-1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from toy import quiet_events, run_here, toy_recipe, training_of, worker_of
+from toy import quiet_events, run_here, synthesize_here, toy_recipe, training_of, worker_of
 
 from raydfkd.distillation.training import note_training
 from raydfkd.job import job_of, open_job
@@ -86,6 +86,35 @@ def test_each_phase_leaves_out_what_is_held_out_of_the_whole_plan(tmp_path):
     run_here(job, quiet_events(tmp_path))
     entries = [entry for entry in read_metrics(tmp_path / "metrics.jsonl") if entry["event"] == "student"]
     assert [entry["snapshot_images"] for entry in entries] == [24, 24, 24, 36, 36, 36]
+
+
+def test_run_of_a_shorter_plan_leaves_the_set_open_for_a_longer_one(tmp_path):
+    short, long = (open_job(toy_recipe(tmp_path, [f"transfer_set.images_per_class={images}"])) for images in (6, 12))
+    assert short.digest == long.digest, "they share a set"
+    synthesize_here(short, quiet_events(tmp_path))
+    assert (short.is_closed, long.is_closed) == (True, False)
+    long.begin_synthesis()
+    assert short.is_closed
+    assert synthesize_here(short, quiet_events(tmp_path)).attempted == 0
+    assert not long.is_closed, "who makes nothing closes nothing that others are making"
+    synthesize_here(long, quiet_events(tmp_path))
+    assert short.is_closed
+    assert long.is_closed
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["rounds=2", "synthesis.objective=[cross_entropy, {term: competition, weight: 5}]"]],
+    ids=["one phase", "two phases"],
+)
+def test_training_waits_for_the_end_of_the_plan_that_its_phase_is_made_for_held_out_units_included(tmp_path, overrides):
+    job = open_job(toy_recipe(tmp_path, ["distill.holdout=0.3", "transfer_set.images_per_class=12", *overrides]))
+    assert job.held_out
+    for phase in job.phases:
+        feed = training_of(job, phase)._feed(None, training_of(job).trainer._device)
+        synthesize_here(job, quiet_events(tmp_path), phase)
+        assert job.transfer_set.is_closed(feed.plan)
+    assert job.is_closed
 
 
 @pytest.mark.parametrize("override", SAME_STUDENT)

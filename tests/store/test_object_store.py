@@ -14,6 +14,7 @@ import torch
 from s3_server import KEY, SECRET, S3Server
 
 from raydfkd.data.garbage import collect_garbage
+from raydfkd.data.news import Watch
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.errors import RecipeError
 from raydfkd.store import retry as failures
@@ -188,6 +189,42 @@ def test_records_of_a_large_set_on_s3_are_fetched_at_once(place):
     first, begun = time.monotonic() - begun, time.monotonic()
     assert transfer_set.snapshot().units == tuple(units)
     assert time.monotonic() - begun < first
+
+
+def test_s3_object_that_may_have_so_many_bytes_takes_one_request_also_where_it_is_empty(place, monkeypatch):
+    from aiobotocore.client import AioBaseClient  # noqa: PLC0415 - optional
+
+    store = Store(*place)
+    for name, data in (("empty", b""), ("small", b"1234"), ("large", b"12345" * 100)):
+        store.put(name, data)
+    made, make = [], AioBaseClient._make_api_call
+    monkeypatch.setattr(AioBaseClient, "_make_api_call", lambda *args: made.append(args[1]) or make(*args))
+    assert store.get("small", at_most=4) == b"1234"
+    assert made == ["GetObject"]
+    assert store.get("empty", at_most=4) == b""
+    with pytest.raises(ValueError, match="more than 4 bytes"):
+        store.get("large", at_most=4)
+    with pytest.raises(FileNotFoundError, match="missing does not exist"):
+        store.get("missing", at_most=4)
+    assert set(made) == {"GetObject"}
+
+
+def test_look_for_news_of_a_set_on_s3_takes_one_request(place, make_batch, monkeypatch):
+    from aiobotocore.client import AioBaseClient  # noqa: PLC0415 - optional
+
+    uri, options = place
+    transfer_set = TransferSet(uri, digest="d", storage_options=options)
+    transfer_set.create()
+    watch = Watch(transfer_set.store, transfer_set.progress)
+    watch.news()
+    made, make = [], AioBaseClient._make_api_call
+    monkeypatch.setattr(AioBaseClient, "_make_api_call", lambda *args: made.append(args[1]) or make(*args))
+    assert watch.news() is None
+    assert made == ["GetObject"]
+    sink = transfer_set.open(UNIT)
+    sink.write(make_batch(6))
+    sink.commit(seconds=1.0)
+    assert watch.news().committed == {UNIT.id}
 
 
 def test_wrong_s3_credentials_are_refused_without_showing_them(place):

@@ -48,6 +48,18 @@ def test_view_has_the_bytes_of_the_object_even_after_it_is_replaced(content, uri
     assert bytes(view) == content
 
 
+def test_object_is_read_up_to_the_bytes_that_it_may_have_and_refused_beyond(uri):
+    store = Store(uri)
+    for data in (b"", b"1234"):
+        store.put("a", data)
+        assert store.get("a", at_most=4) == data
+    store.put("a", b"12345")
+    with pytest.raises(ValueError, match="it has more than 4 bytes"):
+        store.get("a", at_most=4)
+    with pytest.raises(FileNotFoundError, match="missing does not exist"):
+        store.get("missing", at_most=4)
+
+
 def test_view_of_a_missing_object_names_it(uri):
     with pytest.raises(FileNotFoundError, match=re.escape(f"{uri}/folder/a.json does not exist")):
         Store(uri).view("folder/a.json")
