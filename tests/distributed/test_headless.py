@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from clusters import Head, started_head
+from clusters import Head, free_port, started_head
 
 JOBS = Path(__file__).parents[2] / "jobs"
 NODES = {
@@ -61,7 +61,9 @@ def joined(head: Head, *, gpus: int, resources: dict[str, int]) -> Iterator[None
     """A node of two CPUs with GPUs by name only."""
     command = [str(Path(sys.executable).parent / "ray"), "start", "--block", f"--address={head.address}"]
     command += ["--num-cpus=2", f"--num-gpus={gpus}", f"--resources={json.dumps(resources)}"]
-    node = subprocess.Popen(command, env=head.environment, stdout=subprocess.PIPE, text=True)
+    command += [f"--dashboard-agent-listen-port={free_port()}"]
+    environment = {**head.environment, "RAY_AUTH_MODE": "token"}
+    node = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         assert node.stdout is not None
         assert any("Ray runtime started" in line for line in node.stdout), "the node has ended"
