@@ -343,7 +343,7 @@ class DistillSpec(Spec):
     steps: Positive
     """Optimiser steps."""
     batch_size: Positive = 128
-    """Images per step over all train workers."""
+    """Images per step over all train workers at most; a little fewer where a buffer does not divide evenly."""
     criterion: Criterion
     """Distance between student and teacher."""
     optimizer: OptimizerSpec

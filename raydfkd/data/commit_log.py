@@ -81,7 +81,8 @@ class CommitLog:
                     self._known[commit.unit] = commit
             unknown = self._unknown_of(wanted, live)
         list(in_threads(lambda unit: self._fetch_if_there(unit, live[unit]), unknown, threads=FETCHES))
-        commits = {unit: self._known[unit] for unit in wanted if self._knows(unit, live[unit])}
+        known = {unit: self._known_of(unit, live[unit]) for unit in wanted}
+        commits = {unit: commit for unit, commit in known.items() if commit is not None}
         if len(unknown) >= PACK:
             self._packs.write([commits[unit] for unit in unknown if unit in commits])
         return Snapshot(tuple(commits.values()))
@@ -164,10 +165,11 @@ class CommitLog:
         return self._store.exists(f"quarantine/{_name(unit, generation)}")
 
     def _unknown_of(self, wanted: Set[str], live: Mapping[str, int]) -> list[str]:
-        return sorted(unit for unit in wanted if not self._knows(unit, live[unit]))
+        return sorted(unit for unit in wanted if self._known_of(unit, live[unit]) is None)
 
-    def _knows(self, unit: str, generation: int) -> bool:
-        return unit in self._known and self._known[unit].generation == generation
+    def _known_of(self, unit: str, generation: int) -> Commit | None:
+        commit = self._known.get(unit)
+        return commit if commit is not None and commit.generation == generation else None
 
     def _fetch_if_there(self, unit: str, generation: int) -> Commit | None:
         try:
@@ -177,8 +179,9 @@ class CommitLog:
 
     def _fetch(self, unit: str, generation: int) -> Commit | None:
         """The commit of that name; None if the object is not a commit, and then it is marked damaged."""
-        if self._knows(unit, generation):
-            return self._known[unit]
+        known = self._known_of(unit, generation)
+        if known is not None:
+            return known
         path = f"commits/{_name(unit, generation)}"
         try:
             commit = self._parsed(path)

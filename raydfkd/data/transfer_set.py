@@ -244,9 +244,11 @@ class TransferSet:
 
     def _read_once(self, part: Part) -> StoredRows:
         try:
-            data = self.store.view(part.path)
+            data = self.store.view(part.path, at_most=part.bytes)
         except FileNotFoundError:
             raise DamagedError(self.store.uri, part.path, "does not exist, but was committed") from None
+        except ValueError as error:
+            raise DamagedError(self.store.uri, part.path, f"is damaged: {error}, which were committed") from None
         found = xxhash.xxh3_128_hexdigest(data)
         if found != part.xxh3:
             problem = f"is damaged: {len(data)} bytes with XXH3 {found[:12]}"

@@ -49,8 +49,8 @@ class Folder(Protocol):
         """Read a file whole, or its beginning where it has more than ``at_most`` bytes."""
         ...
 
-    def view(self, path: str) -> bytes | mmap.mmap:
-        """Read a file that is never changed, mapped into memory where that can be."""
+    def view(self, path: str, at_most: int | None) -> bytes | mmap.mmap:
+        """Read a file that is never changed as ``get`` does, or map all of it into memory where that can be."""
         ...
 
     def exists(self, path: str) -> bool:
@@ -103,7 +103,7 @@ class LocalFolder(Folder):
             return file.read(-1 if at_most is None else at_most)
 
     @override
-    def view(self, path: str) -> bytes | mmap.mmap:
+    def view(self, path: str, at_most: int | None) -> bytes | mmap.mmap:
         with (self._root / path).open("rb") as file:
             if not os.fstat(file.fileno()).st_size:
                 return b""  # which cannot be mapped
@@ -199,8 +199,8 @@ class ObjectFolder(Folder):
         return data
 
     @override
-    def view(self, path: str) -> bytes:
-        return self.get(path, None)
+    def view(self, path: str, at_most: int | None) -> bytes:
+        return self.get(path, at_most)
 
     @override
     def exists(self, path: str) -> bool:

@@ -23,6 +23,7 @@ from raydfkd.store.retry import is_transient, patiently
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+Data = TypeVar("Data", bytes, bytes | mmap.mmap)
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """Extra of raydfkd that installs a protocol's file system."""
 _PROBE_ATTEMPTS = 3
@@ -99,18 +100,22 @@ class Store:
             ValueError: it has more bytes.
         """
         data = self._do("read", path, partial(self._folder.get, path, None if at_most is None else at_most + 1))
-        if at_most is not None and len(data) > at_most:
-            raise ValueError(f"it has more than {at_most:,} bytes")
-        return data
+        return _within_size(data, at_most)
 
-    def view(self, path: str) -> bytes | mmap.mmap:
+    def view(self, path: str, *, at_most: int | None = None) -> bytes | mmap.mmap:
         """Read as ``get`` does, for objects that are never changed: a local one is mapped, not copied into memory.
+
+        Args:
+            path: of the object.
+            at_most: bytes that it may have; None for any number.
 
         Raises:
             FileNotFoundError: there is none of that name.
             StoreError: it cannot be read.
+            ValueError: it has more bytes.
         """
-        return self._do("read", path, partial(self._folder.view, path))
+        data = self._do("read", path, partial(self._folder.view, path, None if at_most is None else at_most + 1))
+        return _within_size(data, at_most)
 
     def exists(self, path: str) -> bool:
         """Whether there is an object of that name now.
@@ -235,6 +240,12 @@ class Store:
             if protocol in EXTRAS:
                 remedy = f"pip install 'raydfkd[{EXTRAS[protocol]}]'"
         return RecipeError(f"{key} is {self.uri}: {problem} ({self._explain(error)}); {remedy}")
+
+
+def _within_size(data: Data, at_most: int | None) -> Data:
+    if at_most is not None and len(data) > at_most:
+        raise ValueError(f"it has more than {at_most:,} bytes")
+    return data
 
 
 def _probe_name() -> str:

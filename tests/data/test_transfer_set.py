@@ -387,7 +387,10 @@ def test_set_at_a_place_that_cannot_be_written_is_refused():
         TransferSet("/proc/x", digest=DIGEST).create()
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data.replace(b"PAR1", b"PAR2"), lambda _: b""])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[:-1], lambda data: data.replace(b"PAR1", b"PAR2"), lambda _: b"", lambda data: 2 * data],
+)
 def test_damaged_part_is_named(damage, transfer_set, make_batch):
     (part,) = commit(transfer_set, UNITS[0], make_batch(4)).parts
     transfer_set.store.put(part.path, damage(transfer_set.store.get(part.path)))
