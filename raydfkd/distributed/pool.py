@@ -26,9 +26,10 @@ from raydfkd.distributed.lookout import Lookout
 from raydfkd.distributed.machines import is_there
 from raydfkd.distributed.patience import Patience
 from raydfkd.distributed.ray_internals import node_of
-from raydfkd.errors import RecipeError, RunError, last_line
+from raydfkd.errors import RecipeError, last_line
 from raydfkd.job import Job
 from raydfkd.runner.events import Events
+from raydfkd.runner.setbacks import Setbacks
 from raydfkd.runner.signals import Interruption
 from raydfkd.store.errors import OutageError
 from raydfkd.units import UnitProgress, UnitQueue, WorkUnit
@@ -42,10 +43,6 @@ FINISH_S = 6.0
 """How long units in work may still finish once the run is interrupted; after that they are left, their state saved."""
 LEAVE_S = 10.0
 """When workers are ended that have neither finished nor left by then."""
-OUTAGE_S = 1800.0
-"""How long the store may be out of reach before the run ends."""
-QUIET_S = 300.0
-"""After so long without news of an outage it was over."""
 MAX_STILLBORN = 5
 """Workers in a row that die while they are built, on machines that are there, after which it is not the machines."""
 FIRST_PAUSE_S, MOST_PAUSE_S = 0.5, 60.0
@@ -105,7 +102,7 @@ class SynthesisPool:
         self._pause_s = self._next_birth = 0.0
         self._patience = Patience()
         self._lookout = Lookout(job)
-        self._outage = (float("-inf"), float("-inf"))
+        self._setbacks = Setbacks(events)
         self._next_question = time.monotonic()
 
     def run(self, queue: UnitQueue, on_tick: Callable[[], None], interruption: Interruption) -> None:
@@ -209,7 +206,7 @@ class SynthesisPool:
             cause = _cause(error)
             ray.kill(worker.actor)
             if isinstance(cause, OutageError):
-                self._wait_for_store(cause)
+                self._setbacks.store_failed(cause)
             else:
                 self._pause(last_line(cause))
                 if self._cannot_go_on or not self._calls:  # else it may be that machine alone
@@ -256,7 +253,7 @@ class SynthesisPool:
         except RayTaskError as error:
             self._hear(worker, queue)
             if not was_silent:
-                self._failed(unit, _cause(error), queue)
+                self._setbacks.unit_failed(unit, _cause(error), queue)
             worker.num_failures += 1
         else:
             self._hear(worker, queue)
@@ -280,28 +277,6 @@ class SynthesisPool:
             commit = Commit.from_json(record)
             self._job.transfer_set.remember(commit)
             self._events.committed(commit, running=queue.num_running)
-
-    def _failed(self, unit: WorkUnit, cause: Exception, queue: UnitQueue) -> None:
-        logger.debug("unit %s failed", unit.id, exc_info=cause)
-        if isinstance(cause, OutageError):  # which the unit can do nothing about
-            queue.lost(unit, preempted=True)
-            self._wait_for_store(cause)
-            return
-        failure = queue.failed(unit, f"{type(cause).__name__}: {cause}")
-        self._events.failed(failure, is_final=queue.is_given_up(unit))
-        if queue.lasting_failure:
-            raise RunError(f"{queue.lasting_failure}; mend that, and the same command goes on from there")
-
-    def _wait_for_store(self, outage: OutageError) -> None:
-        """Let the run go on without its store for a while."""
-        now = time.monotonic()
-        began, last = self._outage
-        if now - last > QUIET_S:
-            began = now
-            self._events.say("store", f"{outage}; going on as soon as it can")
-        elif now - began > OUTAGE_S:
-            raise outage
-        self._outage = (began, now)
 
     def _lost(self, worker: _Worker, unit: WorkUnit, error: Exception, queue: UnitQueue) -> None:
         # Of several units that were lost with a machine at most one can be to blame, and nobody knows which.
@@ -336,7 +311,7 @@ class SynthesisPool:
         try:
             self._lookout.tell(queue)
         except OutageError as outage:
-            self._wait_for_store(outage)
+            self._setbacks.store_failed(outage)
 
     # How far they are
 

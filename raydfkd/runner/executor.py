@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pkgutil
-import time
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -14,15 +13,10 @@ from raydfkd.distillation.training import note_training
 from raydfkd.job import Job, SynthesisOutcome
 from raydfkd.networks.teacher import Teacher
 from raydfkd.runner.events import Events
-from raydfkd.store.errors import OutageError
 from raydfkd.units import Phase
 
 EXECUTORS = {"local": "raydfkd.runner.local:LocalExecutor", "ray": "raydfkd.distributed.executor:RayExecutor"}
 """Module and class of each executor; named rather than imported, since the one for Ray imports this package."""
-OUTAGE_S = 1800.0
-"""Seconds that the store may be out of reach before the run ends."""
-QUIET_S = 300.0
-"""Seconds without news of an outage after which it was over."""
 
 
 class Executor(Protocol):
@@ -45,31 +39,6 @@ def executor_of(recipe: Recipe) -> Executor:
     """The executor that the recipe names."""
     executor: Executor = pkgutil.resolve_name(EXECUTORS[recipe.runtime.executor])()
     return executor
-
-
-class Outages:
-    """The outages of a run's store: the run goes on through each for up to ``OUTAGE_S``, and says so once.
-
-    Nobody waits here: each operation of the store that fails has waited for about a minute itself.
-    """
-
-    def __init__(self, events: Events) -> None:
-        self._events = events
-        self._began = self._last = float("-inf")
-
-    def bear(self, outage: OutageError) -> None:
-        """Take note of an operation that failed.
-
-        Raises:
-            OutageError: the store has been out of reach for too long.
-        """
-        now = time.monotonic()
-        if now - self._last > QUIET_S:
-            self._began = now
-            self._events.say("store", f"{outage}; going on as soon as it can")
-        elif now - self._began > OUTAGE_S:
-            raise outage
-        self._last = now
 
 
 def tell_of_new_training(job: Job, events: Events) -> None:

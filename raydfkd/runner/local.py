@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from functools import partial
 
@@ -15,7 +14,8 @@ from raydfkd.distillation.training import StudentCheckpoint, StudentTraining, fo
 from raydfkd.job import Job, SynthesisOutcome
 from raydfkd.networks.teacher import Teacher
 from raydfkd.runner.events import Events
-from raydfkd.runner.executor import Executor, Outages, one_after_the_other, tell_of_new_training
+from raydfkd.runner.executor import Executor, one_after_the_other, tell_of_new_training
+from raydfkd.runner.setbacks import Setbacks
 from raydfkd.runner.signals import Interruption
 from raydfkd.store.errors import OutageError
 from raydfkd.synthesis.build import generator_maker
@@ -23,7 +23,6 @@ from raydfkd.synthesis.checkpoint import Interrupted
 from raydfkd.synthesis.worker import SynthesisWorker
 from raydfkd.units import Phase, UnitQueue
 
-logger = logging.getLogger(__name__)
 FINISH_S = 6.0
 """Seconds that the unit in work has to finish once the run is interrupted; after that its checkpoint is saved."""
 
@@ -50,8 +49,8 @@ class LocalExecutor(Executor):
             should_stop=lambda: interruption.seconds >= FINISH_S,
             on_progress=events.progressed,
         )
-        outages = Outages(events)
-        while not queue.is_drained or not self._is_over(job, queue, outages):
+        setbacks = Setbacks(events)
+        while not queue.is_drained or not self._is_over(job, queue, setbacks):
             if interruption.is_requested:
                 raise KeyboardInterrupt
             unit = queue.take()
@@ -61,23 +60,18 @@ class LocalExecutor(Executor):
                 commit = worker.run(unit, queue.attempt_of(unit))
             except Interrupted:
                 raise KeyboardInterrupt from None
-            except OutageError as outage:  # which the unit can do nothing about
-                queue.lost(unit, preempted=True)
-                outages.bear(outage)
             except Exception as error:  # the edge of a unit: whatever it was, the other units are made
-                logger.debug("unit %s failed", unit.id, exc_info=True)
-                failure = queue.failed(unit, f"{type(error).__name__}: {error}")
-                events.failed(failure, is_final=queue.is_given_up(unit))
+                setbacks.unit_failed(unit, error, queue)
             else:
                 queue.finished(unit)
                 events.committed(commit, running=queue.num_running)
 
-    def _is_over(self, job: Job, queue: UnitQueue, outages: Outages) -> bool:
+    def _is_over(self, job: Job, queue: UnitQueue, setbacks: Setbacks) -> bool:
         """Whether nothing is left once others' work and damage are known too; False while nobody can tell."""
         try:
             news = job.news(at_once=True)
         except OutageError as outage:
-            outages.bear(outage)
+            setbacks.store_failed(outage)
             return False
         if news is not None:
             job.catch_up(queue, news)

@@ -249,7 +249,7 @@ def test_store_that_is_out_of_reach_costs_no_attempt(ray_cluster, tmp_path, monk
 def test_store_that_stays_out_of_reach_ends_the_run(ray_cluster, tmp_path, monkeypatch):
     (tmp_path / "told").touch()
     job = job_of(tmp_path, "teacher.network=deadly:build_cut_off", f"teacher.options={{told: {tmp_path / 'told'}}}")
-    monkeypatch.setattr("raydfkd.distributed.pool.OUTAGE_S", 0.0)
+    monkeypatch.setattr("raydfkd.runner.setbacks.OUTAGE_S", 0.0)
     with pytest.raises(OutageError, match="x.parquet cannot be written"):
         pool_of(job).run(job.begin_synthesis(), lambda: None, Interruption())
 

@@ -14,13 +14,13 @@ from raydfkd.checkpoints import checkpoint_bytes
 from raydfkd.data.batches import SyntheticBatch
 from raydfkd.data.sink import ParquetSink
 from raydfkd.distillation.training import StudentCheckpoint, StudentTraining, outdated
+from raydfkd.errors import RunError
 from raydfkd.job import Job, open_job
 from raydfkd.report.metrics import MetricsLog, read_metrics
-from raydfkd.runner import executor
 from raydfkd.runner.events import Events, MetricsWriter
 from raydfkd.runner.progress import Display
 from raydfkd.store import retry
-from raydfkd.store.errors import DamagedError, OutageError
+from raydfkd.store.errors import DamagedError, OutageError, StoreError
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS
 from raydfkd.synthesis.worker import SynthesisWorker
 
@@ -329,11 +329,27 @@ def test_store_that_is_away_when_all_seems_done_is_waited_for(faulty_job, monkey
 
 def test_outage_that_lasts_ends_the_synthesis(faulty_job, monkeypatch):
     job, faults = faulty_job
-    monkeypatch.setattr(executor, "OUTAGE_S", 0.0)
+    monkeypatch.setattr("raydfkd.runner.setbacks.OUTAGE_S", 0.0)
     events = StoreGoesAndComes(faults, monkeypatch)
     with pytest.raises(OutageError, match="tried again and again"):
         synthesize_here(job, events)
     assert events.num_outages == 2
+
+
+def test_failure_that_is_the_same_for_every_unit_ends_the_run_after_a_few(tmp_path, monkeypatch):
+    job = open_job(toy_recipe(tmp_path, ["transfer_set.images_per_class=30"]))
+    tried = []
+
+    def full(worker, unit, attempt):
+        tried.append(unit.id)
+        raise StoreError(f"/sets/a/parts/{unit.id}-{len(tried)}.parquet cannot be written (No space left on device)")
+
+    monkeypatch.setattr("raydfkd.synthesis.worker.SynthesisWorker.run", full)
+    with pytest.raises(
+        RunError, match=r"5 units in a row failed alike .*\(No space left on device\)"
+    ):
+        synthesize_here(job, Events())
+    assert len(tried) == len(set(tried)) == 5 < len(job.units)
 
 
 def saying(folder):
