@@ -36,6 +36,8 @@ class Mutant:
 SET, GC, SOURCES = "tests/data/test_transfer_set.py", "tests/data/test_garbage.py", "tests/data/test_sources.py"
 RESUME, LOCAL, JOB = "tests/synthesis/test_resume.py", "tests/runner/test_local.py", "tests/test_job.py"
 SHARDS, UNITS, SECURITY = "tests/data/test_shards.py", "tests/test_units.py", "tests/data/test_security.py"
+PATIENCE, LOOKOUT = "tests/distributed/test_patience.py", "tests/distributed/test_lookout.py"
+SHARING, POOL = "tests/distributed/test_sharing.py", "tests/distributed/test_pool.py"
 BUFFER, VERSIONS = "tests/data/test_shuffle_buffer.py", "tests/data/test_student_versions.py"
 
 MUTANTS = (
@@ -137,7 +139,22 @@ MUTANTS = (
     Mutant("checkpoints.py", "weights_only=True", "weights_only=False", "tests/test_checkpoints.py"),
     Mutant("distillation/training.py", "if phase is None or images >= state", "if True or images >= state", LOCAL),
     Mutant("runner/local.py", "            forget_epochs(job)\n", "", LOCAL),
-    Mutant("runner/local.py", "except OutageError as outage:  # which", "except EOFError as outage:  # which", LOCAL),
+    # setbacks, the pool and the training beside it
+    Mutant("runner/setbacks.py", "if isinstance(error, OutageError):", "if False:", LOCAL),
+    Mutant("runner/setbacks.py", "if queue.lasting_failure:", "if False:", LOCAL),
+    Mutant("units.py", "                self._losses[unit_id] = 0\n", "                pass\n", UNITS),
+    Mutant("units.py", "        self._alike.clear()\n", "", UNITS),
+    Mutant("distributed/patience.py", "max(LEAST_S, self._times * self._longest_s)", "LEAST_S", PATIENCE),
+    Mutant("distributed/patience.py", "self._longest_s > 0 and ", "", PATIENCE),
+    Mutant("distributed/lookout.py", "max(LOOK_EVERY_S, SHARE * (now - self._began))", "LOOK_EVERY_S", LOOKOUT),
+    Mutant("distributed/lookout.py", "if queue.is_drained:  # whatever", "if False:  # whatever", LOOKOUT),
+    Mutant("distributed/sharing.py", "elif now - self._was_at_work > STARVED_S:", "elif False:", SHARING),
+    Mutant("distributed/sharing.py", "if self._pool.is_at_work or not self._training.is_waiting:", "if True:", SHARING),
+    Mutant("distributed/pool.py", "if self._cannot_go_on or not self._calls:", "if True:", POOL),
+    Mutant("distributed/pool.py", "if self._cannot_go_on or not self._calls:", "if False:", POOL),
+    Mutant("distributed/pool.py", "                worker.is_silent = True\n", "", POOL),
+    Mutant("distributed/pool.py", "range(num_workers - max(self._bounds.min, queue.num_open))", "range(0)", POOL),
+    Mutant("distributed/pool.py", "min(self._bounds.max, queue.num_open) - num_workers", "self._bounds.max", POOL),
 )
 
 
@@ -168,7 +185,7 @@ def verdict(mutant: Mutant, folder: Path) -> str:
             "-p",
             "no:cacheprovider",
             "-m",
-            "not ray and not cluster",
+            "not cluster",
         ]
         done = subprocess.run(
             [*command, *mutant.tests.split()],

@@ -345,9 +345,7 @@ def test_failure_that_is_the_same_for_every_unit_ends_the_run_after_a_few(tmp_pa
         raise StoreError(f"/sets/a/parts/{unit.id}-{len(tried)}.parquet cannot be written (No space left on device)")
 
     monkeypatch.setattr("raydfkd.synthesis.worker.SynthesisWorker.run", full)
-    with pytest.raises(
-        RunError, match=r"5 units in a row failed alike .*\(No space left on device\)"
-    ):
+    with pytest.raises(RunError, match=r"5 units in a row failed alike .*\(No space left on device\)"):
         synthesize_here(job, Events())
     assert len(tried) == len(set(tried)) == 5 < len(job.units)
 
