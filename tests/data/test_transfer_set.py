@@ -422,7 +422,7 @@ def test_part_that_is_no_parquet_is_named(transfer_set, make_batch):
 def test_part_damaged_on_its_way_is_read_again(transfer_set, make_batch, monkeypatch):
     (part,) = commit(transfer_set, UNITS[0], make_batch(4)).parts
     view, answers = transfer_set.store.view, [lambda data: bytes(data)[:-1], bytes]
-    monkeypatch.setattr(transfer_set.store, "view", lambda path: answers.pop(0)(view(path)))
+    monkeypatch.setattr(transfer_set.store, "view", lambda path, **limit: answers.pop(0)(view(path, **limit)))
     assert len(transfer_set.read(part)) == 4
 
 
