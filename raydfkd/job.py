@@ -24,6 +24,9 @@ from raydfkd.networks.teacher import Teacher, open_teacher
 from raydfkd.seeds import derive_seed
 from raydfkd.units import Failure, Phase, UnitQueue, WorkUnit
 
+NEWS_REST = 20
+"""A set is not listed for news again for so many times what it took: the driver knows its own workers' commits."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -135,7 +138,7 @@ class Job:
 
     @cached_property
     def _watch(self) -> Watch[Progress]:
-        return Watch(self.transfer_set.store, self.transfer_set.progress)
+        return Watch(self.transfer_set.store, self.transfer_set.progress, rest=NEWS_REST)
 
     def end_synthesis(self, queue: UnitQueue) -> SynthesisOutcome:
         """Say in the set that no more units of the queue's plan will come; plans that share the set are let be."""

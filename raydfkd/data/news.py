@@ -38,16 +38,19 @@ class Watch(Generic[T]):
     Args:
         store: of the set.
         look: lists the set.
+        rest: pause after a look, in times of what it took; news has to wait for its end. For those who look while their
+            own writers renew the token all the time.
     """
 
-    def __init__(self, store: Store, look: Callable[[], T]) -> None:
+    def __init__(self, store: Store, look: Callable[[], T], *, rest: int = 0) -> None:
         self._store = store
         self._look = look
+        self._rest = rest
         self._token = b""
-        self._known_until = float("-inf")
+        self._known_until = self._rests_until = float("-inf")
 
     def news(self, *, at_once: bool = False) -> T | None:
-        """The result of a look; None where nothing has changed, which takes one request however large the set is.
+        """The result of a look; None where nothing has changed, which takes one request at most, however large the set.
 
         Args:
             at_once: whether to look in any case.
@@ -55,13 +58,16 @@ class Watch(Generic[T]):
         Raises:
             StoreError: the store failed; the next call looks again.
         """
-        token = self._read()
         begun = time.monotonic()
+        if begun < self._rests_until and not at_once:
+            return None
+        token = self._read()
         if token == self._token and begun < self._known_until and not at_once:
             return None
         found = self._look()
         ended = time.monotonic()
         self._token, self._known_until = token, ended + max(LOOK_ANYWAY_S, LOOK_ANYWAY_TIMES * (ended - begun))
+        self._rests_until = ended + self._rest * (ended - begun)
         return found
 
     def _read(self) -> bytes:

@@ -64,6 +64,7 @@ class LocalExecutor(Executor):
                 setbacks.unit_failed(unit, error, queue)
             else:
                 queue.finished(unit)
+                job.transfer_set.remember(commit)
                 events.committed(commit, running=queue.num_running)
 
     def _is_over(self, job: Job, queue: UnitQueue, setbacks: Setbacks) -> bool:

@@ -95,6 +95,25 @@ def test_commit_whose_writer_died_before_it_told_is_found_after_a_while(writer, 
     assert watch.news().committed == {made.unit}
 
 
+def test_look_that_took_long_is_followed_by_a_long_rest(writer, make_batch, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(news.time, "monotonic", lambda: clock[0])
+
+    def look():
+        clock[0] += 6.0
+        return writer.progress()
+
+    watch = Watch(writer.store, look, rest=20)
+    watch.news()
+    made = commit(writer, UNITS[0], make_batch)
+    clock[0] = 125.0
+    assert watch.news() is None
+    assert watch.news(at_once=True).committed == {made.unit}
+    commit(writer, UNITS[1], make_batch)
+    clock[0] += 121.0
+    assert len(watch.news().committed) == 2
+
+
 def test_attempt_that_finds_its_unit_committed_tells_for_a_writer_that_died(writer, watch, make_batch, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr("raydfkd.data.commit_log.tell_of_change", lambda store: None)
