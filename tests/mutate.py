@@ -146,7 +146,7 @@ MUTANTS = (
     Mutant("units.py", "        self._alike.clear()\n", "", UNITS),
     Mutant("distributed/patience.py", "max(LEAST_S, self._times * self._longest_s)", "LEAST_S", PATIENCE),
     Mutant("distributed/patience.py", "self._longest_s > 0 and ", "", PATIENCE),
-    Mutant("distributed/lookout.py", "max(LOOK_EVERY_S, SHARE * (now - self._began))", "LOOK_EVERY_S", LOOKOUT),
+    Mutant("distributed/lookout.py", "time.monotonic() + LOOK_EVERY_S", "time.monotonic()", LOOKOUT),
     Mutant("distributed/lookout.py", "if queue.is_drained:  # whatever", "if False:  # whatever", LOOKOUT),
     Mutant("distributed/sharing.py", "elif now - self._was_at_work > STARVED_S:", "elif False:", SHARING),
     Mutant("distributed/sharing.py", "if self._pool.is_at_work or not self._training.is_waiting:", "if True:", SHARING),

@@ -11,9 +11,7 @@ from raydfkd.job import Job
 from raydfkd.units import UnitQueue
 
 LOOK_EVERY_S = 5.0
-"""Seconds between looks at what others have committed to the set or taken out of it, where they are quick."""
-SHARE = 20
-"""A look that takes long is followed by a pause of so many times its duration."""
+"""Seconds between looks at what others have committed to the set or taken out of it."""
 
 
 class Lookout:
@@ -26,7 +24,7 @@ class Lookout:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._look: Future[Progress | None] | None = None
-        self._began = self._next = time.monotonic()
+        self._next = time.monotonic()
 
     def tell(self, queue: UnitQueue) -> None:
         """Tell the queue what is known by now; where it is drained, look once more and wait for that.
@@ -50,7 +48,6 @@ class Lookout:
             except BaseException as error:
                 look.set_exception(error)
 
-        self._began = time.monotonic()
         threading.Thread(target=run, name="lookout", daemon=True).start()  # nobody waits for it once the run is over
         return look
 
@@ -59,7 +56,6 @@ class Lookout:
         try:
             news = look.result()
         finally:
-            now = time.monotonic()
-            self._next = now + max(LOOK_EVERY_S, SHARE * (now - self._began))
+            self._next = time.monotonic() + LOOK_EVERY_S
         if news is not None:
             self._job.catch_up(queue, news)
