@@ -326,6 +326,10 @@ def test_folder_of_a_user_who_is_not_there_is_refused(key):
     assert refused("digits-generators", {key: value}).startswith(f"{key} is '{value}': there is no such home folder")
 
 
+def test_no_classes_at_all_are_refused_by_the_key():
+    assert refused("digits-generators", ["transfer_set.classes=[]"]).startswith("transfer_set.classes is []: ")
+
+
 def test_tilde_that_yaml_takes_for_nothing_is_no_folder_called_none():
     assert refused("digits-generators", ["run_dir=~"]) == "run_dir is null: input should be a valid string"
 

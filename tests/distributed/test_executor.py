@@ -143,10 +143,11 @@ def test_a_mistake_that_only_a_worker_can_see_reaches_the_user_as_it_is(ray_clus
     from raydfkd.errors import RecipeError
 
     job = open_job(small_recipe(tmp_path))
-    wrong = job.recipe.model_copy(update={"runtime": job.recipe.runtime.model_copy(update={"device": "cuda"})})
-    job = replace(job, recipe=wrong)
-    with pytest.raises(RecipeError, match=r"runtime.device is 'cuda', but this machine has no CUDA device"):
-        RayExecutor().synthesize(job, job.phases[0], open_teacher(job.recipe), Events())
+    teacher = open_teacher(job.recipe)
+    elsewhere = job.recipe.teacher.model_copy(update={"weights": "/on/the/head.pt"})
+    job = replace(job, recipe=job.recipe.model_copy(update={"teacher": elsewhere}))
+    with pytest.raises(RecipeError, match=r"teacher.weights is '/on/the/head.pt': no such file"):
+        RayExecutor().synthesize(job, job.phases[0], teacher, Events())
 
 
 def test_weights_that_changed_under_a_run_stop_its_workers(ray_cluster, tmp_path):
