@@ -94,7 +94,7 @@ MUTANTS = (
     Mutant("data/shards.py", "if schema.equals(expected, check_metadata=True):", "if True:", f"{SHARDS} {SECURITY}"),
     Mutant("data/shuffle_buffer.py", "picked[begin:end] - first", "picked[begin:end]", BUFFER),
     # garbage
-    Mutant("data/garbage.py", "if entry.path not in named and _unit_of", "if _unit_of", GC),
+    Mutant("data/garbage.py", "for entry in by_unit[unit][0] if entry.path not in named]", "for entry in []]", GC),
     Mutant("data/garbage.py", "and _unit_of(_PART, entry) not in resumable", "", GC),
     Mutant("data/garbage.py", "if all(_is_old(e, latest) for e in entries)", "if True", GC),
     Mutant("data/garbage.py", "        commit = transfer_set.commit_of(unit)\n", "        commit = None\n", GC),
@@ -171,41 +171,44 @@ def mutated(mutant: Mutant) -> str:
 
 
 def verdict(mutant: Mutant, folder: Path) -> str:
-    """Whether one of its tests fails in a copy of the repository at ``folder``, which is as before afterwards."""
+    """Whether one of its tests fails in a copy of the repository at ``folder``, and passes without the mutant there."""
     module = folder / "raydfkd" / mutant.module
     whole = module.read_text()
     try:
         module.write_text(mutated(mutant))
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-x",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-m",
-            "not cluster",
-        ]
-        done = subprocess.run(
-            [*command, *mutant.tests.split()],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
+        failed = first_failure(folder, mutant.tests.split())
     except ValueError as error:
         return f"ERROR ({error})"
     except subprocess.TimeoutExpired:
         return "killed (by the clock)"
     finally:
         module.write_text(whole)
-    failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return (
-        "SURVIVED" if done.returncode == 0 else f"killed by {failed[0]}" if failed else f"ERROR ({done.stdout[-300:]})"
+    if failed is None:
+        return "SURVIVED"
+    if first_failure(folder, [failed]) is not None:
+        return f"ERROR ({failed} fails without the mutant too)"
+    return f"killed by {failed}"
+
+
+def first_failure(folder: Path, tests: list[str]) -> str | None:
+    """The first of ``tests`` that fails in the copy at ``folder``; None where all pass.
+
+    Raises:
+        ValueError: they cannot be run.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", "not cluster", *tests],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "400"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
     )
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    if done.returncode and not lines:
+        raise ValueError(done.stdout[-300:])
+    return lines[0].partition(" ")[2].partition(" - ")[0] if lines else None
 
 
 def main(words: list[str]) -> int:

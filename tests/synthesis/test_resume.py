@@ -158,6 +158,15 @@ def test_attempt_that_is_alive_after_all_and_the_one_that_went_on_from_its_state
     assert torch.equal(torch.cat([job.transfer_set.read(part).images for part in commit.parts]), joined(batches).images)
 
 
+def test_parts_of_the_attempt_that_was_gone_on_from_are_removed_with_the_commit(tmp_path):
+    job = job_of(tmp_path, "generator", "synthesis.steps=6", "synthesis.emissions=3", "transfer_set.part_rows=1")
+    with pytest.raises(Interrupted):
+        worker_of(job, after=5).run(job.units[0])
+    assert objects(job, "parts") != []
+    commit = worker_of(job).run(job.units[0])
+    assert objects(job, "parts") == sorted(part.path for part in commit.parts)
+
+
 def test_state_of_an_attempt_that_failed_is_not_gone_on_from(tmp_path, monkeypatch):
     job = job_of(tmp_path, "generator", "runtime.checkpoint_every=1")
     worker = worker_of(job)
