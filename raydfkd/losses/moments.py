@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from typing import Literal
 
 import torch
@@ -60,38 +62,49 @@ class BatchNormMoments(Term):
     @override
     def forward(self, view: View) -> Tensor:
         assert view.teacher.moments, "bn_moments needs BatchNorm layers"
-        layers = [self._distance(layer) for layer in view.teacher.moments]
-        layers[0] = layers[0] * self._first_layer_scale
-        total = torch.stack(layers).sum()
+        layers = [layer.pooled() if self._scope == "batch" else layer for layer in view.teacher.moments]
+        distances = self._distances(layers)
+        total = distances.sum() + (self._first_layer_scale - 1) * distances[0]
         return total / len(layers) if self._form == "kl" else total
 
-    def _distance(self, layer: LayerMoments) -> Tensor:
-        if self._scope == "batch":
-            layer = layer.pooled()
+    def _distances(self, layers: Sequence[LayerMoments]) -> Tensor:
+        """The distance of each of L layers [L], a mean over groups.
+
+        The channels of all layers are worked on side by side: a GPU takes as long for one layer's few as for all.
+        """
+        mean, var = torch.cat([layer.mean for layer in layers], 1), torch.cat([layer.var for layer in layers], 1)
+        running_mean = torch.cat([layer.running_mean for layer in layers])
+        stored = torch.cat([layer.running_var for layer in layers])
+        sums = _layer_of_channel(tuple(len(layer.running_var) for layer in layers), mean.device)
+        means = sums / sums.sum(0)
         if self._form == "kl":
-            return _gaussian_kl(layer).mean()
-        spread, stored = layer.var, layer.running_var
+            floor = torch.cat([_floor(layer.running_var).expand_as(layer.running_var) for layer in layers])
+            return _gaussian_kl(mean - running_mean, var + floor, stored + floor).mean(0) @ means
         if self._statistic == "std":
-            spread, stored = (spread + 1e-8).sqrt(), (stored + 1e-8).sqrt()
-        differences = (layer.mean - layer.running_mean, spread - stored)
+            var, stored = (var + 1e-8).sqrt(), (stored + 1e-8).sqrt()
+        squares = torch.stack([mean - running_mean, var - stored]).square()
         if self._form == "squared":
-            return sum((difference.square().mean() for difference in differences), start=spread.new_zeros(()))
-        return sum(
-            (torch.linalg.vector_norm(difference, dim=1).mean() for difference in differences),
-            start=spread.new_zeros(()),
-        )
+            return (squares @ means).mean(1).sum(0)
+        return (squares @ sums).clamp_min(1e-30).sqrt().mean(1).sum(0)  # the root of 0 has no finite gradient
 
 
-def _gaussian_kl(layer: LayerMoments) -> Tensor:
-    """KL(N(mean, var) || N(running_mean, running_var)) [G, C] in nats.
+@cache
+def _layer_of_channel(channels: tuple[int, ...], device: torch.device) -> Tensor:
+    """One-hot [sum of channels, L]: the layer of each channel; a product with it adds up what belongs to a layer."""
+    layers = torch.eye(len(channels)).repeat_interleave(torch.tensor(channels), 0)
+    return layers.to(device)
 
-    Both variances are raised by a thousandth of the median stored variance of the layer's live channels: those that
-    training left dead have a stored variance of almost nothing, and would otherwise outweigh all others. Not of the
-    mean, which a single loud channel raises until a collapse of the others costs nothing.
+
+def _gaussian_kl(shift: Tensor, var: Tensor, stored: Tensor) -> Tensor:
+    """KL(N(shift, var) || N(0, stored)) in nats, element by element."""
+    return 0.5 * ((stored / var).log() + (var + shift.square()) / stored - 1)
+
+
+def _floor(stored: Tensor) -> Tensor:
+    """What is added to both variances of a layer: a thousandth of the median stored one of its live channels.
+
+    Channels that training left dead have a stored variance of almost nothing, and would otherwise outweigh all others.
+    Not of the mean, which a single loud channel raises until a collapse of the others costs nothing.
     """
-    stored = layer.running_var
     is_live = stored > 1e-8 * stored.max()
-    floor = 1e-3 * torch.where(is_live, stored, torch.nan).nanmedian().nan_to_num().clamp_min(1e-12)
-    var, stored = layer.var + floor, layer.running_var + floor
-    shift = (layer.mean - layer.running_mean).square()
-    return 0.5 * ((stored / var).log() + (var + shift) / stored - 1)
+    return 1e-3 * torch.where(is_live, stored, torch.nan).nanmedian().nan_to_num().clamp_min(1e-12)

@@ -260,8 +260,8 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
 def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """``x * scale + shift`` by channel in one pass; a reduced type is computed in float32 and rounded once."""
     if _is_reduced(x):
-        zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
-        return F.batch_norm(x, zeros, ones, scale, shift, training=False, eps=0.0)
+        zeros = torch.zeros_like(scale)
+        return F.batch_norm(x, zeros, zeros, scale, shift, training=False, eps=1.0)  # an eps of 0 is refused
     return torch.addcmul(_per_channel(shift, x), x, _per_channel(scale, x))
 
 
