@@ -122,7 +122,7 @@ def test_batch_that_the_gpu_has_no_memory_for_is_halved(tmp_path, caplog):
     )
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(CUDA).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 1.2e9) / total)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 0.4e9) / total)
     try:
         batches = made_on(CUDA, recipe, unit_of((3, 1), count))
     finally:

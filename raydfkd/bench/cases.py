@@ -42,7 +42,7 @@ class Case:
 
     def steps(self, device: torch.device) -> int:
         """Steps of our loop in one round, enough that what is done once a batch hardly counts."""
-        return 30 if device.type == "cuda" else self.cpu_steps
+        return 200 if device.type == "cuda" else self.cpu_steps
 
 
 CASES: dict[str, Case] = {

@@ -38,6 +38,8 @@ class View:
     """[N, Z], where the images were generated."""
     progress: float = 1.0
     """Share of the optimisation's steps that are made, from 0 to 1."""
+    compiled: bool = False
+    """Whether terms of the package compile what they compute of the images; the teacher is compiled then too."""
 
 
 class Term(nn.Module):

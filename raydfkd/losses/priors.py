@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from raydfkd.losses.objective import TERMS, Term, View
+from raydfkd.networks.compiled import Compiled
 
 
 @TERMS.register("total_variation")
@@ -32,22 +33,9 @@ class TotalVariation(Term):
 
     @override
     def forward(self, view: View) -> Tensor:
-        x = view.images
-        differences = (
-            x[..., :, 1:] - x[..., :, :-1],
-            x[..., 1:, :] - x[..., :-1, :],
-            x[..., 1:, :-1] - x[..., :-1, 1:],
-            x[..., 1:, 1:] - x[..., :-1, :-1],
-        )
-        return sum((self._size(difference) for difference in differences), start=x.new_zeros(()))
-
-    def _size(self, difference: Tensor) -> Tensor:
-        if self._norm == "l1":
-            return difference.abs().mean()
-        if self._norm == "squared":
-            return difference.square().mean()
-        norms: Tensor = torch.linalg.vector_norm(difference.flatten(1), dim=1)
-        return norms.mean()
+        variation = _COMPILED_VARIATION if view.compiled else _variation
+        value: Tensor = variation(view.images, self._norm)
+        return value
 
 
 @TERMS.register("image_l2")
@@ -59,5 +47,29 @@ class ImageL2(Term):
 
     @override
     def forward(self, view: View) -> Tensor:
-        norms: Tensor = torch.linalg.vector_norm(view.images.flatten(1), dim=1)
-        return norms.mean()
+        size = _COMPILED_SIZE if view.compiled else _size
+        value: Tensor = size(view.images)
+        return value
+
+
+def _variation(images: Tensor, norm: str) -> Tensor:
+    differences = (
+        images[..., :, 1:] - images[..., :, :-1],
+        images[..., 1:, :] - images[..., :-1, :],
+        images[..., 1:, :-1] - images[..., :-1, 1:],
+        images[..., 1:, 1:] - images[..., :-1, :-1],
+    )
+    if norm == "l2":
+        return sum((_size(difference) for difference in differences), start=images.new_zeros(()))
+    values = (difference.abs() if norm == "l1" else difference.square() for difference in differences)
+    return sum((value.mean() for value in values), start=images.new_zeros(()))
+
+
+def _size(images: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(images.flatten(1), dim=1)
+    return norms.mean()
+
+
+# Written out, the differences and their gradients are twenty passes over the images, a third of a step on a GPU.
+_COMPILED_VARIATION = Compiled(_variation, name="total_variation")
+_COMPILED_SIZE = Compiled(_size, name="image_l2")

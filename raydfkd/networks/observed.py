@@ -6,7 +6,7 @@ import copy
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Literal
@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from raydfkd.errors import RecipeError
 from raydfkd.networks.answers import logits_of
 from raydfkd.networks.batchnorm import LayerMoments, MomentsTrace, layers_with_statistics, normalize_by_kernel
+from raydfkd.networks.compiled import Compiled
 from raydfkd.networks.input_gradients import FastInputGradients
 from raydfkd.networks.layout import lay_channels_last
 from raydfkd.networks.taps import find_head, layer_at, tap_input, tap_output
 from raydfkd.seeds import rng_from, seeded
 
 logger = logging.getLogger(__name__)
+MODE: str | None = None
+"""Mode of torch.compile for networks."""
 
 
 class Need(Enum):
@@ -129,9 +132,11 @@ class ObservedNetwork:
                 tap_output(layer, tap.path, self._layers, who=self._who(tap))
         self._is_prepared = False
         self._writes_to_input: bool | None = None if frozen else False
-        self._network: Callable[[Tensor], Any] = self._module
-        if compiled:
-            self._network = torch.compile(self._module, fullgraph=True, dynamic=False)
+        self.is_compiled = compiled
+        """Whether it is meant to be compiled, and what is computed along with it."""
+        self._network: Callable[[Tensor], Any] = (
+            Compiled(self._module, name=f"the {name}") if compiled else self._module
+        )
         if image_shape is not None:
             self._prepare(image_shape)
 
@@ -165,7 +170,7 @@ class ObservedNetwork:
         device = images.device.type
         gradients = FastInputGradients() if self._is_frozen and device == "cpu" else nullcontext()
         with self._batchnorm_mode(), gradients, self.precision(device):
-            observation = self._run(images, groups)
+            observation = self._observe(self._network if torch.is_grad_enabled() else self._module, images, groups)
         if images.requires_grad and torch.is_grad_enabled():
             self._refuse_without_gradient(observation)
         return observation
@@ -173,16 +178,6 @@ class ObservedNetwork:
     def precision(self, device: str) -> torch.autocast:
         """The arithmetic that the network computes in on ``device``, for what computes along with it."""
         return torch.autocast(device, self._precision, self._precision != torch.float32)
-
-    def _run(self, images: Tensor, groups: int) -> Observation:
-        if self._network is not self._module and torch.is_grad_enabled():
-            try:
-                return self._observe(self._network, images, groups)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                logger.warning("the %s cannot be compiled (%s); going on without", self._name, reason)
-                self._network = self._module
-        return self._observe(self._module, images, groups)
 
     def _observe(self, network: Callable[[Tensor], Any], images: Tensor, groups: int) -> Observation:
         notes: list[LayerMoments] = []
@@ -218,7 +213,8 @@ class ObservedNetwork:
         if Need.FEATURES in self._taps or self._moments_tap is not None:
             device = next((weight.device for weight in self._module.parameters()), torch.device("cpu"))
             images = torch.randn(2, *image_shape, generator=rng_from(0)).to(device)
-            with seeded(0, device), torch.autocast(device.type, enabled=False), torch.enable_grad():
+            exact = _without_tf32() if device.type == "cuda" else nullcontext()
+            with seeded(0, device), torch.autocast(device.type, enabled=False), exact, torch.enable_grad():
                 if Need.FEATURES in self._taps:
                     self._tap_features(images)
                 if self._moments_tap is not None:
@@ -365,6 +361,14 @@ def _is_close(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same to rounding; what is not finite is somebody else's concern."""
     scale = other.norm()
     return not scale.isfinite() or bool((one - other).norm() <= 1e-3 * scale + 1e-5)
+
+
+def _without_tf32() -> AbstractContextManager[None]:
+    """Convolutions in all of float32: in TF32 an answer differs from itself by more than what is looked for."""
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(
+        enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
+    )
 
 
 def _has_bfloat16(device: torch.device) -> bool:

@@ -73,6 +73,7 @@ class Judge:
             student=None if ask is None else ask(seen),
             latents=latents,
             progress=progress,
+            compiled=self.teacher.is_compiled,
         )
         return view, self.objective(view)
 

@@ -222,6 +222,20 @@ def test_network_that_cannot_be_compiled_goes_on_without_and_says_so_once(caplog
     assert line.endswith("); going on without")
 
 
+def test_network_of_more_shapes_than_are_compiled_goes_on_without(monkeypatch, caplog):
+    def refuse(network, **_):
+        def call(images):
+            raise torch._dynamo.exc.FailOnRecompileLimitHit("recompile_limit reached")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    network, images = batchnorm_teacher(), toy_images(6)
+    observed = ObservedNetwork(network, frozen=True, compiled=True)
+    torch.testing.assert_close(observed(images).logits, network(images))
+    assert warnings_of(caplog) == ["the teacher cannot be compiled (recompile_limit reached); going on without"]
+
+
 @pytest.mark.parametrize("part", ["logits", "moments"])
 def test_gradient_is_right_where_only_the_answer_or_only_the_moments_are_used(teacher, part):
     def value_of(logits, moments):
