@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from toy import SYNTHESIZERS_UNDER_TEST, batchnorm_teacher, joined, toy_images, toy_recipe, unit_of
+from toy import SYNTHESIZERS_UNDER_TEST, batchnorm_teacher, joined, toy_images, toy_recipe, toy_view, unit_of
 
+from raydfkd.bench.cases import CASES, build_teacher, recipe_of
 from raydfkd.bench.generators import GeneratorCase, build_generators, one_by_one_step, stacked_step
 from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
 from raydfkd.config.load import load_recipe
 from raydfkd.distillation.trainer import TrainingHooks
 from raydfkd.distillation.training import StudentTraining
 from raydfkd.job import open_job
+from raydfkd.losses.objective import TERMS
 from raydfkd.networks.observed import Need, ObservedNetwork
 from raydfkd.networks.teacher import open_teacher
 from raydfkd.runner.run import run
@@ -59,6 +62,30 @@ def test_observed_network_says_on_cuda_what_it_says_on_cpu(caplog, compiled, pre
         assert distance(found.mean, wanted.mean) < within
         assert distance(found.var, wanted.var) < within
     assert not [line for line in caplog.records if line.name.startswith("raydfkd")], "it is compiled without a word"
+
+
+def test_deep_network_that_lies_on_the_gpu_is_not_refused_for_the_rounding_of_its_convolutions():
+    recipe = recipe_of(CASES["resnet34-32"], CUDA, precision="bfloat16")
+    teacher = build_teacher(recipe, CUDA)
+    assert torch.backends.cudnn.allow_tf32
+    ObservedNetwork(teacher, taps=frozenset({Need.MOMENTS}), frozen=True, image_shape=(3, 32, 32))
+    assert torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *[("total_variation", {"norm": norm}) for norm in ("l2", "l1", "squared")],
+        ("image_l2", {}),
+    ],
+)
+def test_prior_that_is_compiled_has_the_value_and_gradient_of_the_plain_one(name, options):
+    term, found = TERMS.build(name, options, where="test"), []
+    for compiled in (False, True):
+        images = toy_images(6).detach().to(CUDA).requires_grad_()
+        value = term(replace(toy_view(toy_images(6)), images=images, compiled=compiled))
+        found.append((value.detach(), *torch.autograd.grad(value, images)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
 
 
 def made_on(device, recipe, unit, log=lambda _: None):
