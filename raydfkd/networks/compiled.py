@@ -21,10 +21,9 @@ class Compiled:
     Where it cannot be compiled that is logged once, with ``name``, and it is called as it is from then on.
     """
 
-    def __init__(self, function: Callable[..., Any], *, name: str, mode: str | None = None) -> None:
+    def __init__(self, function: Callable[..., Any], *, name: str) -> None:
         self._function = function
         self._name = name
-        self._mode = mode
         self._compiled: Callable[..., Any] | None = None
         self._is_refused = False
 
@@ -42,5 +41,5 @@ class Compiled:
     def _graph(self) -> Callable[..., Any]:
         if self._compiled is None:  # made late, because it takes seconds to import what compiles
             torch._dynamo.config.recompile_limit = max(VERSIONS, torch._dynamo.config.recompile_limit)
-            self._compiled = torch.compile(self._function, fullgraph=True, dynamic=False, mode=self._mode)
+            self._compiled = torch.compile(self._function, fullgraph=True, dynamic=False)
         return self._compiled

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +14,8 @@ STEM_CHANNELS = 4
 """Input channels up to which a convolution counts as a network's first."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Convolution:
-    """A 2-D convolution by weights that take no gradient."""
+class Convolution(NamedTuple):
+    """A 2-D convolution by weights that take no gradient; a tuple, which compilers can look into."""
 
     weight: Tensor
     """[O, I / groups, kh, kw]."""
@@ -33,7 +31,7 @@ class Convolution:
 
     def to(self, dtype: torch.dtype) -> Convolution:
         """The same with weights of ``dtype``."""
-        return replace(self, weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
+        return self._replace(weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
 
 
 InputGradient = Callable[[Convolution, Tensor, tuple[int, int]], Tensor]

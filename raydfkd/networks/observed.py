@@ -24,8 +24,6 @@ from raydfkd.networks.taps import find_head, layer_at, tap_input, tap_output
 from raydfkd.seeds import rng_from, seeded
 
 logger = logging.getLogger(__name__)
-MODE: str | None = None
-"""Mode of torch.compile for networks."""
 
 
 class Need(Enum):
