@@ -286,7 +286,7 @@ def test_synthesizing_and_distilling_one_after_the_other_makes_the_same_student(
     assert made.json["content_digest"] == report["content_digest"]
     taught = apart.run(command="distill")
     assert taught.code == 0
-    assert taught.json == {"student": "out/student.safetensors", "images": 40}
+    assert taught.json == {"student": "out/student.safetensors", "images": 40, "student_images": 40}
     one, other = (safetensors.torch.load_file(t.folder / "out/student.safetensors") for t in (terminal, apart))
     assert all(torch.equal(one[key], other[key]) for key in one)
 

@@ -165,7 +165,7 @@ class StatsReader:
             session.distillation.end(time)
             self._student_images = event.get("snapshot_images", self._student_images)
         self._attempted += kind in ("unit", "failure", "lost")
-        if kind not in ("synthesis", "training"):  # which only announce a beginning: all the work may be done
+        if kind not in ("synthesis", "training", "worker"):  # which only announce a beginning: all may be done
             session.whole.end(time)
 
     def stats(self) -> RunStats:
