@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,6 +106,22 @@ def test_batch_with_the_stored_moments_has_distance_zero(options):
     )
     assert value_of([equal], **options) == pytest.approx(0, abs=1e-6)
     assert value_of([one], **options) > 0.1
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options.values()))
+def test_layer_that_is_matched_exactly_does_not_spoil_the_gradient_of_another(options):
+    one, other = layer(0, groups=1, channels=5), layer(1, groups=1, channels=3)
+    mean = torch.cat([one.running_mean, other.mean[0]]).requires_grad_()
+    moments = (
+        replace(one, mean=mean[None, :5], var=one.running_var[None]),
+        replace(other, mean=mean[None, 5:]),
+    )
+    seen = Observation(logits=torch.zeros(4, 3), moments=moments)
+    view = View(images=torch.zeros(4, 1, 2, 2), targets=None, teacher=seen, observe=lambda _: seen)
+    (gradient,) = torch.autograd.grad(term(**options)(view), mean)
+    torch.testing.assert_close(gradient[:5], torch.zeros(5), rtol=0, atol=1e-6)
+    assert gradient[5:].isfinite().all()
+    assert gradient[5:].abs().min() > 0
 
 
 def collapsed(stored):
