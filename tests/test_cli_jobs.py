@@ -40,7 +40,7 @@ def test_header_of_a_job_says_its_command(name):
     assert f"#   raydfkd run jobs/{name}" in header or f"#   raydfkd submit jobs/{name}" in header
 
 
-@pytest.mark.parametrize("name", ["spot-64.yaml", "chaos.yaml"])  # the other large ones have the networks of the first
+@pytest.mark.parametrize("name", ["one-gpu.yaml", "chaos.yaml"])  # the other large ones have the networks of the first
 def test_every_part_of_a_job_can_be_built_without_its_files_and_without_a_gpu(name, tmp_path):
     folder = ["--run-dir", str(tmp_path / "run")]
     answer = raydfkd("check", str(JOBS / name), *folder, *sets(*NO_FILES), folder=tmp_path, CUDA_VISIBLE_DEVICES="")
