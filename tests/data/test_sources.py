@@ -673,6 +673,53 @@ def test_batch_of_an_epoch_that_is_resumed_wants_as_many_images_as_before(tmp_pa
     assert [(batch.snapshot_images, batch.wanted_images) for batch in batches] == [(24, 4), (24, 4), (32, 32)]
 
 
+GROWS = {"wait_for": 1, "planned": 1000, "refresh_steps": 2, "on_wait": lambda: None}
+
+
+def epoch_log(folder):
+    return EpochLog(Store(str(folder / "run")), "t" * 64)
+
+
+def test_decision_to_keep_a_snapshot_is_repeated_after_a_kill(tmp_path):
+    rows = Rows(tmp_path)
+    rows.write(80)
+    (killed,) = rows.sources(epochs=epoch_log(tmp_path), **GROWS)
+    stream = iter(killed)
+    taken(stream, 1)
+    state = killed.state_dict()
+    expected = taken(stream, 4)
+    stream.close()
+    rows.write(40)
+    (resumed,) = rows.sources(epochs=epoch_log(tmp_path), **GROWS)
+    resumed.load_state_dict(state)
+    stream = iter(resumed)
+    assert taken(stream, 4) == expected, "looks after steps 2 and 4 found nothing then"
+    assert [next(stream).snapshot_images for _ in range(2)] == [80, 120], "that after step 6 was never made"
+
+
+def test_decision_to_keep_another_epoch_of_that_number_is_none(tmp_path):
+    rows = Rows(tmp_path)
+    rows.write(80)
+    log = epoch_log(tmp_path)
+    log.keep(0, Epoch(first_step=7, plan="", units=""), until=1000)
+    (source,) = rows.sources(epochs=log, **GROWS)
+    stream = iter(source)
+    taken(stream, 1)
+    rows.write(40)
+    assert [next(stream).snapshot_images for _ in range(2)] == [80, 120]
+
+
+def test_epoch_of_another_plan_is_not_gone_on_with(tmp_path):
+    rows = Rows(tmp_path)
+    rows.write(8)
+    log = epoch_log(tmp_path)
+    taken(iter(rows.sources(epochs=log, units=["u000", "u001"], **GROWS)[0]), 1)
+    rows.write(8)
+    for units, images in ((["u000", "u001"], 8), (["u000", "u001", "u002"], 16)):
+        (source,) = rows.sources(epochs=log, units=units, **GROWS)
+        assert next(iter(source)).snapshot_images == images
+
+
 def test_log_of_epochs_is_small_and_is_written_where_something_is_decided(tmp_path, monkeypatch):
     rows, put = Rows(tmp_path), Store.put
     rows.write(40)
@@ -680,7 +727,7 @@ def test_log_of_epochs_is_small_and_is_written_where_something_is_decided(tmp_pa
     monkeypatch.setattr(
         Store, "put", lambda self, path, data: written.append((path, len(data))) or put(self, path, data)
     )
-    log = EpochLog(Store(str(tmp_path / "run")), "t" * 64)
+    log = epoch_log(tmp_path)
     units = frozenset(f"u{number:05d}" for number in range(20_000)) | EVERY_UNIT
     (source,) = rows.sources(
         wait_for=1, planned=1000, refresh_steps=2, epochs=log, units=units, batch_size=4, on_wait=lambda: None
