@@ -209,7 +209,7 @@ class SynthesisPool:
                 self._setbacks.store_failed(cause)
             else:
                 self._pause(last_line(cause))
-                if self._cannot_go_on or not self._calls:  # else it may be that machine alone
+                if self._cannot_go_on or not (self._calls or self._idle):  # else it may be that machine alone
                     raise cause from None
         else:
             worker.node = place.node
@@ -251,10 +251,11 @@ class SynthesisPool:
             self._await_again(worker, error)
             return
         except RayTaskError as error:
+            cause = _cause(error)
             self._hear(worker, queue)
             if not was_silent:
-                self._setbacks.unit_failed(unit, _cause(error), queue)
-            worker.num_failures += 1
+                self._setbacks.unit_failed(unit, cause, queue)
+            worker.num_failures += not isinstance(cause, OutageError)
         else:
             self._hear(worker, queue)
             self._pass_on(work.news, queue)
