@@ -24,7 +24,8 @@ _MARK, _MARK_BYTES = "changed", 64
 def tell_of_change(store: Store) -> None:
     """Say that the set has changed, once the change is there to be seen; a store that fails is let be."""
     with contextlib.suppress(StoreError):  # the change itself is made, and who looks finds it a little later
-        store.put(_MARK, uuid4().hex.encode())
+        # once: Google's store takes one write a second of an object, and no worker is to wait for its turn
+        store.put(_MARK, uuid4().hex.encode(), attempts=1)
 
 
 class Watch(Generic[T]):

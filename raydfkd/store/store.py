@@ -68,13 +68,18 @@ class Store:
         """The URI without any password in it, for messages."""
         return redacted(self._location)
 
-    def put(self, path: str, data: bytes) -> None:
+    def put(self, path: str, data: bytes, *, attempts: int | None = None) -> None:
         """Write an object, replacing one of the same name; readers see the old bytes or the new ones.
+
+        Args:
+            path: of the object.
+            data: its content.
+            attempts: how often to try; as often as about a minute allows unless given.
 
         Raises:
             StoreError: it cannot be written; on local disks nothing of it is left.
         """
-        self._do("written", path, partial(self._folder.put, path, data))
+        self._do("written", path, partial(self._folder.put, path, data), attempts)
 
     def put_new(self, path: str, data: bytes) -> bool:
         """Write an object unless there is one of that name; of several racing writers one gets True.
@@ -205,10 +210,10 @@ class Store:
         finally:
             self._patiently("deleted", name, partial(folder.delete, name))
 
-    def _do(self, act: str, path: str, call: Callable[[], T]) -> T:
+    def _do(self, act: str, path: str, call: Callable[[], T], attempts: int | None = None) -> T:
         _check(path)
         try:
-            return self._patiently(act, path, call)
+            return self._patiently(act, path, call, attempts)
         except Exception as error:  # every file system has errors of its own
             if isinstance(error, FileNotFoundError) and act != "written" and not is_missing_bucket(error):
                 raise FileNotFoundError(f"{self.uri}/{path} does not exist") from None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import uuid
+
 import pytest
+from faulty import PLANS, Faults
 
 from raydfkd.data import news
 from raydfkd.data.news import Watch
@@ -33,7 +36,7 @@ def requests(monkeypatch):
     """Names of the operations that any store is asked for."""
     made, do = [], Store._do
     monkeypatch.setattr(
-        Store, "_do", lambda self, act, path, call: made.append((act, path)) or do(self, act, path, call)
+        Store, "_do", lambda self, act, path, *how: made.append((act, path)) or do(self, act, path, *how)
     )
     return made
 
@@ -158,3 +161,10 @@ def test_set_that_is_found_closed_is_listed_after_its_last_commit(writer, watch,
     made = commit(writer, UNITS[0], make_batch)
     writer.close("plan")
     assert watch.news().committed == {made.unit}
+
+
+def test_store_that_throttles_writes_of_one_object_keeps_no_writer_waiting():
+    plan = uuid.uuid4().hex
+    faults = PLANS[plan] = Faults(refused=1.0)
+    news.tell_of_change(Store(f"faulty://{plan}/set", {"plan": plan}))
+    assert faults.counts["refused"] == 1
