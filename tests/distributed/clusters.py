@@ -164,3 +164,18 @@ def processes(environment: Mapping[str, str], command: bytes) -> list[int]:
             if (process / "cmdline").read_bytes().startswith(command) and mark in (process / "environ").read_bytes():
                 found.append(int(process.name))
     return found
+
+
+def node_of(process: int) -> str:
+    """Id of the node whose raylet is the parent of a worker's process; "" for one that has ended."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        parent = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]
+        for argument in Path(f"/proc/{parent}/cmdline").read_bytes().split(b"\0"):
+            if argument.startswith(b"--node_id="):
+                return argument.partition(b"=")[2].decode()
+    return ""
+
+
+def workers_of(node: str, environment: Mapping[str, str], title: bytes) -> list[int]:
+    """Processes of a node whose command line begins with ``title``."""
+    return [process for process in processes(environment, title) if node_of(process) == node]

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from clusters import COMMAND, cluster, processes
+from clusters import COMMAND, cluster, processes, workers_of
 
 from raydfkd.config.load import load_recipe
 from raydfkd.job import open_job
@@ -76,14 +76,6 @@ def test_training_gives_its_room_to_the_synthesis_that_lost_its_own(tmp_path):
         run = Run(tmp_path / "run", environment)
         run.wait_for("a commit", run.job.transfer_set.committed)
         run.wait_for("the training", lambda: processes(environment, b"ray::RayTrainWorker"))
-        at_work = node_at_work(environment)
-        nodes.kill(next(node for node in both if node == at_work))
+        nodes.kill(next(node for node in both if workers_of(node, environment, b"ray::SynthesisActor")))
         run.report()
         assert "gives its room to the synthesis" in run.said()
-
-
-def node_at_work(environment: dict[str, str]) -> str:
-    """Id of the node on which an actor works, which its process tells in its own command line's environment."""
-    (process,) = processes(environment, b"ray::SynthesisActor.run")
-    content = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
-    return next(entry.partition(b"=")[2].decode() for entry in content if entry.startswith(b"RAY_NODE_ID="))

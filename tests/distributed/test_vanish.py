@@ -6,12 +6,13 @@ Run by make test-cluster; some minutes.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from clusters import COMMAND, Nodes, cluster, processes
+from clusters import COMMAND, Nodes, cluster, workers_of
 from toy import quiet_events, synthesize_here
 
 from raydfkd.config.load import load_recipe
@@ -20,18 +21,23 @@ from raydfkd.job import open_job
 pytestmark = pytest.mark.cluster
 
 JOB = Path(__file__).parents[2] / "jobs" / "chaos.yaml"
-ACTOR = b"ray::SynthesisActor"
 PER_NODE = 6
 PATIENCE_S = 900.0
+UNITS = 1000
 SETTINGS = (
-    "transfer_set.images_per_class=1000",
-    "synthesis.steps=60",
-    f"runtime.workers={{min: 0, max: {2 * PER_NODE}}}",
+    f"transfer_set.images_per_class={2 * UNITS}",
+    "distill.source.wait_for=2000",
+    f"runtime.workers={{min: 0, max: {3 * PER_NODE}}}",
     "runtime.cpus_per_worker=0",
     "runtime.resources_per_worker={synth: 1}",
     "runtime.cpus_per_student_worker=0.5",
     "runtime.max_losses=5",
 )
+
+
+def settings(*, pause: float) -> tuple[str, ...]:
+    synthesis = f"{{synthesizer: 'patient:Patient', pause: {pause}, objective: [cross_entropy]}}"
+    return (f"synthesis={synthesis}", *SETTINGS)
 
 
 class Machines:
@@ -47,21 +53,20 @@ class Machines:
         self._there.append(self._nodes.add(synth=PER_NODE))
 
     def oldest_vanishes(self) -> None:
-        self._vanish(self._there.pop(0))
+        """While each of its workers is at work."""
+        self._vanish(self._there.pop(0), b"ray::SynthesisActor.run")
 
     def newest_vanishes_while_its_workers_are_built(self) -> None:
-        before = len(processes(self._environment, ACTOR))
         self.join()
-        until = time.monotonic() + 60
-        while len(processes(self._environment, ACTOR)) < before + PER_NODE and time.monotonic() < until:
-            time.sleep(0.1)
-        self._vanish(self._there.pop())
+        self._vanish(self._there.pop(), b"ray::SynthesisActor")
 
-    def _vanish(self, node: str) -> None:
-        before = set(processes(self._environment, ACTOR))
+    def _vanish(self, node: str, title: bytes) -> None:
+        until = time.monotonic() + 120
+        while (num_workers := len(workers_of(node, self._environment, title))) < PER_NODE - 1:  # one is between units
+            assert time.monotonic() < until, f"{num_workers} workers on the machine that is to vanish"
+            time.sleep(0.1)
+        self.num_lost += len(workers_of(node, self._environment, b"ray::SynthesisActor"))
         self._nodes.kill(node)
-        time.sleep(1.0)
-        self.num_lost += len(before - set(processes(self._environment, ACTOR)))
         self.num_vanished += 1
 
 
@@ -87,14 +92,15 @@ def trouble(machines: Machines):
 
 
 def test_machines_that_vanish_never_end_a_run_and_change_no_byte(tmp_path):
-    alone = open_job(load_recipe(JOB, SETTINGS, str(tmp_path / "alone")))
+    alone = open_job(load_recipe(JOB, settings(pause=0.0), str(tmp_path / "alone")))
     synthesize_here(alone, quiet_events(tmp_path))
     expected = alone.snapshot().content_digest()
-    job = open_job(load_recipe(JOB, SETTINGS, str(tmp_path / "run")))
+    job = open_job(load_recipe(JOB, settings(pause=0.1), str(tmp_path / "run")))
     arguments = [*COMMAND, "run", str(JOB), "--run-dir", str(tmp_path / "run"), "--json"]
-    arguments += [part for setting in SETTINGS for part in ("--set", setting)]
+    arguments += [part for setting in settings(pause=0.1) for part in ("--set", setting)]
     began = time.monotonic()
-    with cluster() as (nodes, environment), (tmp_path / "log").open("w") as log:
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    with cluster(PYTHONPATH=path) as (nodes, environment), (tmp_path / "log").open("w") as log:
         machines = Machines(nodes, environment)
         machines.join()
         machines.join()
@@ -114,7 +120,7 @@ def test_machines_that_vanish_never_end_a_run_and_change_no_byte(tmp_path):
     assert driver.returncode == 0, (tmp_path / "log").read_text()[-3000:]
     report = json.loads(output)
     assert report["content_digest"] == expected
-    assert report["units"]["committed"] == len(job.units) == 500
+    assert report["units"]["committed"] == len(job.units) == UNITS
     assert report["units"]["quarantined"] == 0
     assert machines.num_lost >= 50
     print(  # noqa: T201 - what the page on clusters reports
