@@ -129,7 +129,7 @@ def test_attempt_that_finds_its_unit_committed_tells_for_a_writer_that_died(writ
 def test_commit_stands_where_nobody_can_be_told_of_it(writer, make_batch, monkeypatch):
     put = writer.store.put
 
-    def refuse(path, data):
+    def refuse(path, data, **how):
         if path == "changed":
             raise OutageError("s3://bucket/set/changed cannot be written (tried again and again)")
         put(path, data)

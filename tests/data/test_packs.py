@@ -33,10 +33,10 @@ def reads(monkeypatch):
     """Folders of the objects that any store has read since."""
     made, do = [], Store._do
 
-    def noted(self, act, path, call):
+    def noted(self, act, path, *how):
         if act == "read":
             made.append(path.partition("/")[0])
-        return do(self, act, path, call)
+        return do(self, act, path, *how)
 
     monkeypatch.setattr(Store, "_do", noted)
     return made
@@ -119,7 +119,7 @@ def test_pack_that_is_damaged_is_as_good_as_none(damage, writer, make_batch):
 def test_reader_that_cannot_write_a_pack_reads_all_the_same(writer, make_batch, monkeypatch):
     made = tuple(commit(writer, unit, make_batch) for unit in UNITS)
 
-    def refuse(path, data):
+    def refuse(path, data, **how):
         raise StoreError("s3://bucket/set/packs cannot be written (access denied)")
 
     reader = another(writer)

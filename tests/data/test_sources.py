@@ -725,7 +725,7 @@ def test_log_of_epochs_is_small_and_is_written_where_something_is_decided(tmp_pa
     rows.write(40)
     written = []
     monkeypatch.setattr(
-        Store, "put", lambda self, path, data: written.append((path, len(data))) or put(self, path, data)
+        Store, "put", lambda self, path, data, **how: written.append((path, len(data))) or put(self, path, data, **how)
     )
     log = epoch_log(tmp_path)
     units = frozenset(f"u{number:05d}" for number in range(20_000)) | EVERY_UNIT

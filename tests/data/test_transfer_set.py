@@ -62,10 +62,10 @@ class SlowPut:
         self._put = store.put
         monkeypatch.setattr(store, "put", self)
 
-    def __call__(self, path, data):
+    def __call__(self, path, data, **how):
         self.begun.set()
         assert self.allowed.wait(5)
-        self._put(path, data)
+        self._put(path, data, **how)
 
 
 def test_committed_rows_read_back_as_they_were_written(transfer_set, make_batch):
@@ -218,7 +218,7 @@ def test_part_has_the_bytes_that_its_rows_encode_to(transfer_set, make_batch):
 def test_part_that_cannot_be_stored_fails_the_next_act_and_every_commit(act, transfer_set, make_batch, monkeypatch):
     tried = threading.Event()
 
-    def refuse(path, data):
+    def refuse(path, data, **how):
         tried.set()
         raise OSError("disk full")
 
