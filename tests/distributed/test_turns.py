@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from pathlib import Path
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.cluster
 JOB = Path(__file__).parents[2] / "jobs" / "chaos.yaml"
 SETTINGS = (
     "transfer_set.images_per_class=60",
-    "synthesis.steps=200",
+    "synthesis={synthesizer: 'patient:Patient', pause: 0.2, objective: [cross_entropy]}",
     "distill.source.wait_for=400",
     "runtime.workers={min: 0, max: 2}",
     "runtime.cpus_per_worker=0",
@@ -26,6 +27,10 @@ SETTINGS = (
     "runtime.cpus_per_student_worker=0",
     "runtime.resources_per_student_worker={slot: 1}",
 )
+
+
+PATH = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+"""With the synthesizer of these trials in it."""
 
 
 class Run:
@@ -63,7 +68,7 @@ class Run:
 
 
 def test_images_come_first_where_the_only_machine_joins_late(tmp_path):
-    with cluster() as (nodes, environment):
+    with cluster(PYTHONPATH=PATH) as (nodes, environment):
         run = Run(tmp_path / "run", environment)
         run.wait_for("the line", lambda: "there is no room for its training and for synthesis at once" in run.said())
         nodes.add(slot=1)
@@ -71,7 +76,7 @@ def test_images_come_first_where_the_only_machine_joins_late(tmp_path):
 
 
 def test_training_gives_its_room_to_the_synthesis_that_lost_its_own(tmp_path):
-    with cluster() as (nodes, environment):
+    with cluster(PYTHONPATH=PATH) as (nodes, environment):
         both = [nodes.add(slot=1), nodes.add(slot=1)]
         run = Run(tmp_path / "run", environment)
         run.wait_for("a commit", run.job.transfer_set.committed)
