@@ -209,7 +209,8 @@ class SynthesisPool:
                 self._setbacks.store_failed(cause)
             else:
                 self._pause(last_line(cause))
-                if self._cannot_go_on or not (self._calls or self._idle):  # else it may be that machine alone
+                is_mistake = isinstance(cause, RecipeError) and not self.is_at_work
+                if is_mistake or self._cannot_go_on or not (self._calls or self._idle):  # else it may be that machine
                     raise cause from None
         else:
             worker.node = place.node
