@@ -193,13 +193,13 @@ def test_failure_that_is_the_same_for_every_unit_ends_the_run_after_a_few(ray_cl
     assert queue.given_up == ()
 
 
-@pytest.mark.parametrize("is_stopped", [False, True])
+@pytest.mark.parametrize("is_stopped", [False, pytest.param(True, marks=pytest.mark.cluster)])
 def test_worker_that_hangs_loses_its_unit_to_another_and_is_ended(ray_cluster, tmp_path, monkeypatch, is_stopped):
-    monkeypatch.setattr("raydfkd.distributed.patience.LEAST_S", 2.0)
+    monkeypatch.setattr("raydfkd.distributed.patience.LEAST_S", 1.0)
     monkeypatch.setattr("raydfkd.distributed.patience.TIMES", 0.0)  # or the load of this machine would decide
     monkeypatch.setattr("raydfkd.distributed.pool.PROGRESS_S", 0.2)
-    job = job_of(tmp_path, "runtime.workers={min: 0, max: 2}")
-    stubbed(monkeypatch, job, tmp_path, hang_at=job.units[3].id, seconds=1.5)
+    job = job_of(tmp_path, "runtime.workers={min: 0, max: 2}", "transfer_set.images_per_class=8")
+    stubbed(monkeypatch, job, tmp_path, hang_at=job.units[1].id, seconds=0.8)
     hears, pid = Hears(), tmp_path / "pid"
 
     def stop_it():
