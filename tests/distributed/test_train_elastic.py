@@ -72,7 +72,7 @@ def saved_steps(run_dir: Path) -> list[int]:
     """Steps of the checkpoints that are there now and whole."""
     steps = []
     for path in run_dir.glob("student-*/checkpoint_*/state.pt"):
-        with contextlib.suppress(OSError, RuntimeError, EOFError):  # just written, or about to be replaced
+        with contextlib.suppress(OSError, ValueError):  # just written, or about to be replaced
             steps.append(read_checkpoint(path.read_bytes())["trainer"]["step"])
     return steps
 

@@ -21,7 +21,7 @@ def main(recipe: str, run_dir: str, address: str, metrics: str) -> None:
     training.start()
     log = MetricsLog(Path(metrics), fresh=True)
     while training.is_alive():
-        for entry in ray.get(coordinator.take.remote()):
+        for entry in ray.get(coordinator.take.remote()).entries:
             log.write("student", **entry)
         time.sleep(0.1)
 
