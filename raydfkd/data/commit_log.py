@@ -195,11 +195,12 @@ class CommitLog:
 
     def _parsed(self, path: str) -> Commit:
         try:
-            return Commit.from_json(self._store.get(path, at_most=RECORD_BYTES))
+            return self._parsed_once(path)
         except ValueError:
-            return Commit.from_json(
-                self._store.get(path, at_most=RECORD_BYTES)
-            )  # bytes that were damaged only on their way arrive whole now
+            return self._parsed_once(path)  # bytes that were damaged only on their way arrive whole now
+
+    def _parsed_once(self, path: str) -> Commit:
+        return Commit.from_json(self._store.get(path, at_most=RECORD_BYTES))
 
     def _take_out(self, unit: str, generation: int, damage: DamagedError) -> bool:
         self._check()
