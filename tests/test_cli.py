@@ -720,8 +720,8 @@ WRONG = {
     ),
     "weights of another network": (
         ["teacher.weights=other.pt"],
-        "teacher.weights is 'other.pt': weights of another network (body.0.0.weight is missing); "
-        "check network and options",
+        "teacher.weights is 'other.pt': weights of another network (body.0.0.weight is missing, and weight is not in "
+        "the network; 0 of the network's 12 tensors fit); check network and options",
     ),
     "no weights at all": (
         ["teacher.weights=text.safetensors"],
@@ -883,7 +883,7 @@ def test_evaluating_weights_of_another_network_is_refused(finished):
     terminal, _ = finished
     answer = terminal("evaluate", "toy.yaml", "--student", "out/teacher.safetensors")
     assert answer.code == 2
-    assert answer.err.startswith("--student is 'out/teacher.safetensors': weights of another network (body.1.0.weight")
+    assert answer.err.startswith("--student is 'out/teacher.safetensors': weights of another network (head.weight")
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def check(
     as_json: AsJson = False,
 ) -> int:
     """Validate a recipe and print it resolved; nothing is made."""
-    plan = read(recipe, overrides, run_dir, on)
+    plan = read(recipe, overrides, run_dir, on, is_trusted=not no_code)
     static_check(plan)
     found = _size_of_set(plan)
     if not no_code:

@@ -45,9 +45,11 @@ def allow_code() -> None:
     sys.path.insert(0, os.getcwd())
 
 
-def read(source: str, overrides: list[str] | None, run_dir: str | None, on: str | None = None) -> Recipe:
+def read(
+    source: str, overrides: list[str] | None, run_dir: str | None, on: str | None = None, *, is_trusted: bool = True
+) -> Recipe:
     """A recipe as it is, of which nothing but its form was looked at."""
     given = list(overrides or [])
     if on is not None:
         given.append(f"runtime.executor={on}")
-    return load_recipe(source, given, run_dir)
+    return load_recipe(source, given, run_dir, is_trusted=is_trusted)

@@ -23,12 +23,18 @@ class AnswerScale(Enum):
     """What the numbers of an answer are."""
 
     LOGITS = "logits"
-    LOG_PROBABILITIES = "log-probabilities"
+    LOG_PROBABILITIES = "log_probabilities"
     """Logits but for a number an image; the one with which they add up to zero, as logits about do, is taken."""
     PROBABILITIES = "probabilities"
     """Of classes that exclude each other; their logarithm is taken, and then the same."""
-    SIGMOIDS = "sigmoids"
+    SIGMOIDS = "sigmoid"
     """One probability a class, or one for the second of two; what the sigmoid was taken of is recovered."""
+
+    def holds(self, low: float, high: float) -> bool:
+        """Whether such answers can go from ``low`` to ``high``."""
+        if self is AnswerScale.LOGITS:
+            return True
+        return high <= 0 if self is AnswerScale.LOG_PROBABILITIES else low >= 0 and high <= 1
 
 
 def logits_of(answer: Any, classes: int | None = None, *, images: int | None = None) -> Tensor:
