@@ -18,6 +18,7 @@ from raydfkd.commands import node as machine
 from raydfkd.commands import run as running
 from raydfkd.commands import storage
 from raydfkd.commands.bench import bench
+from raydfkd.commands.init import init
 from raydfkd.commands.output import DONE, INCOMPLETE, INTERRUPTED, WRONG_INPUT, Commands, complain
 from raydfkd.errors import RecipeError, RunError
 from raydfkd.report.redaction import redacted, secrets_of_environment, secrets_of_settings
@@ -53,6 +54,7 @@ def options(
 
 
 for command in (
+    init,
     running.run,
     running.teach,
     running.synthesize,

@@ -26,7 +26,8 @@ PLACES = ("run_dir", "teacher.weights", "teacher.class_names", "transfer_set.uri
 A local one is kept as a path, which means the same to driver, workers and libraries.
 """
 RECIPES = Path(__file__).parents[1] / "recipes"
-"""Recipes that come with raydfkd; in ``jobs`` those that also say where they run."""
+"""Recipes that come with raydfkd; in ``jobs`` those that also say where they run, in ``methods`` those for any teacher.
+"""
 
 
 def packaged_recipes() -> list[str]:
@@ -39,9 +40,19 @@ def packaged_jobs() -> list[str]:
     return sorted(path.stem for path in (RECIPES / "jobs").glob("*.yaml"))
 
 
+def packaged_methods() -> list[str]:
+    """Names of the methods that come with raydfkd: recipes without a teacher, to start one's own from."""
+    return sorted(path.stem for path in (RECIPES / "methods").glob("*.yaml"))
+
+
+def method_data(name: str) -> dict[str, Any]:
+    """The sections of a packaged method, with those of the methods that it starts from."""
+    return _read(RECIPES / "methods" / f"{name}.yaml", name, seen=())
+
+
 def packaged_path(name: str) -> Path | None:
-    """The file of a packaged recipe or job; None where there is none of that name."""
-    paths = (RECIPES / f"{name}.yaml", RECIPES / "jobs" / f"{name}.yaml")
+    """The file of a packaged recipe, job or method; None where there is none of that name."""
+    paths = (RECIPES / f"{name}.yaml", *(RECIPES / group / f"{name}.yaml" for group in ("jobs", "methods")))
     return next((path for path in paths if re.fullmatch(r"[\w.-]+", name) and path.is_file()), None)
 
 
@@ -69,6 +80,11 @@ def load_recipe(
         RecipeError: with the key, its value and the remedy, a line for each mistake.
     """
     data = _read(_locate(str(source)), str(source), seen=())
+    if "teacher" not in data and str(source) in packaged_methods():
+        raise RecipeError(
+            f"{source} is a method, for any teacher; `raydfkd init` writes a recipe for yours, or begin one with "
+            f"`recipe: {source}`"
+        )
     for path, value, said in _changes(overrides):
         _override(data, path, value, said)
     if run_dir is not None:

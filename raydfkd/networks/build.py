@@ -34,12 +34,29 @@ def build_network(spec: TeacherSpec | StudentSpec, teacher: TeacherSpec, *, wher
     Raises:
         RecipeError: unknown name, wrong options, code that fails, an image size or class count that does not fit.
     """
-    factory = _factory_of(spec, teacher, where)
+    network = construct_network(spec, teacher, where=where, seed=seed)
     with seeded(seed):
-        network = _plain(factory()).cpu().float()
         images, answer, logits = _Trial(network, spec.network, teacher, where).run()
         scale = _scale(network, spec, where, images, answer, logits)
     network.register_forward_hook(AnswersLogits(classes=teacher.classes, scale=scale))
+    return network
+
+
+def construct_network(spec: TeacherSpec | StudentSpec, teacher: TeacherSpec, *, where: str, seed: int) -> nn.Module:
+    """The network with weights drawn from ``seed``, on the CPU, in float32; it answers what its author had it answer.
+
+    Raises:
+        RecipeError: unknown name, wrong options, code that fails.
+    """
+    factory = _factory_of(spec, teacher, where)
+    with seeded(seed):
+        network = _plain(factory()).cpu().float()
+    packed = next((key for key, value in network.state_dict().items() if not isinstance(value, Tensor)), None)
+    if packed is not None:
+        raise RecipeError(
+            f"{where}.network {spec.network} has packed weights ({packed}), as quantised layers do, which have no "
+            "gradient; give the network as it was before"
+        )
     return network
 
 
