@@ -18,6 +18,7 @@ from raydfkd.commands import node as machine
 from raydfkd.commands import run as running
 from raydfkd.commands import storage
 from raydfkd.commands.bench import bench
+from raydfkd.commands.export import export
 from raydfkd.commands.output import DONE, INCOMPLETE, INTERRUPTED, WRONG_INPUT, Commands, complain
 from raydfkd.errors import RecipeError, RunError
 from raydfkd.report.redaction import redacted, secrets_of_environment, secrets_of_settings
@@ -70,6 +71,7 @@ for command in (
     machine.node_watch,
 ):
     app.command()(command)
+app.add_typer(export, name="export")
 app.add_typer(bench, name="bench")
 
 
