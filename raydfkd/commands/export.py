@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -11,6 +12,7 @@ from raydfkd.commands.completion import complete_recipe
 from raydfkd.commands.options import AsJson, Overrides, RunDir, load_run
 from raydfkd.commands.output import DONE, Commands
 from raydfkd.config.load import expand_home
+from raydfkd.errors import RecipeError
 
 export = typer.Typer(
     help="Hand out the student, or the transfer set, in forms that need no raydfkd.",
@@ -51,4 +53,41 @@ def export_student(
     for name, found in made["formats"].items():
         typer.echo(f"{name:13} logits differ by at most {found['max_abs_difference']:.2g}")
     typer.echo(f"{'folder':13} {made['folder']}: {', '.join(made['files'])}")
+    return DONE
+
+
+@export.command("set")
+def export_set(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|RUN_DIR|URI",
+            help="A recipe, the folder of a run, or where a transfer set lies.",
+            autocompletion=complete_recipe,
+        ),
+    ],
+    form: Annotated[
+        Literal["parquet", "webdataset", "folder"],
+        typer.Option("--format", help="Hugging Face's Parquet of images, tars, or a folder for each class."),
+    ] = "parquet",
+    to: Annotated[str | None, typer.Option(help="Folder or URI to write to [default: RUN_DIR/export/set].")] = None,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    as_json: AsJson = False,
+) -> int:
+    """Write the transfer set as pictures with a dataset card, in a layout that other tools read."""
+    is_set = "://" in source or Path(expand_home(source), "set.json").is_file()
+    if is_set and to is None:
+        raise RecipeError(f"--to is missing; say where to write the pictures of {source}")
+    plan = None if is_set else load_run(source, overrides, run_dir)
+    from raydfkd.export.pictures import pictures_at, pictures_of
+    from raydfkd.export.sets import export_set as write
+
+    pictures = pictures_at(expand_home(source)) if plan is None else pictures_of(plan)
+    name = source.rstrip("/").rpartition("/")[2] if plan is None else plan.name
+    place = to if plan is None or to is not None else f"{plan.run_dir}/export/set"
+    made = write(pictures, name, expand_home(str(place)), form)
+    typer.echo(
+        json.dumps(made) if as_json else f"{made['images']:,} images in {made['files']:,} files   {made['folder']}"
+    )
     return DONE

@@ -80,10 +80,40 @@ class TransferSet:
     ) -> None:
         self.store = Store(uri, storage_options)
         self.digest = digest
-        self._made_of = dict(made_of or {})
+        self.made_of = dict(made_of or {})
         self._part_rows = part_rows
         self._encoding = encoding
         self._log = CommitLog(self.store, self.check)
+
+    @classmethod
+    def at(cls, uri: str, storage_options: Mapping[str, object] | None = None) -> TransferSet:
+        """The set that is there, of whatever recipe, to read it.
+
+        Raises:
+            RecipeError: there is none, or one that this version cannot read.
+        """
+        store = Store(uri, storage_options)
+        try:
+            header = parse_record(_HEADER, store.get("set.json", at_most=RECORD_BYTES))
+        except FileNotFoundError:
+            raise RecipeError(
+                f"{store.uri}: there is no transfer set, for it has no set.json; `raydfkd synthesize` makes one"
+            ) from None
+        except ValueError as error:
+            raise RecipeError(
+                f"{store.uri}: its set.json is not a transfer set's ({error}); give another URI"
+            ) from None
+        made_of = None
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            made_of = json.loads(store.get("recipe.json", at_most=RECORD_BYTES))
+        found = cls(
+            uri,
+            digest=header.digest,
+            made_of=made_of if isinstance(made_of, dict) else None,
+            storage_options=storage_options,
+        )
+        found.check()
+        return found
 
     def create(self) -> None:
         """Start the set, or continue it.
@@ -94,8 +124,8 @@ class TransferSet:
         self.store.probe()
         if not self.store.put_new("set.json", _HEADER.dump_json(_Header(format=FORMAT, digest=self.digest))):
             self.check()
-        elif self._made_of:
-            self.store.put_new("recipe.json", json.dumps(self._made_of, indent=1).encode())
+        elif self.made_of:
+            self.store.put_new("recipe.json", json.dumps(self.made_of, indent=1).encode())
 
     def check(self) -> None:
         """Refuse a set of another recipe without writing anything; that there is none yet is fine.
@@ -118,7 +148,7 @@ class TransferSet:
         """The differences between the recipe of the set that is there, which has ``digest``, and this one, in words."""
         with contextlib.suppress(FileNotFoundError, ValueError):
             there = json.loads(self.store.get("recipe.json", at_most=RECORD_BYTES))
-            found = differences(there, self._made_of) if isinstance(there, dict) and self._made_of else []
+            found = differences(there, self.made_of) if isinstance(there, dict) and self.made_of else []
             if found:
                 more = f", and {len(found) - 3} more" if len(found) > 3 else ""
                 return "; ".join(found[:3]) + more
