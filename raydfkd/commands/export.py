@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +20,18 @@ export = typer.Typer(
     no_args_is_help=True,
     cls=Commands,
 )
+
+
+class Form(StrEnum):
+    """Forms of a student."""
+
+    SAFETENSORS = "safetensors"
+    ONNX = "onnx"
+    TORCH_EXPORT = "torch_export"
+    TIMM = "timm"
+    HF = "hf"
+
+
 Run = Annotated[
     str,
     typer.Argument(
@@ -35,7 +48,7 @@ def export_student(
     recipe: Run,
     to: To = None,
     form: Annotated[
-        list[Literal["safetensors", "onnx", "torch_export", "timm", "hf"]] | None,
+        list[Form] | None,
         typer.Option("--format", help="Form of it; may be repeated [default: safetensors]."),
     ] = None,
     overrides: Overrides = None,
@@ -46,7 +59,7 @@ def export_student(
     plan = load_run(recipe, overrides, run_dir)
     from raydfkd.export.forms import export_student as write
 
-    made = write(plan, expand_home(to or f"{plan.run_dir}/export"), form or ["safetensors"])
+    made = write(plan, expand_home(to or f"{plan.run_dir}/export"), [one.value for one in form or [Form.SAFETENSORS]])
     if as_json:
         typer.echo(json.dumps(made))
         return DONE
