@@ -92,27 +92,14 @@ class TransferSet:
         Raises:
             RecipeError: there is none, or one that this version cannot read.
         """
-        store = Store(uri, storage_options)
-        try:
-            header = parse_record(_HEADER, store.get("set.json", at_most=RECORD_BYTES))
-        except FileNotFoundError:
+        found = cls(uri, digest="", storage_options=storage_options)
+        header = found._header()
+        if header is None:
             raise RecipeError(
-                f"{store.uri}: there is no transfer set, for it has no set.json; `raydfkd synthesize` makes one"
-            ) from None
-        except ValueError as error:
-            raise RecipeError(
-                f"{store.uri}: its set.json is not a transfer set's ({error}); give another URI"
-            ) from None
-        made_of = None
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            made_of = json.loads(store.get("recipe.json", at_most=RECORD_BYTES))
-        found = cls(
-            uri,
-            digest=header.digest,
-            made_of=made_of if isinstance(made_of, dict) else None,
-            storage_options=storage_options,
-        )
-        found.check()
+                f"transfer_set.uri is {found.store.uri}: there is no transfer set, for it has no set.json; "
+                "`raydfkd synthesize` makes one"
+            )
+        found.digest, found.made_of = header.digest, found._made_of_there()
         return found
 
     def create(self) -> None:
@@ -133,25 +120,36 @@ class TransferSet:
         Raises:
             RecipeError: the URI holds a set of another recipe, or one this version cannot read.
         """
+        header = self._header()
+        if header is not None and header.digest != self.digest:
+            raise self._refusal(f"holds a set of another recipe ({self._difference(header.digest)})")
+
+    def _header(self) -> _Header | None:
+        """The header of the set that is there, if there is one; RecipeError where this version cannot read it."""
         try:
             header = parse_record(_HEADER, self.store.get("set.json", at_most=RECORD_BYTES))
         except FileNotFoundError:
-            return
+            return None
         except ValueError as error:
             raise self._refusal(f"has a set.json that is not a transfer set's ({error})") from None
         if header.format != FORMAT:
             raise self._refusal(f"holds a set of format {header.format} and this raydfkd reads {FORMAT}")
-        if header.digest != self.digest:
-            raise self._refusal(f"holds a set of another recipe ({self._difference(header.digest)})")
+        return header
+
+    def _made_of_there(self) -> dict[str, object]:
+        """Everything that the images of the set that is there depend on; empty where it does not say."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            there = json.loads(self.store.get("recipe.json", at_most=RECORD_BYTES))
+            return there if isinstance(there, dict) else {}
+        return {}
 
     def _difference(self, digest: str) -> str:
         """The differences between the recipe of the set that is there, which has ``digest``, and this one, in words."""
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            there = json.loads(self.store.get("recipe.json", at_most=RECORD_BYTES))
-            found = differences(there, self.made_of) if isinstance(there, dict) and self.made_of else []
-            if found:
-                more = f", and {len(found) - 3} more" if len(found) > 3 else ""
-                return "; ".join(found[:3]) + more
+        there = self._made_of_there()
+        found = differences(there, self.made_of) if there and self.made_of else []
+        if found:
+            more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+            return "; ".join(found[:3]) + more
         return f"digest {digest[:12]} there and {self.digest[:12]} here"
 
     def open(self, unit: WorkUnit, *, attempt: int = 1) -> ParquetSink:
