@@ -17,7 +17,7 @@ from raydfkd.report.redaction import redacted
 
 LICENSE = "# license: fill in, such as apache-2.0; it may depend on that of the teacher"
 _LOADING = {
-    "safetensors": """`student.safetensors`, plain PyTorch; needs torch, safetensors and pillow only:
+    "safetensors": """`student.safetensors`, plain PyTorch with safetensors, numpy and pillow:
 
 ```python
 from load import load_student, read_picture

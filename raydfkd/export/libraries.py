@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,9 @@ def write_hf(student: SavedStudent, folder: Path) -> dict[str, Any]:
     transformers = importlib.import_module("transformers")
     network.config.id2label = dict(enumerate(student.class_names))
     network.config.label2id = {name: label for label, name in enumerate(student.class_names)}
-    network.save_pretrained(folder)
+    with _no_progress_bars(transformers.utils.logging):
+        network.save_pretrained(folder)
+        loaded = type(network).from_pretrained(folder).eval()
     space = student.recipe.teacher.image_space
     transformers.ViTImageProcessor(
         size={"height": space.height, "width": space.width},
@@ -60,10 +64,21 @@ def write_hf(student: SavedStudent, folder: Path) -> dict[str, Any]:
         image_std=list(space.std),
         do_convert_rgb=space.channels == 3,
     ).save_pretrained(folder)
-    loaded = type(network).from_pretrained(folder).eval()
     with torch.no_grad():
         logits = loaded(student.normalised).logits
     return {"max_abs_difference": student.compare("hf", logits)}
+
+
+@contextlib.contextmanager
+def _no_progress_bars(logging: Any) -> Iterator[None]:
+    """Standard error is for what goes wrong."""
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def _refusal(student: SavedStudent, form: str) -> RecipeError:

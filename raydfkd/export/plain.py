@@ -80,7 +80,12 @@ def network_source(student: SavedStudent) -> str:
         build += [f"    network = {call}", f"    network.register_forward_hook({hook})", "    return network"]
     else:
         build.append(f"    return {call}")
-    head = ['"""The network of the student; written by raydfkd."""', "", "from __future__ import annotations", ""]
+    head = [
+        '"""The network of the student; written by raydfkd, Apache-2.0."""',
+        "",
+        "from __future__ import annotations",
+        "",
+    ]
     top = "\n".join([*head, *sorted({*imports, *more}, key=lambda line: (" = " in line, line))])
     return "\n\n\n".join([top, *definitions, "\n".join(build)]) + "\n"
 
@@ -105,8 +110,9 @@ def _construction(student: SavedStudent) -> tuple[list[Any], list[str], str]:
         return _from_configuration(student)
     if family == "torchhub":
         repository, _, entry = member.rpartition(":")
-        source = ["source='local'"] if Path(repository).is_dir() else []
-        given = [repr(repository), repr(entry), *source, *_keywords(spec.options)]
+        source = "local" if Path(repository).is_dir() else "github"
+        how = [f"source={source!r}", "trust_repo=True"]
+        given = [repr(repository), repr(entry), *how, *_keywords(spec.options)]
         return [], ["import torch"], f"torch.hub.load({', '.join(given)})"
     if family in ("torchscript", "export"):
         raise RecipeError(

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import safetensors.torch
+import students
 import torch
 import yaml
 from PIL import Image
-from students import NAMES, hf_student, of_network, saved_student, timm_student
+from students import NAMES, of_network, saved_student
 from toy import shipped
 
 from raydfkd.config.schema import StudentSpec
@@ -98,20 +100,35 @@ def test_network_of_another_library_or_module_is_rebuilt_and_answers_logits(netw
     assert ("the module `students`, which is not in this folder" in card) == ("torchvision" not in network)
 
 
+def student_by_name(folder, name, options, make):
+    """A student whose recipe says ``name`` and whose network is of the function ``make`` of ``students``."""
+    recipe = saved_student(folder)
+    spec = recipe.student.model_copy(update={"network": name, "options": options})
+    network = build_network(StudentSpec(network=f"students:{make}"), recipe.teacher, where="student", seed=1)
+    recipe = recipe.model_copy(update={"student": spec})
+    return SavedStudent(recipe=recipe, network=network.eval(), digest="", report=None)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "make"),
-    [("timm:test_vit3", {"img_size": 8, "patch_size": 4}, timm_student), ("hf:somewhere", {}, hf_student)],
+    [
+        ("timm:test_vit3", {"img_size": 8, "patch_size": 4}, "timm_student"),
+        ("hf:somewhere", {}, "hf_student"),
+        ("torchhub:FOLDER:plain", {"width": 3}, "plain"),
+    ],
 )
-def test_network_by_the_name_of_a_library_is_rebuilt_by_that_library_without_the_network(name, options, make, tmp_path):
-    recipe = saved_student(tmp_path)
-    spec = recipe.student.model_copy(update={"network": name, "options": options})
-    network = build_network(StudentSpec(network=f"students:{make.__name__}"), recipe.teacher, where="student", seed=1)
-    student = SavedStudent(
-        recipe=recipe.model_copy(update={"student": spec}), network=network.eval(), digest="", report=None
-    )
+def test_network_by_the_name_of_a_library_is_rebuilt_by_that_library_alone(name, options, make, tmp_path):
+    shutil.copy(students.__file__, tmp_path / "hubconf.py")
+    student = student_by_name(tmp_path, name.replace("FOLDER", str(tmp_path)), options, make)
     assert write_plain(student, tmp_path)["max_abs_difference"] == 0
     assert own_module(student) is None
     torch.testing.assert_close(rebuilt(tmp_path)(student.normalised).detach(), student.logits)
+
+
+def test_network_of_an_archive_has_no_code_to_hand_out_but_graphs(tmp_path):
+    student = student_by_name(tmp_path, "torchscript:net.pt", {}, "plain")
+    with pytest.raises(RecipeError, match=r"'torchscript:net.pt', an archive whose code .* use torch_export or onnx"):
+        write_plain(student, tmp_path)
 
 
 def test_names_in_options_cannot_become_code_of_the_exported_file():
@@ -156,10 +173,12 @@ def test_timm_student_is_read_by_timm_with_image_space_and_names_of_classes(tmp_
     assert json.loads((folder / "timm/config.json").read_text())["label_names"] == list(NAMES)
 
 
-def test_transformers_student_is_read_by_transformers_with_image_space_and_names_of_classes(tmp_path):
+def test_transformers_student_is_read_by_transformers_with_image_space_and_names_of_classes(tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
     recipe = saved_student(tmp_path, of_network("hf_student"))
+    capsys.readouterr()
     folder, _ = exported(recipe, "hf")
+    assert capsys.readouterr() == ("", "")
     network = transformers.AutoModelForImageClassification.from_pretrained(f"{folder}/hf")
     student = open_student(recipe)
     torch.testing.assert_close(network(student.normalised).logits.detach(), student.logits)
