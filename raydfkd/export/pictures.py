@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from PIL import Image
@@ -52,7 +53,7 @@ class PictureSet:
     transfer_set: TransferSet
     snapshot: Snapshot
     class_names: tuple[str, ...]
-    """Names of the K classes."""
+    """Names of the K classes, each another."""
     shape: tuple[int, int, int]
     """Channels, height and width of an image."""
 
@@ -131,7 +132,14 @@ def _opened(found: TransferSet, snapshot: Snapshot, class_names: tuple[str, ...]
             "or 4; read the set itself, which is Parquet (docs/transfer-set.md)"
         )
     names = class_names or tuple(str(label) for label in range(rows.teacher_logits.shape[1]))
-    return PictureSet(transfer_set=found, snapshot=snapshot, class_names=names, shape=(channels, height, width))
+    shape = (channels, height, width)
+    return PictureSet(transfer_set=found, snapshot=snapshot, class_names=distinct(names), shape=shape)
+
+
+def distinct(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of classes, with the number behind those that several classes have, as two of ImageNet's are cranes."""
+    counts = Counter(names)
+    return tuple(name if counts[name] == 1 else f"{name} ({label})" for label, name in enumerate(names))
 
 
 def _read(transfer_set: TransferSet, commit: Commit, number: int) -> StoredRows:

@@ -19,7 +19,7 @@ from raydfkd.data.batches import SyntheticBatch
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.errors import RecipeError, RunError
 from raydfkd.export import sets
-from raydfkd.export.pictures import pictures_at, pictures_of
+from raydfkd.export.pictures import distinct, pictures_at, pictures_of
 from raydfkd.export.sets import export_set, folder_names
 from raydfkd.job import open_job
 from raydfkd.units import Request, WorkUnit
@@ -132,6 +132,10 @@ def test_folders_are_those_of_classes_with_a_picture_for_each_image(tmp_path):
         assert len(files) == 6
         assert all(int(pixels_of(Image.open(file)).unique()) == label for file in files)
         assert files[0].name.startswith(f"{job.units[label // 2].id}-{job.units[label // 2].request.seed}-")
+
+
+def test_classes_of_one_name_are_told_apart_which_datasets_insists_on():
+    assert distinct(["cat", "crane", "dog", "crane"]) == ("cat", "crane (1)", "dog", "crane (3)")
 
 
 def test_names_of_classes_become_folders_of_their_own_whatever_is_in_them():
