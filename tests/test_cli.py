@@ -1089,6 +1089,10 @@ INSTANT = {
         f"{command} with a typo": ([command, "toy.yaml", *sets("distill.stps=4")], 2)
         for command in ("check", "run", "synthesize", "distill", "evaluate", "report", "verify", "gc", "submit")
     },
+    **{
+        f"export {what} with a typo": (["export", what, "toy.yaml", *sets("distill.stps=4")], 2)
+        for what in ("student", "set")
+    },
     "teach with a typo": (["teach", "toy.yaml", *sets("teacher.train.epoch=4")], 2),
 }
 
@@ -1102,7 +1106,7 @@ def test_command_that_needs_only_the_recipe_is_instant_because_it_imports_little
 
 def test_help_cuts_no_commands_line_off_at_80_columns(raydfkd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    for args in ([], ["bench"]):
+    for args in ([], ["bench"], ["export"]):
         text = raydfkd(*args, "--help").out
         assert "..." not in text.partition("Commands:")[2]
         assert max(len(line) for line in text.splitlines()) <= 80
@@ -1137,7 +1141,7 @@ def test_debug_shows_where_an_error_of_one_line_comes_from(raydfkd, place):
 
 def test_help_lists_every_command(raydfkd):
     help_text = raydfkd("--help").out
-    for command in (*COMMANDS, "show", "bench", "status", "logs", "stop", "node-watch"):
+    for command in (*COMMANDS, "show", "export", "bench", "status", "logs", "stop", "node-watch"):
         assert f"  {command} " in help_text
 
 

@@ -230,6 +230,17 @@ class Recipe(Spec):
         changes = {"teacher": teacher, "transfer_set": transfer_set, "run_dir": _located(self.run_dir)}
         return self.model_copy(update=changes)
 
+    def moved_to(self, run_dir: str) -> Recipe:
+        """The same recipe for a ``run_dir`` that was moved with all that is in it."""
+
+        def moved(path: str) -> str:
+            is_inside = "://" not in path and Path(path).is_relative_to(self.run_dir)
+            return str(run_dir / Path(path).relative_to(self.run_dir)) if is_inside else path
+
+        teacher = self.teacher.model_copy(update={"weights": moved(self.teacher.weights)})
+        transfer_set = self.transfer_set.model_copy(update={"uri": moved(self.transfer_set.uri)})
+        return self.model_copy(update={"teacher": teacher, "transfer_set": transfer_set, "run_dir": run_dir})
+
     def shown(self) -> dict[str, Any]:
         """The recipe as plain data without secrets, for reports and logs."""
         return dict(redacted_data(self.model_dump(mode="json")))

@@ -89,7 +89,7 @@ def _scale(  # noqa: PLR0913 - one trial of a network
 
 def _factory_of(spec: TeacherSpec | StudentSpec, teacher: TeacherSpec, where: str) -> Factory:
     """What constructs the network; modules are imported here, before any random number is drawn for weights."""
-    name = _as_module(spec.network)
+    name = as_module(spec.network)
     family, colon, member = name.partition(":")
     if not colon:
         _refuse_dots(name, where)
@@ -122,8 +122,8 @@ def _from_library(
     return lambda: _call(lambda: library.build(name, spec.options, **sizes, own=own), spec, where)
 
 
-def _as_module(name: str) -> str:
-    """``./models/nets.py:small`` as what it imports, ``models.nets:small``; anything else as it is."""
+def as_module(name: str) -> str:
+    """The network ``./models/nets.py:small`` as what it imports, ``models.nets:small``; anything else as it is."""
     path, colon, member = name.partition(":")
     if not colon or not path.endswith(".py"):
         return name
