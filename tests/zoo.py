@@ -121,9 +121,11 @@ def trained(network: nn.Module, channels: int = 3, size: tuple[int, int] = (32, 
     """The network with statistics and weights unlike those of a fresh one; the same each time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for parameter in network.parameters():
+        for name, parameter in network.named_parameters():
             if parameter.ndim > 1:
                 nn.init.kaiming_normal_(parameter.flatten(1))
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
         network.train()
         with torch.no_grad():
             for _ in range(3):
