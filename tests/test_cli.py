@@ -202,7 +202,10 @@ def test_run_for_people_ends_with_a_table_and_where_to_look(raydfkd):
     assert answer.out.splitlines()[-2:] == ["report    out/report.html", "student   out/student.safetensors"]
 
 
-JUDGED = ("teacher", "student", "agreement", "judged_on", "judged_images")
+JUDGED = (
+    *("teacher", "student", "agreement", "judged_on", "judged_images", "class_names"),
+    *("images_per_class", "confusion", "skipped_pictures"),
+)
 
 
 def test_evaluate_agrees_with_the_report(finished):
