@@ -21,7 +21,8 @@ REGISTRIES = {
 """Module and name of each family's registry."""
 OWN = ("module:Class", "Code of yours, which runs; `raydfkd check --no-code` looks at a recipe without it.")
 BESIDE = {name: (OWN,) for name in REGISTRIES} | {
-    "networks": (("torchvision:NAME", "A classification network of torchvision."), OWN)
+    "networks": (("torchvision:NAME", "A classification network of torchvision."), OWN),
+    "real_data": (("torchvision:NAME", "A classification data set of torchvision, such as CIFAR10."), OWN),
 }
 """Forms of name that a family takes beside those in its registry."""
 

@@ -83,7 +83,7 @@ class RealData:
 
 REAL_DATA: Registry[RealData] = Registry(
     "real data set",
-    [f"raydfkd.images.{name}" for name in ("packaged_data", "folders")],
+    [f"raydfkd.images.{name}" for name in ("packaged_data", "folders", "torchvision_data", "parquet", "huggingface")],
     member="load",
 )
 

@@ -115,6 +115,13 @@ def test_every_network_of_torchvision_can_be_shown():
         assert name in shown(f"torchvision:{name}")
 
 
+def test_data_set_of_torchvision_is_explained_with_its_options():
+    text = shown("torchvision:CIFAR10")
+    assert "every tenth picture of the training split" in text
+    assert "fetch them where they are missing" in text
+    assert "torchvision:NAME" in shown("real_data")
+
+
 def test_plugin_of_ones_own_is_explained_as_those_that_come_along(tmp_path, monkeypatch):
     (tmp_path / "own_losses.py").write_text(
         "class Mine:\n"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from picture_files import BROKEN, colours, opened, refusal, space, write_pictures
 
 from raydfkd.errors import RecipeError
-from tests.images.picture_files import BROKEN, colours, opened, refusal, space, write_pictures
 
 BIRDS = {"crow/1.png": 1, "crow/deep/2.png": 2, "jay/1.png": 3, "owl/1.png": 4}
 NAMES = ("owl", "jay", "crow", "kite")
