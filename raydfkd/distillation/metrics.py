@@ -61,7 +61,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """How good a network is on labelled images."""
+    """How good a network is on labelled images, as plain data."""
 
     top1: float
     """Share of images whose largest logit is that of the label."""
@@ -70,9 +70,9 @@ class Figures:
     ece: float
     """Expected calibration error of the softmax, 0 to 1: the mean gap between confidence and accuracy over ``BINS``
     equal bins (a, b] of confidence, weighted by their images (Guo et al. 2017)."""
-    per_class: tuple[float | None, ...]
+    per_class: list[float | None]
     """Top-1 on the images of each class; None where there are none."""
-    images_per_class: tuple[int, ...]
+    images_per_class: list[int]
     """Images of each class."""
     confusion: dict[str, Any]
     """``matrix`` [K][K], images of a class (row) that were given each class (column); of more than ``WHOLE_UP_TO``
@@ -114,8 +114,8 @@ class Scores:
             top1=sum(right) / total,
             top5=self._in_top5 / total if self._classes >= TOP5_FROM else None,
             ece=float((confidence - hits).abs().sum()) / total,
-            per_class=tuple(hit / count if count else None for hit, count in zip(right, images, strict=True)),
-            images_per_class=tuple(images),
+            per_class=[hit / count if count else None for hit, count in zip(right, images, strict=True)],
+            images_per_class=images,
             confusion=self._confusion(),
         )
 

@@ -32,7 +32,7 @@ def huggingface(
 ) -> RealData:
     """A data set of Hugging Face's hub, or in a folder: what `datasets.load_dataset` or `load_from_disk` opens.
 
-    Labels have names where their column is a `ClassLabel`, or holds texts; else they are the teacher's class numbers.
+    A label is a text, a number, or a number with names (`ClassLabel`): the teacher's class of that name or number.
     Files of the hub are fetched into the cache of `datasets` before any work; its code is never run.
 
     Args:
@@ -53,7 +53,9 @@ def huggingface(
             raise RecipeError(
                 f"real_data.{key} is {column!r}, but {name} has no such column; {did_you_mean(column, columns)}"
             )
-    names, is_sorted = _class_names([tables[split] for split in chosen.values()], label)
+    declared: list[str] | None = getattr(tables[chosen["test"]].features[label], "names", None)
+    found = {str(value) for split in chosen.values() for value in tables[split].unique(label) if value is not None}
+    names = tuple(declared or sorted(found))
     numbers = {text: number for number, text in enumerate(names)}
 
     def load(split: Split) -> PictureStream:
@@ -62,7 +64,7 @@ def huggingface(
         def pictures() -> Iterator[Picture]:
             for number, row in enumerate(table):
                 value = row[label]
-                told = numbers[value] if isinstance(value, str) else value
+                told = value if value is None or declared else numbers[str(value)]
                 yield Picture(f"row {number} of {chosen[split]}", partial(_read, row[image], told, space, crop))
 
         return PictureStream(pictures)
@@ -72,7 +74,7 @@ def huggingface(
         channels=space.channels,
         load=load,
         splits=tuple(split for split in SPLITS if split in chosen),
-        matching=Matching(what="label", given=classes, is_sorted=is_sorted),
+        matching=Matching(what="label", given=classes, is_sorted=declared is None),
     )
 
 
@@ -92,17 +94,6 @@ def _load(name: str, config: str) -> Mapping[str, Any]:
             f"real_data.name is {name!r}, which datasets cannot open ({one_line(error)[:200]}); give a name on the hub "
             "that can be reached, or a folder"
         ) from error
-
-
-def _class_names(tables: list[Any], label: str) -> tuple[tuple[str, ...], bool]:
-    """Names of the classes, none where labels are plain numbers, and whether their order is only that of names."""
-    feature = tables[0].features[label]
-    names = getattr(feature, "names", None)
-    if names is not None:
-        return tuple(names), False
-    if getattr(feature, "dtype", "") in ("string", "large_string"):
-        return tuple(sorted({text for table in tables for text in table.unique(label) if text is not None})), True
-    return (), True
 
 
 def _undecoded(table: Any, image: str) -> Any:

@@ -44,7 +44,7 @@ def parquet(
     """Columns of pictures and of labels in Parquet files, read row group by row group.
 
     A picture is a file's bytes, a struct with `bytes` as Hugging Face writes it, or raw pixels with their shape in the
-    column's metadata, as a transfer set of raydfkd has them. A label is a number, a text, or a number with names in
+    column's metadata, as a transfer set of raydfkd has them. A label is a text, a number, or a number with names in
     Hugging Face's metadata; it is the teacher's class of that name or number.
 
     Args:
@@ -61,27 +61,26 @@ def parquet(
     tables = list(found.values())
     if not all(table.shape == space.shape for table in tables):
         check_channels(space)
-    names = next((table.declared for table in tables if table.declared), None)
-    if names is None and not all(table.is_numbered for table in tables):
-        names = tuple(sorted({str(value) for table in tables for value in table.labels()}))
-    numbers = {name: number for number, name in enumerate(names or ())}
+    declared = next((table.declared for table in tables if table.declared), None)
+    names = declared or tuple(sorted({str(value) for table in tables for value in table.labels()}))
+    numbers = {name: number for number, name in enumerate(names)}
 
     def load(split: Split) -> PictureStream:
         table = found[split]
 
         def pictures() -> Iterator[Picture]:
             for name, content, value in table.rows():
-                number = numbers[value] if isinstance(value, str) else value
+                number = value if value is None or declared else numbers[str(value)]
                 yield Picture(name, partial(_read, content, table.shape, number, space, crop))
 
         return PictureStream(pictures)
 
     return RealData(
-        class_names=names or (),
+        class_names=names,
         channels=space.channels,
         load=load,
         splits=tuple(split for split in SPLITS if split in found),
-        matching=Matching(what="label", given=classes, is_sorted=not any(table.declared for table in tables)),
+        matching=Matching(what="label", given=classes, is_sorted=declared is None),
     )
 
 
@@ -115,9 +114,7 @@ class _Table:
                 )
         self.shape = _shape_of(schema.field(image))
         """Of a raw image (C, H, W); None where the column holds picture files."""
-        self.is_numbered = _is_number(schema.field(label).type)
-        """Whether labels are numbers."""
-        self.declared = _names_in(schema, label) if self.is_numbered else None
+        self.declared = _names_in(schema, label)
         """Names of the numbers, where the file has them."""
 
     @classmethod
@@ -155,7 +152,7 @@ class _Table:
                     found.update(batch.column(0).unique().to_pylist())
         return found - {None}
 
-    def rows(self) -> Iterator[tuple[str, bytes | None, int | str | None]]:
+    def rows(self) -> Iterator[tuple[str, bytes | None, Any]]:
         """Name, content and label of each picture, in the order of the files."""
         for path in self._paths:
             row = 0
@@ -164,8 +161,7 @@ class _Table:
                     images, labels = (batch.column(column).to_pylist() for column in self._columns)
                     for picture, label in zip(images, labels, strict=True):
                         content = picture.get("bytes") if isinstance(picture, dict) else picture
-                        value = label if self.is_numbered or label is None else str(label)
-                        yield f"row {row} of {path}", content, value
+                        yield f"row {row} of {path}", content, label
                         row += 1
 
     @contextmanager
@@ -187,14 +183,12 @@ def _shape_of(field: pa.Field) -> tuple[int, ...] | None:
     return tuple(int(size) for size in metadata[b"shape"].decode().split(","))
 
 
-def _is_number(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
-    return bool(pa.types.is_integer(kind))
-
-
 def _names_in(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
     """Names of the labels in the metadata that Hugging Face's `datasets` writes."""
+    import pyarrow as pa
+
+    if not pa.types.is_integer(schema.field(label).type):
+        return None
     try:
         features: Mapping[str, Any] = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         names: Iterable[str] = features[label]["names"]

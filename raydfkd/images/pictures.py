@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 from raydfkd.config.schema import ImageSpace
 from raydfkd.errors import RecipeError, one_line
@@ -60,6 +59,8 @@ def read_picture(source: Path | bytes | Image.Image, space: ImageSpace, *, crop:
         BrokenPictureError: it cannot be decoded.
         RecipeError: pictures have no such number of channels.
     """
+    from torchvision.transforms.v2 import functional as transforms  # a second, which other data sets are spared
+
     check_channels(space)
     try:
         picture = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source

@@ -68,7 +68,7 @@ class RealData:
     """A data set that can be read split by split."""
 
     class_names: tuple[str, ...]
-    """A name for each label, in their order; none where labels are the numbers of the teacher's classes."""
+    """A name for each label, in their order."""
     channels: int
     """Of its images."""
     load: Callable[[Split], LabelledImages | LabelledBatches]
@@ -111,11 +111,9 @@ def open_real_data(
             f"teacher.image_space.channels is {space.channels}, but {spec.kind} has {data.channels}; use that"
         )
     labels, names, notes = tuple(range(classes)), class_names or data.class_names, data.notes
-    if data.matching is not None and data.class_names:
+    if data.matching is not None:
         matched = match_classes(data.class_names, data.matching, classes=classes, teacher_names=class_names)
         labels, names, notes = matched.labels, matched.names, (*notes, *matched.notes)
-    elif data.matching is not None:
-        names = class_names or tuple(map(str, range(classes)))
     elif len(data.class_names) != classes:
         raise RecipeError(f"teacher.classes is {classes}, but {spec.kind} has {len(data.class_names)} classes")
 
@@ -129,6 +127,8 @@ def open_real_data(
             return replace(found, labels=torch.tensor(labels)[found.labels])
         return _Checked(found, name, space, labels)
 
+    if data.matching is not None:  # a set of which nothing can be read would else be noticed after all the work
+        next(load("test").batches(1))
     return replace(data, class_names=names, notes=notes, load=load)
 
 

@@ -55,10 +55,17 @@ class PictureStream:
             images.append(image)
             labels.append(label)
             if len(labels) == size:
-                yield torch.stack(images), torch.tensor(labels)
-                images, labels = [], []
+                yield _taken(images, labels)
         if labels:
-            yield torch.stack(images), torch.tensor(labels)
+            yield _taken(images, labels)
+
+
+def _taken(images: list[Tensor], labels: list[int]) -> Batch:
+    """All of them as one batch; nothing else keeps them from then on."""
+    batch = torch.stack(images), torch.tensor(labels)
+    images.clear()
+    labels.clear()
+    return batch
 
 
 def _ahead(pictures: Iterable[Picture]) -> Iterator[tuple[str, Future[tuple[Tensor, int]]]]:

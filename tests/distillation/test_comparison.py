@@ -28,8 +28,8 @@ def one_hot(answers, classes):
 def test_top1_is_the_share_of_right_answers_over_all_and_over_each_class():
     found = figures(one_hot([0, 0, 1, 2, 2], 4), [0, 0, 0, 1, 2])
     assert found.top1 == 3 / 5
-    assert found.per_class == (2 / 3, 0, 1, None)
-    assert found.images_per_class == (3, 1, 1, 0)
+    assert found.per_class == [2 / 3, 0, 1, None]
+    assert found.images_per_class == [3, 1, 1, 0]
 
 
 def test_confusion_counts_the_answers_to_each_class_row_by_row():

@@ -126,10 +126,9 @@ def test_broken_picture_is_named_and_left_out(birds):
     assert colours(folder(birds, 3)) == ([(1, 0), (2, 0), (3, 1), (4, 2)], ["crow/deep/3.jpg"])
 
 
-def test_split_whose_pictures_are_all_broken_is_refused(tmp_path):
-    data = folder(write_pictures(tmp_path, {"a/1.png": BROKEN, "b/1.png": BROKEN}), 2)
-    with pytest.raises(RecipeError, match="image_folder, split test has no picture that can be read"):
-        colours(data)
+def test_set_of_which_every_picture_is_broken_is_refused_before_any_work(tmp_path):
+    root = write_pictures(tmp_path, {"a/1.png": BROKEN, "b/1.png": BROKEN})
+    assert complaint(root, 2) == "real_data: image_folder, split test has no picture that can be read"
 
 
 # Splits

@@ -15,7 +15,6 @@ from picture_files import BROKEN, colours, opened, png, refusal, space, write_pi
 from toy import encode_part
 
 from raydfkd.data.batches import SyntheticBatch
-from raydfkd.errors import RecipeError
 
 NAMES = ("owl", "jay")
 
@@ -47,6 +46,7 @@ def test_column_of_bytes_and_one_of_numbers_are_pictures_and_classes(tmp_path):
     data = opened("parquet", 4, files=file)
     assert colours(data, size=2) == ([(5, 1), (6, 0), (7, 3)], [])
     assert data.class_names == ("0", "1", "2", "3")
+    assert data.notes == ("real_data has no images of 1 of the teacher's 4 classes (2)",)
 
 
 def test_struct_of_bytes_and_path_is_a_picture(tmp_path):
@@ -148,10 +148,13 @@ def test_files_that_are_not_there_or_no_parquet_are_refused(tmp_path):
     )
 
 
-def test_label_beyond_the_classes_is_refused(tmp_path):
-    data = opened("parquet", 2, files=write(tmp_path / "a.parquet", [png(5)], [2]))
-    with pytest.raises(RecipeError, match="parquet, split test has labels from 2 to 2; give 0 to 1"):
-        colours(data)
+def test_number_beyond_the_classes_is_refused_before_any_work(tmp_path):
+    file = write(tmp_path / "a.parquet", [png(5), png(5)], [0, 2])
+    assert refusal("parquet", 2, files=file) == (
+        "real_data: label '2' is none of the teacher's classes, whose numbers are 0 to 1; rename it, or say which it "
+        "is, as real_data.classes={2: NUMBER}"
+    )
+    assert colours(opened("parquet", 2, files=file, classes={"2": 1}))[0] == [(5, 0), (5, 1)]
 
 
 # Hugging Face
