@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from sys import intern
 from typing import Annotated
 from zlib import crc32
 
@@ -180,8 +181,12 @@ def _content(folder: Path, labels: str) -> _Content:
     """
     class_folders = _folders_in(folder)
     if labels and not class_folders:
-        entries = _labelled(folder, Path(labels))
-        return _Content(sorted({name for _, name in entries}), lambda: iter(entries), is_labelled=True)
+        labelled = _labelled(folder, Path(labels))
+        return _Content(
+            sorted({label for _, label in labelled}),
+            lambda: ((folder / name, label) for name, label in labelled),
+            is_labelled=True,
+        )
     if not class_folders:
         remedy = "give the file of their labels as real_data.labels" if any(map(_is_picture, folder.iterdir())) else ""
         raise RecipeError(
@@ -205,14 +210,14 @@ def _is_picture(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
-def _labelled(folder: Path, file: Path) -> list[Entry]:
-    """The pictures right in a folder with the labels that a file has of them."""
+def _labelled(folder: Path, file: Path) -> list[tuple[str, str]]:
+    """Names of the pictures right in a folder, each with the label that a file has of it."""
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise RecipeError(f"real_data.labels is {str(file)!r}, which cannot be read: {reason}") from None
-    pictures = sorted(path for path in folder.iterdir() if _is_picture(path))
+    pictures = sorted(path.name for path in folder.iterdir() if _is_picture(path))
     pairs = [re.split(r"[\s,]+", line, maxsplit=1) for line in lines]
     if all(len(pair) == 1 for pair in pairs):
         if len(pairs) != len(pictures):
@@ -220,13 +225,13 @@ def _labelled(folder: Path, file: Path) -> list[Entry]:
                 f"real_data.labels is {str(file)!r}, which has {len(pairs)} labels, but {str(folder)!r} has "
                 f"{len(pictures)} pictures; give one for each"
             )
-        return [(path, label) for path, (label,) in zip(pictures, pairs, strict=True)]
+        pairs = [[name, label] for name, (label,) in zip(pictures, pairs, strict=True)]
     for number, pair in enumerate(pairs, 1):
         if len(pair) != 2:
             raise RecipeError(f"real_data.labels is {str(file)!r}, whose line {number} has no label; give one")
-    known = {name: label for name, label in pairs}
-    missing = [path.name for path in pictures if path.name not in known]
+    known = {name: intern(label) for name, label in pairs}  # of a few texts for very many pictures
+    missing = [name for name in pictures if name not in known]
     if missing or not pictures:
         first = f"{len(missing)} of them (first {missing[0]}) are not in {str(file)!r}" if missing else "there is none"
-        raise RecipeError(f"real_data.root: of the pictures in {str(folder)!r} {first}")
-    return [(path, known[path.name]) for path in pictures]
+        raise RecipeError(f"real_data.root: of the pictures in {str(folder)!r} {first}; give a line for each")
+    return [(name, known[name]) for name in pictures]

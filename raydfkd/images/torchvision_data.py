@@ -14,7 +14,7 @@ from raydfkd.config.schema import ImageSpace
 from raydfkd.errors import RecipeError, did_you_mean, one_line
 from raydfkd.images.classes import ClassMap, Matching
 from raydfkd.images.folders import Crop
-from raydfkd.images.pictures import check_channels, read_picture
+from raydfkd.images.pictures import BrokenPictureError, check_channels, read_picture
 from raydfkd.images.real_data import REAL_DATA, RealData, Split
 from raydfkd.images.streams import Picture, PictureStream
 
@@ -137,5 +137,8 @@ def _class_names(name: str, data: Any) -> tuple[str, ...]:
 
 
 def _read(data: Any, number: int, space: ImageSpace, crop: float) -> tuple[Tensor, int]:
-    picture, label = data[number]
+    try:
+        picture, label = data[number]
+    except (OSError, SyntaxError, ValueError) as error:  # of the decoder, where the set opens files itself
+        raise BrokenPictureError(one_line(error)) from error
     return read_picture(picture, space, crop=crop), int(label)

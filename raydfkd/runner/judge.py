@@ -72,7 +72,7 @@ def judge_student(
 
 @dataclass(slots=True)
 class Broken:
-    """Pictures that could not be decoded and did not judge."""
+    """Pictures that cannot be decoded and are left out."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
@@ -86,13 +86,17 @@ class Broken:
 
 
 def skipped_line(skipped: Mapping[str, Any]) -> list[str]:
-    """The line on pictures that could not be decoded, as the report has them; none where all could."""
+    """The line on pictures that cannot be decoded, as the report has them; none where all can."""
     count, first = skipped["count"], skipped["first"]
     if not count:
         return []
     names = ", ".join(first) + (", ..." if count > len(first) else "")
-    what = "1 real picture" if count == 1 else f"{count:,} real pictures"
-    return [f"{what} cannot be decoded and did not judge: {names}"]
+    what = (
+        "1 real picture that cannot be decoded is"
+        if count == 1
+        else f"{count:,} real pictures that cannot be decoded are"
+    )
+    return [f"{what} left out: {names}"]
 
 
 def _figures(figures: Figures | None) -> dict[str, Any]:

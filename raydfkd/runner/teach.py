@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -24,8 +26,11 @@ from raydfkd.networks.observed import ObservedNetwork
 from raydfkd.networks.teacher import Teacher, build_teacher, open_teacher, taught_teacher
 from raydfkd.networks.weights import save_bytes, weights_exist
 from raydfkd.runner.events import Events
+from raydfkd.runner.judge import Broken, skipped_line
 from raydfkd.seeds import derive_seed, rng_from
 from raydfkd.store.store import Store
+
+logger = logging.getLogger(__name__)
 
 
 def check_teaching(recipe: Recipe) -> RealData:
@@ -156,7 +161,10 @@ def train_on_real_data(
     observed.to(device)
     augment = build_augmentations(spec.augment, where="teacher.train.augment", label_reader="the teacher's training")
     pixels = PixelRange(recipe.teacher.image_space, device)
-    split = in_memory(data.load("train"))
+    broken = Broken()
+    split = in_memory(data.load("train"), broken.add)
+    for line in skipped_line(asdict(broken)):
+        logger.warning("%s", line)
     rng = rng_from(derive_seed(recipe.seed, "teach"))
     optimizer = torch.optim.AdamW(network.parameters(), lr=spec.lr, weight_decay=spec.weight_decay)
     per_epoch = max(1, len(split.labels) // spec.batch_size)

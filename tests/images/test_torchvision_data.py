@@ -7,7 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
-from picture_files import colours, opened, refusal, space
+from picture_files import BROKEN, colours, opened, refusal, space, write_pictures
 from test_real_data import write_idx
 from torchvision import datasets
 
@@ -52,6 +52,25 @@ def test_validation_is_every_tenth_picture_of_training(cifar):
 def test_teacher_whose_classes_are_in_another_order_is_judged_by_names(cifar):
     data = opened("torchvision:CIFAR10", 10, NAMES[::-1], root=cifar)
     assert colours(data)[0] == [(0, 9), (1, 8)]
+
+
+def test_other_names_for_as_many_classes_are_taken_in_the_set_s_order_and_that_is_said(cifar):
+    data = opened("torchvision:CIFAR10", 10, tuple("abcdefghij"), root=cifar)
+    assert colours(data)[0] == [(0, 0), (1, 1)]
+    assert data.notes == (
+        "real_data: its 10 classes (plane, car, bird, cat, deer and 5 more) are taken for the teacher's in their own "
+        "order; another one is given as real_data.classes",
+    )
+
+
+def test_set_without_splits_is_divided_by_tenths_and_a_broken_file_of_it_is_left_out(tmp_path):
+    files = {f"{number:02d}.jpg": number for number in range(30)} | {"19.jpg": BROKEN}
+    write_pictures(tmp_path / "eurosat" / "2750" / "Forest", files)
+    write_pictures(tmp_path / "eurosat" / "2750" / "River", {"30.jpg": 30})
+    data = opened("torchvision:EuroSAT", 2, root=tmp_path)
+    assert colours(data) == ([(9, 0), (29, 0)], ["number 19 of EuroSAT"])
+    assert colours(data, "validation")[0] == [(8, 0), (18, 0), (28, 0)]
+    assert [colour for colour, _ in colours(data, "train")[0]] == [n for n in range(31) if n % 10 < 8]
 
 
 def test_teacher_of_other_classes_is_refused(cifar):

@@ -64,7 +64,7 @@ def test_report_has_the_figures_of_an_image_folder(tmp_path, birds):
     assert torch.equal(matrix, torch.bincount(labels * CLASSES + answers, minlength=CLASSES**2).view(CLASSES, CLASSES))
     assert (report["judged_on"], report["judged_images"]) == ("real image_folder test images", 3 * PICTURES)
     assert report["skipped_pictures"] == {"count": 1, "first": ["jay/broken.jpg"]}
-    assert "1 real picture cannot be decoded and did not judge: jay/broken.jpg" in report["warnings"]
+    assert "1 real picture that cannot be decoded is left out: jay/broken.jpg" in report["warnings"]
     assert "jay/broken.jpg" in result.page.read_text()
     judged = raydfkd.evaluate(result.job.recipe)
     assert judged == {key: report[key] for key in judged}
@@ -77,7 +77,7 @@ def test_many_broken_pictures_are_counted_and_the_first_ones_named(tmp_path, bir
     assert report["skipped_pictures"]["count"] == 31
     assert report["skipped_pictures"]["first"] == [f"crow/{number:02d}.jpg" for number in range(10)]
     (warning,) = [line for line in report["warnings"] if "decoded" in line]
-    assert warning.startswith("31 real pictures cannot be decoded and did not judge: crow/00.jpg, ")
+    assert warning.startswith("31 real pictures that cannot be decoded are left out: crow/00.jpg, ")
     assert warning.endswith("crow/09.jpg, ...")
 
 
@@ -164,11 +164,15 @@ class Lines(Listener):
 TAUGHT = ("teacher.train={epochs: 1, batch_size: 4}", "teacher.weights=${run_dir}/taught.safetensors")
 
 
-def test_teacher_is_taught_on_a_share_of_an_image_folder_and_tried_on_another(tmp_path, birds):
+def test_teacher_is_taught_on_a_share_of_an_image_folder_and_tried_on_another(tmp_path, birds, caplog):
     said = Lines()
     shares = "real_data.splits={train: 0.5, validation: 0.2}"
     teach(of_birds(tmp_path, birds, *TAUGHT, shares), Events(said))
     assert "on the validation split" in said.lines[-1]
+    (birds / "jay" / "2.png").write_bytes(b"torn")
+    teach(of_birds(tmp_path, birds, *TAUGHT, "real_data.splits={train: 0.85}"), Events(said))
+    assert "on the test split" in said.lines[-1]
+    assert "1 real picture that cannot be decoded is left out: jay/2.png" in caplog.text
 
 
 def test_folder_without_a_training_split_teaches_nobody(tmp_path, birds):
