@@ -202,7 +202,10 @@ def test_run_for_people_ends_with_a_table_and_where_to_look(raydfkd):
     assert answer.out.splitlines()[-2:] == ["report    out/report.html", "student   out/student.safetensors"]
 
 
-JUDGED = ("teacher", "student", "agreement", "judged_on", "judged_images")
+JUDGED = (
+    *("teacher", "student", "agreement", "judged_on", "judged_images", "class_names"),
+    *("images_per_class", "confusion", "skipped_pictures"),
+)
 
 
 def test_evaluate_agrees_with_the_report(finished):
@@ -217,8 +220,10 @@ def test_evaluate_judges_other_weights_on_another_split(finished):
     (terminal.folder / "out/student.safetensors").rename(terminal.folder / "moved.safetensors")
     answer = terminal("evaluate", "toy.yaml", "--student", "moved.safetensors", "--split", "validation")
     assert answer.code == 0
-    assert "real digits validation images" in answer.out
-    assert "student" in answer.out
+    lines = dict(line.split(maxsplit=1) for line in answer.out.splitlines())
+    assert set(lines) == {"teacher", "student", "agreement"}
+    assert re.fullmatch(r"[\d.]+%   top-5 [\d.]+%   calibration error [\d.]+%", lines["student"])
+    assert lines["agreement"].endswith("on 180 real digits validation images")
 
 
 def test_same_command_goes_on_from_a_finished_run_without_making_an_image(finished):

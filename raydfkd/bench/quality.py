@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from raydfkd.bench.engine import engine
+from raydfkd.config.families import family
 from raydfkd.config.load import load_recipe
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.registry import import_callable
@@ -187,8 +188,8 @@ def _digest_of_weights(uri: str) -> str:
 def _own_modules(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Name and file of each module that is named in the recipe as module:Class."""
     for chosen in plugins_of(recipe):
-        name, colon, _ = chosen.name.partition(":")
-        if colon and name not in LIBRARIES:
+        name = chosen.name.partition(":")[0]
+        if family(chosen.family).is_own(chosen.name) and name not in LIBRARIES:
             import_callable(chosen.name, where=chosen.where)
             file = sys.modules[name].__file__
             if file is not None:

@@ -198,7 +198,7 @@ def _described(name: str, doc: str, options: list[OptionDoc], *, whole: bool) ->
 
 
 def _callable(name: str) -> Iterator[str]:
-    """A network of torchvision, or code of the user's, with what can be given as options."""
+    """A network or a data set of torchvision, or code of the user's, with what can be given as options."""
     package, _, attribute = name.partition(":")
     if package != "torchvision":
         factory = import_callable(name, where="show")
@@ -207,6 +207,11 @@ def _callable(name: str) -> Iterator[str]:
         return
     from torchvision import models
 
+    from raydfkd.images.torchvision_data import SETS
+
+    if attribute in SETS:
+        yield from _plugin("real_data", name, whole=True)
+        return
     if attribute not in models.list_models():
         raise RecipeError(f"torchvision has no {attribute!r}; {did_you_mean(attribute, models.list_models())}")
     builder = models.get_model_builder(attribute)

@@ -94,6 +94,8 @@ def evaluate(
 ) -> int:
     """Judge a saved student on the recipe's real data, or by its agreement with the teacher where there is none."""
     plan = load(recipe, overrides, run_dir)
+    from raydfkd.report.page import FIGURES
+    from raydfkd.runner.judge import skipped_line
     from raydfkd.runner.run import evaluate as judge
 
     judged = judge(plan, expand_home(student) if student else None, split=split)
@@ -102,8 +104,13 @@ def evaluate(
         return DONE
     for role in ("teacher", "student"):
         if judged[role]["top1"] is not None:
-            typer.echo(f"{role:10} {judged[role]['top1']:.2%}")
+            beside = [
+                f"{name} {judged[role][key]:.2%}" for key, name in FIGURES.items() if judged[role][key] is not None
+            ]
+            typer.echo("   ".join([f"{role:10} {judged[role]['top1']:.2%}", *beside]))
     typer.echo(f"agreement  {judged['agreement']:.2%}   on {judged['judged_images']:,} {judged['judged_on']}")
+    for warning in skipped_line(judged["skipped_pictures"]):
+        typer.echo(f"warning    {warning}")
     return DONE
 
 

@@ -35,7 +35,8 @@ BESIDE = {name: (OWN,) for name in REGISTRIES} | {
         ("torchscript:FILE", "A TorchScript file; needs `allow_code: true`."),
         ("export:FILE", "A program of torch.export; needs `allow_code: true`."),
         OWN,
-    )
+    ),
+    "real_data": (("torchvision:NAME", "A classification data set of torchvision, such as CIFAR10."), OWN),
 }
 """Forms of name that a family takes beside those in its registry."""
 

@@ -41,6 +41,7 @@ class Registry(Generic[T]):
         self._modules = tuple(modules)
         self._member = member
         self._factories: dict[str, Callable[..., T]] = {}
+        self._forms: dict[str, Callable[[str, str], Callable[..., T]]] = {}
 
     def register(self, name: str) -> Callable[[F], F]:
         """Make a class or function known under ``name``; a name can be taken once."""
@@ -52,17 +53,42 @@ class Registry(Generic[T]):
 
         return add
 
+    def form(self, prefix: str) -> Callable[[F], F]:
+        """Make names of the form ``prefix:NAME`` known.
+
+        A function that is given the NAME, and the recipe key to blame, returns the constructor of that plug-in.
+        """
+
+        def add(factory_of: F) -> F:
+            assert prefix not in self._forms, f"{self.family} {prefix}: is registered twice"
+            self._forms[prefix] = factory_of
+            return factory_of
+
+        return add
+
     def names(self) -> list[str]:
         """Every registered name, sorted."""
+        self._import()
+        return sorted(self._factories)
+
+    def is_own(self, name: str) -> bool:
+        """Whether a name is that of code of the user's."""
+        self._import()
+        prefix, colon, _ = name.partition(":")
+        return bool(colon) and prefix not in self._forms
+
+    def _import(self) -> None:
         for module in self._modules:
             importlib.import_module(module)
-        return sorted(self._factories)
 
     def get(self, name: str, *, where: str) -> Callable[..., T]:
         """Look ``name`` up, or import it where it is ``module:Class``; ``where`` is the recipe key to blame."""
-        if ":" in name:
+        if self.is_own(name):
             factory: Callable[..., T] = import_callable(name, where=where)
             return factory
+        prefix, colon, rest = name.partition(":")
+        if colon:
+            return self._forms[prefix](rest, where)
         if name not in self.names():
             raise RecipeError(f"{where}: unknown {self.family} {name!r}; {did_you_mean(name, self.names())}")
         return self._factories[name]
@@ -270,6 +296,10 @@ def _said(key: str, found: Sequence[ErrorDetails]) -> list[str]:
     return [f"{key} is {value if len(value) < 80 else value[:77] + '...'}: {alternatives}"]
 
 
+_FORM = re.compile(r"(dict|list|tuple)\[.*\]|\[key\]|constrained-\w+|str|int|float")
+"""Names in pydantic's ``loc`` of the forms that a value in a free mapping may have."""
+
+
 def _path(loc: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
     """Keys of a recipe in pydantic's ``loc``, which also names the forms that a value may have."""
     path: list[str] = []
@@ -280,6 +310,8 @@ def _path(loc: tuple[int | str, ...], model: type[BaseModel]) -> list[str]:
         if field is not None:
             inside = model_in(field.annotation)
             is_free = any(get_origin(leaf) is dict for leaf in flatten(field.annotation))
+        elif is_free and _FORM.fullmatch(str(part)):
+            continue
         elif not isinstance(part, int) and not is_free:
             is_unknown_key = inside is not None and index == len(loc) - 1 and not part.startswith("tagged-")
             if not is_unknown_key:

@@ -14,7 +14,7 @@ def static_check(recipe: Recipe) -> None:
     """Find unknown names and unfit options of the plug-ins that come with raydfkd; imports torch.
 
     Mistakes that take more than the recipe to find are left to ``runner.check``: whether parts suit each other, rules
-    in constructors, everything given as ``module:Class`` or ``torchvision:NAME``, files and devices.
+    in constructors, everything given as ``module:Class``, networks given as ``torchvision:NAME``, files and devices.
 
     Raises:
         RecipeError: with key, value and remedy, a line for each plug-in with a mistake.
@@ -43,9 +43,9 @@ def _network(name: str, options: dict[str, object], role: str) -> Chosen:
 
 
 def _check(chosen: Chosen, elsewhere: tuple[str, ...]) -> None:
-    if ":" in chosen.name:
-        return
     registry, where = family(chosen.family), chosen.where
+    if registry.is_own(chosen.name):  # or a network of a package
+        return
     registry.get(chosen.name, where=where)
     if chosen.family == "networks":
         where = where.replace(".network", ".options")

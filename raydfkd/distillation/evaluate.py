@@ -2,34 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from raydfkd.config.schema import ImageSpace
+from raydfkd.distillation.metrics import Comparison
 from raydfkd.images.pixels import PixelRange
 from raydfkd.networks.answers import logits_of
 
+BATCH, BATCH_BYTES = 500, 64 << 20
+"""Maximum of the images that a network is asked about at once, and of their bytes as float32."""
+
+
+def batch_size(space: ImageSpace) -> int:
+    """How many images of a space to judge at once."""
+    channels, height, width = space.shape
+    return max(1, min(BATCH, BATCH_BYTES // (4 * channels * height * width)))
+
 
 @torch.no_grad()
-def predict(network: nn.Module, images: Tensor, pixels: PixelRange, *, batch_size: int = 500) -> Tensor:
-    """Logits [N, K] of uint8 ``images``, in eval mode, on the device of the network's weights."""
-    device = next(network.parameters()).device
+def judge(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor | None]],
+    pixels: PixelRange,
+    *,
+    classes: int,
+) -> Comparison:
+    """Ask both networks, in eval mode on the device of their weights, about each batch of a single pass.
+
+    Args:
+        student: answers logits [N, K].
+        teacher: as well.
+        batches: uint8 images [N, C, H, W], and labels [N] or None.
+        pixels: from those to what the networks see.
+        classes: K.
+    """
+    comparison = Comparison(classes)
+    device = next(teacher.parameters()).device
+    with ExitStack() as stack:
+        for network in (student, teacher):
+            stack.enter_context(_in_use(network))
+        for images, labels in batches:
+            seen = pixels.from_uint8(images.to(device))
+            comparison.add(logits_of(student(seen)).cpu(), logits_of(teacher(seen)).cpu(), labels)
+    return comparison
+
+
+@contextmanager
+def _in_use(network: nn.Module) -> Iterator[None]:
     training = network.training
     network.eval()
     try:
-        batches = (pixels.from_uint8(batch.to(device)) for batch in images.split(batch_size))
-        return torch.cat([logits_of(network(batch)).cpu() for batch in batches])
+        yield
     finally:
         network.train(training)
-
-
-def judge(student: Tensor, teacher: Tensor, labels: Tensor | None) -> Iterator[tuple[str, float]]:
-    """Yield (name, fraction): agreement of the two logits [N, K], and top-1 of both where there are labels [N]."""
-    yield "agreement", top1(student, teacher.argmax(1))
-    if labels is not None:
-        yield "teacher.top1", top1(teacher, labels)
-        yield "student.top1", top1(student, labels)
 
 
 def top1(logits: Tensor, labels: Tensor) -> float:

@@ -19,7 +19,8 @@ from raydfkd.images.real_data import open_real_data
 from raydfkd.networks.build import build_network
 from raydfkd.networks.weights import load_weights
 from raydfkd.report.page import read_report
-from raydfkd.runner.run import class_names, student_path
+from raydfkd.runner.judge import class_names
+from raydfkd.runner.run import student_path
 from raydfkd.seeds import rng_from
 
 COMPARED = 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as transforms
 
 from raydfkd.config.schema import ImageSpace
 from raydfkd.errors import RecipeError, one_line
@@ -17,6 +17,8 @@ from raydfkd.errors import RecipeError, one_line
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 """Endings of the files that are taken for pictures."""
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# Of metadata, which mean nothing here. Once and for all: catch_warnings would not bear several threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class BrokenPictureError(ValueError):
@@ -32,11 +34,24 @@ def pictures_in(folder: Path) -> list[Path]:
     )
 
 
-def read_picture(source: Path | Image.Image, space: ImageSpace, *, crop: float = 1.0) -> Tensor:
+def check_channels(space: ImageSpace) -> None:
+    """Find that pictures have no such number of channels.
+
+    Raises:
+        RecipeError: they have not.
+    """
+    if space.channels not in _MODES:
+        raise RecipeError(
+            f"teacher.image_space.channels is {space.channels}, but picture files have 1, 3 or 4; "
+            "give real_data as a function of yours, module:callable"
+        )
+
+
+def read_picture(source: Path | bytes | Image.Image, space: ImageSpace, *, crop: float = 1.0) -> Tensor:
     """A picture as uint8 [C, H, W] of ``space``: scaled until it covers the size, then cut to its centre.
 
     Args:
-        source: a file, or a picture that was opened already.
+        source: a file, its content, or a picture that was opened already.
         space: channels and size; its normalisation is not applied.
         crop: share of the scaled picture's edge that the cut keeps, such as 0.875 for 256 pixels cut to 224.
 
@@ -44,16 +59,13 @@ def read_picture(source: Path | Image.Image, space: ImageSpace, *, crop: float =
         BrokenPictureError: it cannot be decoded.
         RecipeError: pictures have no such number of channels.
     """
-    if space.channels not in _MODES:
-        raise RecipeError(
-            f"teacher.image_space.channels is {space.channels}, but picture files have 1, 3 or 4; "
-            "give real_data as a function of yours, module:callable"
-        )
+    from torchvision.transforms.v2 import functional as transforms  # a second, which other data sets are spared
+
+    check_channels(space)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the decoder about metadata, which mean nothing here
-            picture = Image.open(source) if isinstance(source, Path) else source
-            picture = picture.convert(_MODES[space.channels])
+        picture = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
+        picture = Image.open(picture) if isinstance(picture, Path) else picture
+        picture = picture.convert(_MODES[space.channels])
     except Exception as error:  # a decoder's complaint about broken bytes may be anything
         name = source if isinstance(source, Path) else "a picture"
         raise BrokenPictureError(f"{name} cannot be decoded ({one_line(error)})") from error

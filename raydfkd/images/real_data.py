@@ -11,19 +11,16 @@ It gets the teacher's image space and, as keyword-only arguments, the recipe's o
         return RealData(class_names=("crow", "jay"), channels=3, load=load)
 
 It is called before any work begins, so that is the place to find missing files (``RecipeError``); ``load`` is called
-when a split is needed, and what it returns is checked.
+when a split is needed, and what it returns is checked. A split that does not fit into memory is any object with the
+method of ``LabelledBatches``; ``images.streams.PictureStream`` is one that decodes pictures ahead.
 """
 
 from __future__ import annotations
 
-import gzip
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,18 +28,39 @@ from torch.nn import functional as F
 from raydfkd.config.registry import Registry
 from raydfkd.config.schema import ImageSpace, PluginSpec
 from raydfkd.errors import RecipeError
+from raydfkd.images.classes import Matching, match_classes
 
 Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+Batch = tuple[Tensor, Tensor]
+"""Images uint8 [n, C, H, W] of the teacher's size, and their labels int64 [n]."""
+OnBroken = Callable[[str], None]
+"""Receives the name of a picture that cannot be decoded and is left out."""
+
+
+def ignore(_: str) -> None:
+    """Be told of a broken picture, and do nothing."""
+
+
+class LabelledBatches(Protocol):
+    """A split of a data set that is read while one goes through it, as often as one likes."""
+
+    def batches(self, size: int, on_broken: OnBroken = ignore) -> Iterator[Batch]:
+        """Yield ``size`` images at a time, fewer at the end, always in the same order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelledImages:
-    """A split of a data set."""
+    """A split of a data set in memory."""
 
     images: Tensor
     """[N, C, H, W], uint8, of the size of the teacher's image space."""
     labels: Tensor
     """[N], int64, from 0."""
+
+    def batches(self, size: int, on_broken: OnBroken = ignore) -> Iterator[Batch]:
+        """Yield ``size`` images at a time; none of them is broken."""
+        yield from zip(self.images.split(size), self.labels.split(size), strict=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,34 +68,96 @@ class RealData:
     """A data set that can be read split by split."""
 
     class_names: tuple[str, ...]
-    """One name a class of the teacher, in the order of the labels."""
+    """A name for each label, in their order."""
     channels: int
     """Of its images."""
-    load: Callable[[Split], LabelledImages]
-    """Reads a split: `train` teaches a teacher, `validation` and `test` judge."""
+    load: Callable[[Split], LabelledImages | LabelledBatches]
+    """Opens a split: `train` teaches a teacher, `validation` and `test` judge."""
+    splits: tuple[Split, ...] = SPLITS
+    """Those that there are."""
+    matching: Matching | None = None
+    """How its classes are found among the teacher's; None where they are the same, in the same order."""
+    notes: tuple[str, ...] = ()
+    """Things that the user should know of it, a line each."""
 
 
-REAL_DATA: Registry[RealData] = Registry("real data set", [], member="load")
+REAL_DATA: Registry[RealData] = Registry(
+    "real data set",
+    [f"raydfkd.images.{name}" for name in ("packaged_data", "folders", "torchvision_data", "parquet", "huggingface")],
+    member="load",
+)
 
 
-def open_real_data(spec: PluginSpec, space: ImageSpace, classes: int) -> RealData:
+def open_real_data(
+    spec: PluginSpec, space: ImageSpace, classes: int, class_names: tuple[str, ...] | None = None
+) -> RealData:
     """Check that the data set is there and fits; nothing is read yet beyond what that takes.
 
+    Its labels become the numbers of the teacher's classes, and its class names have one for each of these.
+
+    Args:
+        spec: kind and options.
+        space: the teacher's.
+        classes: number of the teacher's.
+        class_names: theirs; None where nobody knows them.
+
     Raises:
-        RecipeError: unknown kind, missing files, other channels or class count than the teacher's.
+        RecipeError: unknown kind, missing files, other channels or class count than the teacher's, a class that the
+            teacher does not have.
     """
     data = REAL_DATA.build(spec.kind, spec.options, space, where="real_data")
-    if len(data.class_names) != classes:
-        raise RecipeError(f"teacher.classes is {classes}, but {spec.kind} has {len(data.class_names)} classes")
     if data.channels != space.channels:
         raise RecipeError(
             f"teacher.image_space.channels is {space.channels}, but {spec.kind} has {data.channels}; use that"
         )
-    return replace(data, load=lambda split: _checked(data.load(split), f"{spec.kind}, split {split}", space, classes))
+    labels, names, notes = tuple(range(classes)), class_names or data.class_names, data.notes
+    if data.matching is not None:
+        matched = match_classes(data.class_names, data.matching, classes=classes, teacher_names=class_names)
+        labels, names, notes = matched.labels, matched.names, (*notes, *matched.notes)
+    elif len(data.class_names) != classes:
+        raise RecipeError(f"teacher.classes is {classes}, but {spec.kind} has {len(data.class_names)} classes")
+
+    def load(split: Split) -> LabelledImages | LabelledBatches:
+        if split not in data.splits:
+            raise RecipeError(f"real_data: {spec.kind} has no {split} images here, only {' and '.join(data.splits)}")
+        name = f"{spec.kind}, split {split}"
+        found = data.load(split)
+        if isinstance(found, LabelledImages):
+            _check(found.images, found.labels, name, space, len(labels))
+            return replace(found, labels=torch.tensor(labels)[found.labels])
+        return _Checked(found, name, space, labels)
+
+    if data.matching is not None:  # a set of which nothing can be read would else be noticed after all the work
+        next(load("test").batches(1))
+    return replace(data, class_names=names, notes=notes, load=load)
 
 
-def _checked(data: LabelledImages, name: str, space: ImageSpace, classes: int) -> LabelledImages:
-    images, labels = data.images, data.labels
+def in_memory(data: LabelledImages | LabelledBatches, on_broken: OnBroken = ignore) -> LabelledImages:
+    """A split as a whole, at the teacher's size, for a training that draws from it at random."""
+    if isinstance(data, LabelledImages):
+        return data
+    images, labels = zip(*data.batches(256, on_broken), strict=True)
+    return LabelledImages(images=torch.cat(images), labels=torch.cat(labels))
+
+
+class _Checked:
+    """A split whose batches are checked as they come, and whose labels become those of the teacher."""
+
+    def __init__(self, data: LabelledBatches, name: str, space: ImageSpace, labels: tuple[int, ...]) -> None:
+        self._data, self._name, self._space = data, name, space
+        self._labels = torch.tensor(labels)
+
+    def batches(self, size: int, on_broken: OnBroken = ignore) -> Iterator[Batch]:
+        is_empty = True
+        for images, labels in self._data.batches(size, on_broken):
+            _check(images, labels, self._name, self._space, len(self._labels))
+            is_empty = False
+            yield images, self._labels[labels]
+        if is_empty:
+            raise RecipeError(f"real_data: {self._name} has no picture that can be read")
+
+
+def _check(images: Tensor, labels: Tensor, name: str, space: ImageSpace, classes: int) -> None:
     shape = (len(labels), *space.shape)
     if images.dtype != torch.uint8 or tuple(images.shape) != shape:
         raise RecipeError(
@@ -90,7 +170,6 @@ def _checked(data: LabelledImages, name: str, space: ImageSpace, classes: int) -
             f"real_data: {name} has labels from {labels.min()} to {labels.max()}; give 0 to {classes - 1}, the "
             "position in class_names"
         )
-    return data
 
 
 def resized(images: Tensor, space: ImageSpace) -> Tensor:
@@ -106,82 +185,3 @@ def resized(images: Tensor, space: ImageSpace) -> Tensor:
     elif images.shape[-2:] != (height, width):
         images = F.interpolate(images, size=(height, width), mode="bilinear", align_corners=False, antialias=True)
     return images.mul(255).round().clamp(0, 255).to(torch.uint8)
-
-
-@REAL_DATA.register("digits")
-def digits(space: ImageSpace) -> RealData:
-    """The 1,797 handwritten digits of 8x8 pixels inside scikit-learn: 1,077 train, 180 validation, 540 test.
-
-    The split is stratified and always the same.
-    """
-
-    def load(split: Split) -> LabelledImages:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        data = load_digits()
-        rest, test = train_test_split(np.arange(1797), test_size=540, stratify=data.target, random_state=0)
-        train, validation = train_test_split(rest, test_size=180, stratify=data.target[rest], random_state=0)
-        rows = {"train": train, "validation": validation, "test": test}[split]
-        images = torch.from_numpy(data.images[rows]).float()[:, None] / 16
-        return LabelledImages(images=resized(images, space), labels=torch.from_numpy(data.target[rows]).long())
-
-    return RealData(class_names=tuple("0123456789"), channels=1, load=load)
-
-
-_FASHION_CLASSES = (
-    *("T-shirt", "Trouser", "Pullover", "Dress", "Coat"),
-    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
-)
-
-
-@REAL_DATA.register("fashion_mnist")
-def fashion_mnist(
-    space: ImageSpace, *, root: str = "/usr/share/datasets/fashion-mnist", download: bool = False
-) -> RealData:
-    """Zalando's 70,000 garments of 28x28 pixels: 55,000 train, the last 5,000 of training validation, 10,000 test.
-
-    Read from the four idx files, gzipped or not, in ``root`` or below; Debian's package dataset-fashion-mnist
-    installs them, and with ``download`` torchvision fetches them into ``root``.
-
-    Args:
-        root: folder of the idx files.
-        download: fetch them where they are missing.
-    """
-    if download and not _idx_file(root, "t10k-labels"):
-        from torchvision.datasets import FashionMNIST
-
-        FashionMNIST(root, download=True)
-    for name in ("train-images", "train-labels", "t10k-images", "t10k-labels"):
-        if _idx_file(root, name) is None:
-            raise RecipeError(
-                f"real_data.root is {root!r}: no {name} idx file there; apt-get install dataset-fashion-mnist, "
-                "or set real_data.download=true"
-            )
-
-    def load(split: Split) -> LabelledImages:
-        stem = "t10k" if split == "test" else "train"
-        images = _read_idx(root, f"{stem}-images").unsqueeze(1).float() / 255
-        labels = _read_idx(root, f"{stem}-labels").long()
-        rows = {"train": slice(0, 55_000), "validation": slice(55_000, None), "test": slice(None)}[split]
-        return LabelledImages(images=resized(images[rows], space), labels=labels[rows])
-
-    return RealData(class_names=_FASHION_CLASSES, channels=1, load=load)
-
-
-def _idx_file(root: str, name: str) -> Path | None:
-    return next((path for path in sorted(Path(root).rglob(f"{name}*")) if path.is_file()), None)
-
-
-def _read_idx(root: str, name: str) -> Tensor:
-    path = _idx_file(root, name)
-    assert path is not None, "presence was checked when the data set was opened"
-    try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        if content[:3] != b"\0\0\x08":
-            raise ValueError("it does not begin like one")
-        shape = np.frombuffer(content, ">u4", count=content[3], offset=4).astype(int).tolist()
-        pixels = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])
-        return torch.from_numpy(pixels.reshape(shape).copy())
-    except (ValueError, IndexError, EOFError, OSError, zlib.error) as error:
-        raise RecipeError(f"real_data.root: {path} is not an idx file of bytes ({error}); fetch it again") from None

@@ -33,6 +33,56 @@ class Chart:
     y_ticks: list[tuple[float, str]]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One pair of classes in a heat map."""
+
+    row: int
+    column: int
+    share: float
+    """Of the row, from 0 to 1."""
+    is_right: bool
+    title: str
+    """What it says when it is pointed at."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeatMap:
+    """A confusion matrix, a row for each class, ready to draw in cells of one unit."""
+
+    size: int
+    """Classes."""
+    names: list[str]
+    """Of the classes, for the margin; none where there are too many to read."""
+    cells: list[Cell]
+    """Those that are not empty."""
+
+
+MAX_NAMED = 30
+"""Classes up to which those of a heat map are named in its margin."""
+
+
+def heat_map(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> HeatMap:
+    """Lay out counts [K][K] as shares of their rows."""
+    cells = []
+    for row, counts in enumerate(matrix):
+        total = sum(counts)
+        cells += [
+            Cell(
+                row=row,
+                column=column,
+                share=number / total,
+                is_right=row == column,
+                title=f"{names[row]} taken for {names[column]}: {number:,} of {total:,}"
+                if row != column
+                else f"{names[row]}: {number:,} of {total:,} right",
+            )
+            for column, number in enumerate(counts)
+            if number
+        ]
+    return HeatMap(size=len(matrix), names=list(names) if len(names) <= MAX_NAMED else [], cells=cells)
+
+
 _STUDENT = ("loss", "agreement", "snapshot_images")
 """Keys of an entry of the learning curve that are drawn."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42.0, 310.0, 8.0, 138.0

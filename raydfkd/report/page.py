@@ -19,13 +19,18 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
-from raydfkd.report.charts import Curves
+from raydfkd.report.charts import Curves, heat_map
 from raydfkd.report.metrics import JSON, finite
 
 NOT_JUDGED = "not judged (no real data)"
 MAX_CLASSES = 20
 MAX_FAILURES = 50
+MAX_JUDGED = 20
+"""Classes up to which all are in the table; of more the worst ones."""
+WORST = 10
 MAX_PICTURE_BYTES = 3_000_000
+FIGURES = {"top5": "top-5", "ece": "calibration error"}
+"""Figures beside top-1 that a network may have, and what they are called."""
 NEWER_KEYS: Mapping[str, JSON] = {
     "judged_images": None,
     "student_images": None,
@@ -33,8 +38,14 @@ NEWER_KEYS: Mapping[str, JSON] = {
     "intended_class": None,
     "answered_classes": None,
     "warnings": (),
+    "class_names": None,
+    "images_per_class": None,
+    "confusion": None,
+    "skipped_pictures": {"count": 0, "first": ()},
 }
 """Keys of report.json that earlier versions did not write, and the values that are read instead."""
+_NEWER_FIGURES: Mapping[str, JSON] = {"top5": None, "ece": None, "per_class": None}
+"""The same of the figures of teacher and student."""
 _ALWAYS = frozenset({"agreement", "images", "judged_on", "recipe", "seconds", "student", "teacher", "units"})
 """Keys without which a file is no report."""
 
@@ -86,6 +97,8 @@ def report_page(report: Mapping[str, JSON], *, curves: Curves, gallery: Gallery 
         "page.html",
         report=data,
         difference=_difference(data["teacher"]["top1"], data["student"]["top1"]),
+        judged=_judged(data),
+        figures=FIGURES,
         student_curves=curves.student(),
         objective_curves=curves.objective(),
         gallery=None if gallery is None else _gallery_rows(gallery),
@@ -151,6 +164,44 @@ def summary_table(report: Mapping[str, JSON]) -> Table:
         table.add_row(str(data["judged_on"]), percent(data["teacher"]["top1"]), percent(data["student"]["top1"]))
     table.add_row(f"agreement on {images}{data['judged_on']}", "-", percent(data["agreement"]))
     return table
+
+
+def _judged(data: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What was judged class by class, as the page shows it; None where there were no labels."""
+    names, images, confusion = data["class_names"], data["images_per_class"], data["confusion"]
+    if names is None or images is None or confusion is None:
+        return None
+    per_class = {role: data[role]["per_class"] for role in ("teacher", "student")}
+    seen = [label for label in range(len(names)) if images[label]]
+    worst = sorted(seen, key=lambda label: (per_class["student"][label], label))
+    shown = seen if len(seen) <= MAX_JUDGED else worst[:WORST]
+    matrix = confusion["student"].get("matrix")
+    return {
+        "rows": [
+            {"name": names[label], "images": images[label], **{role: per_class[role][label] for role in per_class}}
+            for label in shown
+        ],
+        "num_seen": len(seen),
+        "num_classes": len(names),
+        "map": None if matrix is None else heat_map(matrix, names),
+        "mistakes": [
+            {"name": names[label], "answer": names[answer], "count": count, "share": count / images[label]}
+            for label, answer, count in _mistakes(confusion["student"])[:WORST]
+        ],
+    }
+
+
+def _mistakes(confusion: Mapping[str, Any]) -> list[tuple[int, int, int]]:
+    """Class, answer and images of each mistake, the most frequent first."""
+    if "pairs" in confusion:
+        return [(label, answer, number) for label, answer, number in confusion["pairs"]]
+    found = [
+        (label, answer, number)
+        for label, row in enumerate(confusion["matrix"])
+        for answer, number in enumerate(row)
+        if number and label != answer
+    ]
+    return sorted(found, key=lambda mistake: (-mistake[2], mistake))
 
 
 def gallery_png(gallery: Gallery, path: Path, scale: int = 2) -> None:
@@ -258,4 +309,6 @@ def _picture(image: Tensor) -> Image.Image:
 def _plain(report: Mapping[str, JSON]) -> dict[str, Any]:
     """The report as a reader of ``report.json`` gets it."""
     data: dict[str, Any] = json.loads(json.dumps(finite({**NEWER_KEYS, **report})))
+    for role in ("teacher", "student"):
+        data[role] = {**_NEWER_FIGURES, **data[role]}
     return data

@@ -14,13 +14,13 @@ from raydfkd.devices import pick_device
 from raydfkd.distillation.criteria import CRITERIA
 from raydfkd.errors import Mistakes, RecipeError
 from raydfkd.images.augment import build_augmentations
-from raydfkd.images.real_data import RealData, open_real_data
+from raydfkd.images.real_data import RealData
 from raydfkd.job import dependencies_of, transfer_set_of
 from raydfkd.networks.build import build_network
 from raydfkd.networks.probe import probe_student, probe_teacher
 from raydfkd.networks.teacher import Teacher, build_teacher, open_teacher
 from raydfkd.networks.weights import weights_exist
-from raydfkd.runner.teach import check_teaching
+from raydfkd.runner.teach import check_teaching, judging_data
 from raydfkd.store.store import Store
 from raydfkd.synthesis.build import build_student, build_synthesizer, is_live, live_generator
 
@@ -64,7 +64,8 @@ def check(recipe: Recipe, *, writes_run: bool = True, writes_set: bool = True) -
         _ = recipe.class_names  # or a run would find a wrong file of names when it writes its report
     with mistakes.gathered():
         if recipe.real_data is not None:
-            data = open_real_data(recipe.real_data, recipe.teacher.image_space, recipe.teacher.classes)
+            data = judging_data(recipe)
+            notes += data.notes
     with mistakes.gathered():
         student = build_network(recipe.student, recipe.teacher, where="student", seed=0)
         notes += probe_student(student, recipe.teacher, recipe.distill.batch_size)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from raydfkd.config.recipe import Recipe
 from raydfkd.data.shards import StoredRows
 from raydfkd.devices import pick_device
-from raydfkd.distillation.evaluate import judge, predict
+from raydfkd.distillation.evaluate import batch_size, judge
+from raydfkd.distillation.metrics import Comparison, Figures
 from raydfkd.errors import RecipeError
 from raydfkd.images.pixels import PixelRange
 from raydfkd.images.real_data import RealData, Split
@@ -22,6 +24,8 @@ from raydfkd.synthesis.build import has_targets
 
 SAMPLE = 5000
 """Synthetic images that are looked at."""
+NAMED = 10
+"""Broken pictures that are named, beside their number."""
 HELD_OUT = "synthetic images that were held out"
 TRAINED_ON = "synthetic images that it was trained on"
 
@@ -29,32 +33,93 @@ TRAINED_ON = "synthetic images that it was trained on"
 def judge_student(
     job: Job, teacher: Teacher, student: nn.Module, view: SetView, data: RealData | None, *, split: Split = "test"
 ) -> dict[str, Any]:
-    """Top-1 of teacher and student on real images where there are some, and on what they agree; as the report has it.
+    """Figures of teacher and student on real images where there are some, and their agreement, as report.json has it.
+
+    One pass over the images, of which no more are in memory than a batch and some.
 
     ``judged_on`` names the images: real ones and their split, synthetic ones that were held out from training, or,
     where nothing could be held out, those that the student was trained on.
 
     Raises:
-        RecipeError: there is no image to judge on.
+        RecipeError: there is no image to judge on, or the data do not have that split.
     """
-    device = pick_device(job.recipe.runtime.driver_device)
-    labels: Tensor | None = None
+    recipe, broken = job.recipe, Broken()
+    space, device = recipe.teacher.image_space, pick_device(recipe.runtime.driver_device)
+    size = batch_size(space)
+    batches: Iterable[tuple[Tensor, Tensor | None]]
     if data is not None:
-        real, judged_on = data.load(split), f"real {data_name(job.recipe)} {split} images"
-        images, labels = real.images, real.labels
+        batches, judged_on = data.load(split).batches(size, broken.add), f"real {data_name(recipe)} {split} images"
     else:
         images, judged_on = _synthetic(job, view)
-    pixels = PixelRange(job.recipe.teacher.image_space, device)
-    networks = [network.to(device) for network in (student, teacher.module)]
-    answers = [predict(network, images, pixels) for network in networks]
-    found = dict(judge(answers[0], answers[1], labels))
+        batches = ((batch, None) for batch in images.split(size))
+    found = judge(
+        student.to(device),
+        teacher.module.to(device),
+        batches,
+        PixelRange(space, device),
+        classes=recipe.teacher.classes,
+    )
     return {
-        "teacher": {"top1": found.get("teacher.top1"), "parameters": count_parameters(teacher.module)},
-        "student": {"top1": found.get("student.top1"), "parameters": count_parameters(student)},
-        "agreement": found["agreement"],
+        "teacher": {**_figures(found.teacher), "parameters": count_parameters(teacher.module)},
+        "student": {**_figures(found.student), "parameters": count_parameters(student)},
+        "agreement": found.agreement,
         "judged_on": judged_on,
-        "judged_images": len(images),
+        "judged_images": found.images,
+        **_by_class(recipe, found, data),
+        "skipped_pictures": asdict(broken),
     }
+
+
+@dataclass(slots=True)
+class Broken:
+    """Pictures that cannot be decoded and are left out."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+    """Names of the first ones."""
+
+    def add(self, name: str) -> None:
+        """Count another one."""
+        self.count += 1
+        if len(self.first) < NAMED:
+            self.first.append(name)
+
+
+def skipped_line(skipped: Mapping[str, Any]) -> list[str]:
+    """The line on pictures that cannot be decoded, as the report has them; none where all can."""
+    count, first = skipped["count"], skipped["first"]
+    if not count:
+        return []
+    names = ", ".join(first) + (", ..." if count > len(first) else "")
+    what = (
+        "1 real picture that cannot be decoded is"
+        if count == 1
+        else f"{count:,} real pictures that cannot be decoded are"
+    )
+    return [f"{what} left out: {names}"]
+
+
+def _figures(figures: Figures | None) -> dict[str, Any]:
+    """A network's own figures, as the report has them."""
+    keys = ("top1", "top5", "ece", "per_class")
+    return {key: None if figures is None else getattr(figures, key) for key in keys}
+
+
+def _by_class(recipe: Recipe, found: Comparison, data: RealData | None) -> dict[str, Any]:
+    """What was judged class by class, as the report has it."""
+    teacher, student = found.teacher, found.student
+    if teacher is None or student is None:
+        return {"class_names": None, "images_per_class": None, "confusion": None}
+    return {
+        "class_names": list(class_names(recipe, data)),
+        "images_per_class": student.images_per_class,
+        "confusion": {"teacher": teacher.confusion, "student": student.confusion},
+    }
+
+
+def class_names(recipe: Recipe, data: RealData | None) -> tuple[str, ...]:
+    """Names of the classes: those of the recipe, else of the real data, else their numbers."""
+    return recipe.class_names if data is None or recipe.teacher.class_names is not None else data.class_names
 
 
 def data_name(recipe: Recipe) -> str:

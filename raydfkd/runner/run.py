@@ -32,7 +32,7 @@ from raydfkd.runner.check import Prepared, check
 from raydfkd.runner.events import Events, Listener, MetricsWriter, Plan
 from raydfkd.runner.executor import executor_of
 from raydfkd.runner.gallery import gallery
-from raydfkd.runner.judge import judge_student, look_at_images
+from raydfkd.runner.judge import class_names, judge_student, look_at_images, skipped_line
 from raydfkd.runner.progress import Display
 from raydfkd.runner.teach import teach
 from raydfkd.runner.view import SetView
@@ -368,6 +368,7 @@ def report(
         "answered_classes": None if look is None else look.answered,
         "warnings": [
             *([] if look is None else look.warnings),
+            *skipped_line(judged["skipped_pictures"]),
             *unseen_images(stats.student_images, snapshot.images - held_out),
         ],
         "recipe": job.recipe.shown(),
@@ -429,8 +430,3 @@ def write_gallery(job: Job, view: SetView, curves: Curves, data: RealData | None
     )
     Store(str(folder)).put("gallery.html", page.encode())
     return folder / "gallery.html"
-
-
-def class_names(recipe: Recipe, data: RealData | None) -> tuple[str, ...]:
-    """Names of the classes: those of the recipe, else of the real data, else their numbers."""
-    return recipe.class_names if data is None or recipe.teacher.class_names is not None else data.class_names

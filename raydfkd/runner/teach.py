@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,18 +17,21 @@ from torch.nn import functional as F
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.schema import is_file
 from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
-from raydfkd.distillation.evaluate import judge, predict
+from raydfkd.distillation.evaluate import batch_size, judge
 from raydfkd.errors import RecipeError
 from raydfkd.images.augment import build_augmentations
 from raydfkd.images.pixels import PixelRange, nominal_from_uint8
-from raydfkd.images.real_data import RealData, open_real_data
+from raydfkd.images.real_data import RealData, Split, in_memory, open_real_data
 from raydfkd.networks.layout import lay_channels_last
 from raydfkd.networks.observed import ObservedNetwork
 from raydfkd.networks.teacher import Teacher, build_teacher, open_teacher, taught_teacher
 from raydfkd.networks.weights import save_bytes, weights_exist
 from raydfkd.runner.events import Events
+from raydfkd.runner.judge import Broken, skipped_line
 from raydfkd.seeds import derive_seed, rng_from
 from raydfkd.store.store import Store
+
+logger = logging.getLogger(__name__)
 
 
 def check_teaching(recipe: Recipe) -> RealData:
@@ -43,9 +48,26 @@ def check_teaching(recipe: Recipe) -> RealData:
     build_augmentations(
         recipe.teacher.train.augment, where="teacher.train.augment", label_reader="the teacher's training"
     )
-    data = open_real_data(recipe.real_data, recipe.teacher.image_space, recipe.teacher.classes)
+    data = judging_data(recipe)
+    if "train" not in data.splits:
+        raise RecipeError(
+            f"teacher.train: {recipe.real_data.kind} has no train images here, only {' and '.join(data.splits)}; give "
+            "real_data.splits (`raydfkd show real_data`)"
+        )
     Store(_split(recipe.teacher.weights)[0]).probe("the folder of teacher.weights")
     return data
+
+
+def judging_data(recipe: Recipe) -> RealData:
+    """Open the recipe's real data, which judge its student and may train its teacher.
+
+    Raises:
+        RecipeError: they are not there, or do not fit the teacher.
+    """
+    assert recipe.real_data is not None, "there are some"
+    teacher = recipe.teacher
+    names = None if teacher.class_names is None else recipe.class_names
+    return open_real_data(recipe.real_data, teacher.image_space, teacher.classes, names)
 
 
 def teach(recipe: Recipe, events: Events, network: nn.Module | None = None, *, anew: bool = True) -> Teacher:
@@ -109,13 +131,15 @@ def _taught(recipe: Recipe, events: Events, data: RealData, network: nn.Module |
     elif not store.put_new(name, content):
         events.say("teacher", f"another run was faster; its weights are taken   {path}")
         return open_teacher(recipe, network.cpu())
-    validation = data.load("validation")
-    logits = predict(network, validation.images, PixelRange(recipe.teacher.image_space, device))
-    top1 = dict(judge(logits, logits, validation.labels))["teacher.top1"]
+    split: Split = "validation" if "validation" in data.splits else "test"
+    space = recipe.teacher.image_space
+    batches = data.load(split).batches(batch_size(space))
+    found = judge(network, network, batches, PixelRange(space, device), classes=recipe.teacher.classes).teacher
+    assert found is not None, "real images have labels"
     events.say(
         "teacher",
         f"{recipe.teacher.network} trained on real {real.kind} in {time.monotonic() - started:.0f} s, "
-        f"{top1:.1%} on the validation split   {path}",
+        f"{found.top1:.1%} on the {split} split   {path}",
     )
     return taught_teacher(network.cpu(), content)
 
@@ -129,7 +153,8 @@ def train_on_real_data(
 ) -> None:
     """Train ``network`` on the training split; ``on_epoch`` receives epochs done and the mean loss.
 
-    AdamW on a one-cycle schedule, cross-entropy; images augmented as ``teacher.train.augment`` says.
+    AdamW on a one-cycle schedule, cross-entropy; images augmented as ``teacher.train.augment`` says. The whole split is
+    in memory, at the teacher's size.
     """
     spec = recipe.teacher.train
     assert spec is not None, "checked before work begins"
@@ -139,7 +164,10 @@ def train_on_real_data(
     observed.to(device)
     augment = build_augmentations(spec.augment, where="teacher.train.augment", label_reader="the teacher's training")
     pixels = PixelRange(recipe.teacher.image_space, device)
-    split = data.load("train")
+    broken = Broken()
+    split = in_memory(data.load("train"), broken.add)
+    for line in skipped_line(asdict(broken)):
+        logger.warning("%s", line)
     rng = rng_from(derive_seed(recipe.seed, "teach"))
     optimizer = torch.optim.AdamW(network.parameters(), lr=spec.lr, weight_decay=spec.weight_decay)
     per_epoch = max(1, len(split.labels) // spec.batch_size)

@@ -27,7 +27,7 @@ def test_index_names_everything_once_and_says_how_to_go_on():
     for name in (*packaged_recipes(), *packaged_jobs(), *SECTIONS, *plugins):
         assert name in words
     assert "show NAME" in lines[-1]
-    assert len(lines) < 110
+    assert len(lines) < 130
 
 
 @pytest.mark.parametrize("key", SECTIONS)
@@ -113,6 +113,13 @@ def test_every_network_of_torchvision_can_be_shown():
 
     for name in models.list_models(module=models):
         assert name in shown(f"torchvision:{name}")
+
+
+def test_data_set_of_torchvision_is_explained_with_its_options():
+    text = shown("torchvision:CIFAR10")
+    assert "every tenth picture of the training split" in text
+    assert "fetch them where they are missing" in text
+    assert "torchvision:NAME" in shown("real_data")
 
 
 def test_plugin_of_ones_own_is_explained_as_those_that_come_along(tmp_path, monkeypatch):

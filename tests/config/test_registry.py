@@ -179,3 +179,48 @@ def test_suggestion_is_the_closest_word_or_all_of_them(word, known, answer):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_family_loads_its_plugins_by_itself(family):
     assert FAMILIES[family].names()
+
+
+SHIPS: Registry[Car] = Registry("ship", [], member="colour")
+
+
+@SHIPS.register("ferry")
+def ferry(colour: str, *, loads: dict[Literal["bow", "stern"], str | Annotated[float, Field(lt=1)]] | tuple[str, ...]):
+    """Carries cars."""
+
+
+@SHIPS.form("built")
+def built(name, where):
+    if name != "oak":
+        raise RecipeError(f"{where}: nobody builds of {name!r}")
+
+    def build(colour: str, *, doors: int = 1) -> Car:
+        """Is built of a material."""
+        return Car(colour, doors=doors)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("loads", "message"),
+    [
+        ({"bow": 2.5}, "ship.loads.bow is 2.5: input should be a valid string or less than 1"),
+        ({"keel": "x"}, "ship.loads.keel is \"keel\": input should be 'bow' or 'stern'"),
+        (["a", 1], "ship.loads.1 is 1: input should be a valid string"),
+    ],
+)
+def test_value_that_fits_none_of_the_forms_of_a_mapping_is_named_by_its_key(loads, message):
+    with pytest.raises(RecipeError) as error:
+        SHIPS.check("ferry", {"loads": loads}, where="ship")
+    assert message in str(error.value)
+
+
+def test_names_of_a_form_are_made_by_its_function_and_are_nobody_s_own_code():
+    assert SHIPS.build("built:oak", {"doors": 3}, "red", where="ship").doors == 3
+    assert not SHIPS.is_own("built:oak")
+    assert SHIPS.is_own("yard:Ship")
+    assert not SHIPS.is_own("ferry")
+    with pytest.raises(RecipeError, match="^ship: nobody builds of 'tin'$"):
+        SHIPS.check("built:tin", {}, where="ship")
+    with pytest.raises(RecipeError, match="^ship.door: unknown key; did you mean doors?"):
+        SHIPS.check("built:oak", {"door": 1}, where="ship")

@@ -115,6 +115,26 @@ def stripes(space, *, root: str, wrong: str = "") -> RealData:
         return LabelledImages(images=resized(images, space), labels=labels)
 
     return RealData(class_names=("a", "b", "c", "d"), channels=1, load=load)
+
+
+class Lazy:
+    """Images that are made while somebody asks for them."""
+
+    def __init__(self, space, wrong):
+        self.space, self.wrong = space, wrong
+
+    def batches(self, size, on_broken):
+        on_broken("the third")
+        for first in range(0, 8, size):
+            labels = torch.arange(first, min(first + size, 8)) % 4
+            if self.wrong and first:
+                labels = labels + 4
+            yield torch.zeros(len(labels), *self.space.shape, dtype=torch.uint8), labels
+
+
+def lazy_stripes(space, *, wrong: bool = False) -> RealData:
+    """Images of four kinds of stripes, a few at a time."""
+    return RealData(class_names=("a", "b", "c", "d"), channels=1, load=lambda split: Lazy(space, wrong))
 '''
 
 
@@ -184,6 +204,22 @@ def test_real_data_that_are_read_wrongly_are_refused_in_one_line(tmp_path, packa
     with pytest.raises(RecipeError) as error:
         data.load("test")
     assert str(error.value) == f"real_data: {package}:stripes, {message}"
+
+
+def test_real_data_of_the_user_s_may_be_read_batch_by_batch(tmp_path, package):
+    report = raydfkd.run(toy_recipe(tmp_path, [f"real_data={package}:lazy_stripes"])).report
+    assert report["judged_images"] == 8
+    assert report["images_per_class"] == [2, 2, 2, 2]
+    assert report["skipped_pictures"] == {"count": 1, "first": ["the third"]}
+
+
+def test_batch_of_the_user_s_that_does_not_fit_is_refused_when_it_comes(tmp_path, package):
+    recipe = toy_recipe(tmp_path, [f"real_data={{kind: '{package}:lazy_stripes', wrong: true}}"])
+    data = open_real_data(recipe.real_data, recipe.teacher.image_space, CLASSES)
+    batches = data.load("test").batches(4)
+    assert next(batches)[1].tolist() == [0, 1, 2, 3]
+    with pytest.raises(RecipeError, match=r"lazy_stripes, split test has labels from 4 to 7; give 0 to 3"):
+        next(batches)
 
 
 def test_complaint_of_real_data_of_the_user_s_is_found_before_any_work(tmp_path, package):

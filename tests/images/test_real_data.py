@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from sklearn.datasets import load_digits
 
 from raydfkd.config.schema import ImageSpace, PluginSpec
@@ -229,3 +230,14 @@ def test_data_set_is_grey_and_names_ten_classes(kind, tmp_path):
     options = {"root": str(tmp_path)} if kind == "fashion_mnist" else {}
     data = REAL_DATA.build(kind, options, space(28), where="real_data")
     assert (data.channels, len(set(data.class_names))) == (1, 10)
+
+
+def test_every_kind_has_an_example_on_the_page_that_its_options_allow():
+    section = (Path(__file__).parents[2] / "docs/recipes.md").read_text().partition("## Data to judge by")[2]
+    lines = section.partition("```yaml")[2].partition("```")[0].strip().splitlines()
+    specs = [PluginSpec.model_validate(yaml.safe_load(line)["real_data"]) for line in lines]
+    for spec in specs:
+        if spec.kind != "mymodule:my_data":
+            REAL_DATA.check(spec.kind, spec.options, where="real_data")
+    kinds = {"torchvision:CIFAR10", "mymodule:my_data", "fashion_mnist", *(spec.kind for spec in specs)}
+    assert kinds == {"torchvision:CIFAR10", "mymodule:my_data", *REAL_DATA.names()}

@@ -61,8 +61,15 @@ def report() -> dict[str, Any]:
     return {
         "recipe": {"name": "toy", "teacher": {"network": "big_net"}, "student": {"network": "small_net"}},
         "seed": 17,
-        "teacher": {"top1": 0.991, "parameters": 62346},
-        "student": {"top1": 0.967, "parameters": 9842},
+        "teacher": {"top1": 0.991, "top5": 0.999, "ece": 0.012, "per_class": [1.0, 0.98, None], "parameters": 62346},
+        "student": {"top1": 0.967, "top5": 0.995, "ece": 0.031, "per_class": [0.9, 0.7, None], "parameters": 9842},
+        "class_names": ["crow", "jay", "owl"],
+        "images_per_class": [1000, 797, 0],
+        "confusion": {
+            "teacher": {"matrix": [[1000, 0, 0], [16, 781, 0], [0, 0, 0]]},
+            "student": {"matrix": [[900, 60, 40], [239, 558, 0], [0, 0, 0]]},
+        },
+        "skipped_pictures": {"count": 0, "first": []},
         "agreement": 0.9725,
         "judged_on": "real digits test images",
         "judged_images": 1797,
@@ -113,6 +120,9 @@ def text_of(page: str) -> str:
     return " ".join(text.replace("\N{NO-BREAK SPACE}", " ").split())
 
 
+VOID = ("meta", "img", "path", "polygon", "polyline", "circle")
+
+
 class Tags(HTMLParser):
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -122,12 +132,15 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.found.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "path", "polygon", "polyline", "circle"):
+        if tag not in VOID:
             self.open.append(tag)
 
     def handle_endtag(self, tag):
-        if tag not in ("meta", "img", "path", "polygon", "polyline", "circle"):
+        if tag not in VOID:
             assert self.open.pop() == tag, f"</{tag}> closes something else"
+
+    def charts(self) -> list[dict[str, str | None]]:
+        return [attributes for attributes in self.of("svg") if attributes.get("class") != "heat"]
 
     def of(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.found if name == tag]
@@ -236,9 +249,76 @@ def test_page_needs_nothing_from_the_network(report):
     assert "url(" not in page
 
 
+def of_classes(report, count):
+    """The report of so many classes, of which the student knows the first ones least."""
+    pairs = [[label, label + 1, 50 - label] for label in range(20)]
+    matrix = [[50 if label == answer else 0 for answer in range(count)] for label in range(count)]
+    return report | {
+        "teacher": report["teacher"] | {"per_class": [1.0] * count},
+        "student": report["student"] | {"per_class": [label / count for label in range(count)]},
+        "class_names": [f"class-{label}" for label in range(count)],
+        "images_per_class": [50] * count,
+        "confusion": dict.fromkeys(("teacher", "student"), {"pairs": pairs} if count > 100 else {"matrix": matrix}),
+    }
+
+
+def section(page, name):
+    return page.partition(f'<section aria-labelledby="{name}">')[2].partition('<section aria-labelledby="pro')[0]
+
+
+def test_page_shows_top5_and_calibration_of_both(report):
+    text = text_of(page_of(report))
+    assert "top-5 on real digits test images 99.9 % 99.5 %" in text
+    assert "calibration error on real digits test images 1.2 % 3.1 %" in text
+
+
+def test_page_shows_each_of_few_classes_and_what_it_is_taken_for(report):
+    shown = section(page_of(report), "classes")
+    text = text_of(shown)
+    assert "crow 1,000 100.0 % 90.0 % jay 797 98.0 % 70.0 %" in text
+    assert "2 of 3 classes have real images" in text
+    assert "jay crow 239 30.0 % crow jay 60 6.0 % crow owl 40 4.0 %" in text
+    cells = Tags(page_of(report)).of("rect")
+    assert len(cells) == 5, "those without an image are empty"
+    assert [cell.get("class") for cell in cells] == [None, "wrong", "wrong", "wrong", None]
+    assert "jay taken for crow: 239 of 797" in text
+
+
+@pytest.mark.parametrize("count", [40, 100, 1000])
+def test_of_many_classes_the_page_shows_the_ten_worst(report, count):
+    shown = section(page_of(of_classes(report, count)), "accuracy")
+    rows = re.findall(r'<th scope="row">(class-\d+)</th>', shown.partition("</table>")[0])
+    assert rows == [f"class-{label}" for label in range(10)]
+    assert f"The 10 classes of {count:,} that the student knows least" in text_of(shown)
+
+
+def test_of_a_thousand_classes_the_page_shows_the_most_frequent_mistakes_and_stays_small(report):
+    large, without = page_of(of_classes(report, 1000)), page_of(report | {"class_names": None})
+    shown = section(large, "classes")
+    assert "<svg" not in shown
+    assert "class-0 class-1 50 100.0 % class-1 class-2 49 98.0 %" in text_of(shown)
+    assert len(large) - len(without) < 10_000
+
+
+def test_heat_map_of_a_hundred_classes_has_no_names_in_its_margin(report):
+    few, many = (Tags(page_of(changed, metrics=[])) for changed in (report, of_classes(report, 100)))
+    assert (len(few.of("text")), len(many.of("text"))) == (3, 0)
+    assert len(many.of("rect")) == 100
+
+
+def test_report_of_an_earlier_version_has_no_classes(report):
+    old = {key: value for key, value in report.items() if key not in NEWER_KEYS}
+    old |= {role: {"top1": 0.9, "parameters": 5} for role in ("teacher", "student")}
+    page = page_of(old)
+    assert 'id="classes"' not in page
+    assert "top-5" not in page
+
+
 def test_without_real_data_the_accuracy_is_not_judged(report):
     report["teacher"]["top1"] = report["student"]["top1"] = None
     report["judged_on"] = "synthetic images that were held out"
+    report["class_names"] = report["teacher"]["top5"] = report["student"]["top5"] = None
+    report["student"]["ece"] = None
     text = text_of(page_of(report))
     assert text.count("not judged (no real data)") == 4
     assert "points" not in text
@@ -375,7 +455,7 @@ def test_large_images_are_left_out_before_the_page_gets_heavy(report):
 
 
 def test_curves_name_their_first_and_last_value(report):
-    labels = [chart["aria-label"] for chart in Tags(page_of(report)).of("svg")]
+    labels = [chart["aria-label"] for chart in Tags(page_of(report)).charts()]
     assert labels == [
         "loss over steps, from 1 to 0.333",
         "agreement with teacher over steps, from 90 % to 90 %",
@@ -388,7 +468,7 @@ def test_curves_name_their_first_and_last_value(report):
 def test_curve_of_a_resumed_student_takes_the_last_word_on_a_step(report):
     losses = [(1, 9.0), (2, 8.0), (3, 7.0), (2, 5.0), (3, 4.0)]
     metrics = [{"event": "student", "step": step, "loss": loss} for step, loss in losses]
-    (chart,) = Tags(page_of(report, metrics)).of("svg")
+    (chart,) = Tags(page_of(report, metrics)).charts()
     assert chart["aria-label"] == "loss over steps, from 9 to 4"
 
 
@@ -421,7 +501,7 @@ def test_incomplete_transfer_set_is_said_at_the_top(report):
 def test_page_of_a_run_without_metrics_or_gallery_has_its_numbers(report):
     report |= {"images_per_second": None, "failures": [], "seconds": {"total": 1.0, "synthesis": None}}
     page = page_of(report, metrics=[])
-    assert Tags(page).of("svg") == Tags(page).of("img") == []
+    assert Tags(page).charts() == Tags(page).of("img") == []
     assert "synthesis –" in text_of(page)
 
 
