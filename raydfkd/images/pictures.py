@@ -16,7 +16,8 @@ from raydfkd.errors import RecipeError, one_line
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 """Endings of the files that are taken for pictures."""
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+"""Numbers of channels that pictures have, with Pillow's name of each."""
 
 
 class BrokenPictureError(ValueError):
@@ -44,7 +45,7 @@ def read_picture(source: Path | Image.Image, space: ImageSpace, *, crop: float =
         BrokenPictureError: it cannot be decoded.
         RecipeError: pictures have no such number of channels.
     """
-    if space.channels not in _MODES:
+    if space.channels not in MODES:
         raise RecipeError(
             f"teacher.image_space.channels is {space.channels}, but picture files have 1, 3 or 4; "
             "give real_data as a function of yours, module:callable"
@@ -53,7 +54,7 @@ def read_picture(source: Path | Image.Image, space: ImageSpace, *, crop: float =
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the decoder about metadata, which mean nothing here
             picture = Image.open(source) if isinstance(source, Path) else source
-            picture = picture.convert(_MODES[space.channels])
+            picture = picture.convert(MODES[space.channels])
     except Exception as error:  # a decoder's complaint about broken bytes may be anything
         name = source if isinstance(source, Path) else "a picture"
         raise BrokenPictureError(f"{name} cannot be decoded ({one_line(error)})") from error

@@ -33,6 +33,7 @@ NEWER_KEYS: Mapping[str, JSON] = {
     "intended_class": None,
     "answered_classes": None,
     "warnings": (),
+    "not_data_free": None,
 }
 """Keys of report.json that earlier versions did not write, and the values that are read instead."""
 _ALWAYS = frozenset({"agreement", "images", "judged_on", "recipe", "seconds", "student", "teacher", "units"})
@@ -78,7 +79,14 @@ def report_page(report: Mapping[str, JSON], *, curves: Curves, gallery: Gallery 
     )
 
 
-def pictures_page(gallery: Gallery, *, curves: Curves, recipe: Mapping[str, Any], warnings: Sequence[str]) -> str:
+def pictures_page(
+    gallery: Gallery,
+    *,
+    curves: Curves,
+    recipe: Mapping[str, Any],
+    warnings: Sequence[str],
+    not_data_free: str | None = None,
+) -> str:
     """The self-contained ``gallery.html``: the images of a set that no student was trained on yet."""
     return _rendered(
         "pictures.html",
@@ -87,6 +95,7 @@ def pictures_page(gallery: Gallery, *, curves: Curves, recipe: Mapping[str, Any]
         recipe=recipe,
         recipe_yaml=_yaml(recipe),
         warnings=warnings,
+        not_data_free=not_data_free,
     )
 
 

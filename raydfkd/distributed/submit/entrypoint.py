@@ -29,7 +29,7 @@ class Entrypoint:
     working_dir: Path
     """Folder that is packed and sent along."""
     needs: tuple[str, ...]
-    """Files in it that the command reads, relative to it."""
+    """Files and folders in it that the command reads, relative to it."""
     variables: Mapping[str, str]
     """Environment of driver and workers beside what their nodes have; may hold secrets."""
     recipe: str
@@ -64,6 +64,7 @@ def plan_entrypoint(  # noqa: PLR0913 - one option each
     weights = recipe.teacher.weights
     if weights != "random" and not _is_elsewhere(weights):
         needs.append(os.path.normpath(weights))
+    needs += [os.path.normpath(folder) for folder in recipe.picture_folders.values() if not _is_elsewhere(folder)]
     arguments = ["run", source, "--json", *(("--run-dir", run_dir) if run_dir is not None else ())]
     for override in overrides:
         arguments += ["--set", override]
