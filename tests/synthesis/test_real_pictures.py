@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from torchvision.models import VisionTransformer
 from toy import (
@@ -261,6 +265,15 @@ def test_pictures_that_nothing_reads_or_that_are_not_there_are_refused_before_an
         check(toy_recipe(tmp_path, [one.format(folder=place) for one in settings], synthesizer=synthesizer))
     assert str(refused.value) == said.format(folder=place)
     assert not (tmp_path / "run").exists()
+
+
+def test_example_of_the_documentation_is_sound(tmp_path):
+    page = (Path(__file__).parents[2] / "docs/recipes.md").read_text()
+    (example,) = re.findall(r"## A few real pictures\n.*?```yaml\n(.*?)```", page, flags=re.DOTALL)
+    save_pictures(tmp_path / "pictures", 2)
+    changes = yaml.safe_load(example.replace("~/pictures", str(tmp_path / "pictures")))["synthesis"]
+    recipe = toy_recipe(tmp_path, [f"synthesis.{key}={json.dumps(value)}" for key, value in changes.items()])
+    assert check(recipe).not_data_free is not None
 
 
 def both(folder, *settings):
