@@ -16,8 +16,7 @@ from raydfkd.errors import RecipeError, one_line
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 """Endings of the files that are taken for pictures."""
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""Numbers of channels that pictures have, with Pillow's name of each."""
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 class BrokenPictureError(ValueError):
@@ -45,7 +44,7 @@ def read_picture(source: Path | Image.Image, space: ImageSpace, *, crop: float =
         BrokenPictureError: it cannot be decoded.
         RecipeError: pictures have no such number of channels.
     """
-    if space.channels not in MODES:
+    if space.channels not in _MODES:
         raise RecipeError(
             f"teacher.image_space.channels is {space.channels}, but picture files have 1, 3 or 4; "
             "give real_data as a function of yours, module:callable"
@@ -54,7 +53,7 @@ def read_picture(source: Path | Image.Image, space: ImageSpace, *, crop: float =
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the decoder about metadata, which mean nothing here
             picture = Image.open(source) if isinstance(source, Path) else source
-            picture = picture.convert(MODES[space.channels])
+            picture = picture.convert(_MODES[space.channels])
     except Exception as error:  # a decoder's complaint about broken bytes may be anything
         name = source if isinstance(source, Path) else "a picture"
         raise BrokenPictureError(f"{name} cannot be decoded ({one_line(error)})") from error

@@ -12,7 +12,7 @@ from toy import SPACE, save_pictures
 
 from raydfkd.config.schema import ImageSpace
 from raydfkd.errors import RecipeError
-from raydfkd.images import picture_folder
+from raydfkd.images import picture_folder, pictures
 from raydfkd.images.picture_folder import not_data_free, read_folder
 
 
@@ -48,8 +48,8 @@ def test_digest_is_of_names_and_contents_and_not_of_the_place(tmp_path):
 
 def test_folder_is_decoded_once_and_again_where_a_file_is_another(tmp_path, monkeypatch):
     decoded = []
-    original = picture_folder.read_picture
-    monkeypatch.setattr(picture_folder, "read_picture", lambda *given: decoded.append(given) or original(*given))
+    original = pictures.read_picture
+    monkeypatch.setattr(pictures, "read_picture", lambda *given: decoded.append(given) or original(*given))
     save_pictures(tmp_path, 3)
     assert read(tmp_path) is read(tmp_path)
     assert len(decoded) == 3
