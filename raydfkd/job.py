@@ -17,6 +17,7 @@ from raydfkd.data.encodings import Encoding
 from raydfkd.data.news import Watch
 from raydfkd.data.student_versions import StudentPublisher
 from raydfkd.data.transfer_set import TransferSet
+from raydfkd.images.picture_folder import pictures_of
 from raydfkd.losses.objective import needs_of
 from raydfkd.networks.build import build_network
 from raydfkd.networks.observed import Need
@@ -175,8 +176,13 @@ def open_job(recipe: Recipe, teacher: Teacher | None = None) -> Job:
 
 
 def dependencies_of(recipe: Recipe, teacher: Teacher) -> Mapping[str, object]:
-    """Everything that the recipe's images depend on, with the ``teacher``'s weights, as plain data."""
-    return recipe.made_of(teacher.sha256, is_against_student=asks_student(recipe))
+    """Everything that the recipe's images depend on, with the ``teacher``'s weights, as plain data.
+
+    Raises:
+        RecipeError: real pictures that it names are not there or not enough.
+    """
+    pictures = {key: folder.sha256 for key, folder in pictures_of(recipe).items()}
+    return recipe.made_of(teacher.sha256, is_against_student=asks_student(recipe), pictures=pictures)
 
 
 def job_of(recipe: Recipe, made_of: Mapping[str, object]) -> Job:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from raydfkd.config.families import REGISTRIES
@@ -120,6 +121,18 @@ def plain_teacher(seed: int = 0) -> PlainNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return PlainNet().eval()
+
+
+def save_pictures(folder: Path, count: int, seed: int = 0) -> Tensor:
+    """Write ``count`` grey pictures of 8x8 pixels, and return them, uint8 [N, 1, 8, 8]: slopes of any direction."""
+    folder.mkdir(parents=True, exist_ok=True)
+    directions = torch.randn(count, 2, 1, 1, generator=torch.Generator().manual_seed(seed))
+    row = torch.linspace(-1, 1, 8)
+    slopes = directions[:, 0] * row[:, None] + directions[:, 1] * row
+    images = (127.5 + 60 * slopes).round().clamp(0, 255).byte()
+    for index, image in enumerate(images):
+        Image.fromarray(image.numpy()).save(folder / f"{index:03}.png")
+    return images[:, None]
 
 
 class SmallMemory(ConvNet):

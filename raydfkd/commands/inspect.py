@@ -38,10 +38,14 @@ def check(
     plan = read(recipe, overrides, run_dir, on, is_trusted=not no_code)
     static_check(plan)
     found = _size_of_set(plan)
+    pictures = " and ".join(f"{key} names real pictures" for key in plan.picture_folders)
     if not no_code:
         allow_code()
         prepared = _check_everything(plan)
         found += [*_sizes_of_networks(prepared), *prepared.notes, *_methods_that_suit(prepared)]
+        pictures = prepared.not_data_free or ""
+    if pictures:
+        found.append(f"not data-free: {pictures}")
     if as_json:
         typer.echo(json.dumps(plan.shown()))
         return DONE

@@ -20,7 +20,10 @@ from raydfkd.config.schema import LIBRARIES, TeacherSpec, TransferSetSpec
 from raydfkd.errors import RecipeError, did_you_mean
 from raydfkd.report.redaction import is_redacted, redacted_at, redacted_setting
 
-PLACES = ("run_dir", "teacher.weights", "teacher.class_names", "transfer_set.uri")
+PLACES = (
+    *("run_dir", "teacher.weights", "teacher.class_names", "transfer_set.uri"),
+    *("synthesis.start.images", "synthesis.statistics"),
+)
 """Keys of files and folders, beside options of real data.
 
 A local one is kept as a path, which means the same to driver, workers and libraries.

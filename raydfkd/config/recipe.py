@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -178,8 +179,23 @@ class Recipe(Spec):
         """Synthesis and training in the order in which they happen."""
         return plan_phases(self.plan(), repeats=self.repeats, rounds=self.rounds, steps=self.distill.steps)
 
-    def made_of(self, weights_sha256: str, *, is_against_student: bool = False) -> dict[str, Any]:
+    @property
+    def picture_folders(self) -> dict[str, str]:
+        """Folders of the real pictures that synthesis reads, by their keys."""
+        start, statistics = self.synthesis.start, self.synthesis.statistics
+        found = {"synthesis.start.images": None if start is None else start.images, "synthesis.statistics": statistics}
+        return {key: folder for key, folder in found.items() if folder is not None}
+
+    def made_of(
+        self,
+        weights_sha256: str,
+        *,
+        is_against_student: bool = False,
+        pictures: Mapping[str, str] = MappingProxyType({}),
+    ) -> dict[str, Any]:
         """Everything that affects a unit's pixels, as plain data: seed, teacher and its weights, synthesis, unit size.
+
+        ``pictures`` holds the SHA-256 of what is in each of ``picture_folders``; that counts, not where they lie.
 
         The number of images is not part of it: a longer plan begins with the units of a shorter one, so a set can be
         extended. One whose images are made against the student cannot, because its training depends on all of them;
@@ -191,7 +207,7 @@ class Recipe(Spec):
             "seed": self.seed,
             "teacher": _portable(self.teacher.model_dump(mode="json", include=teacher)),
             "weights": weights_sha256,
-            "synthesis": self.synthesis.model_dump(mode="json"),
+            "synthesis": self._synthesis_with(pictures),
             "unit": self.transfer_set.unit.model_dump(mode="json"),
         }
         if is_against_student:
@@ -202,6 +218,18 @@ class Recipe(Spec):
                 "rounds": self.rounds,
             }
         return dict(redacted_data(payload))
+
+    def _synthesis_with(self, pictures: Mapping[str, str]) -> dict[str, Any]:
+        """The section with contents instead of folders; without keys that are not given, as digests had them before."""
+        synthesis = self.synthesis.model_dump(mode="json", exclude={"start", "statistics"})
+        if self.synthesis.start is not None:
+            synthesis["start"] = {
+                "images": pictures["synthesis.start.images"],
+                "noise": self.synthesis.start.noise,
+            }
+        if self.synthesis.statistics is not None:
+            synthesis["statistics"] = pictures["synthesis.statistics"]
+        return synthesis
 
     def trained_by(self) -> dict[str, Any]:
         """Everything that a student's training depends on beside its images, as plain data.
@@ -227,7 +255,12 @@ class Recipe(Spec):
         moved = {"class_names": _located(names)} if isinstance(names, str) else {}
         teacher = self.teacher.model_copy(update={"weights": _located(self.teacher.weights), **moved})
         transfer_set = self.transfer_set.model_copy(update={"uri": _located(self.transfer_set.uri)})
-        changes = {"teacher": teacher, "transfer_set": transfer_set, "run_dir": _located(self.run_dir)}
+        changes = {
+            "teacher": teacher,
+            "synthesis": self._located_synthesis(),
+            "transfer_set": transfer_set,
+            "run_dir": _located(self.run_dir),
+        }
         return self.model_copy(update=changes)
 
     def moved_to(self, run_dir: str) -> Recipe:
@@ -240,6 +273,14 @@ class Recipe(Spec):
         teacher = self.teacher.model_copy(update={"weights": moved(self.teacher.weights)})
         transfer_set = self.transfer_set.model_copy(update={"uri": moved(self.transfer_set.uri)})
         return self.model_copy(update={"teacher": teacher, "transfer_set": transfer_set, "run_dir": run_dir})
+
+    def _located_synthesis(self) -> SynthesisSpec:
+        start, statistics = self.synthesis.start, self.synthesis.statistics
+        moved = {
+            "start": start and start.model_copy(update={"images": _located(start.images)}),
+            "statistics": statistics and _located(statistics),
+        }
+        return self.synthesis.model_copy(update=moved)
 
     def shown(self) -> dict[str, Any]:
         """The recipe as plain data without secrets, for reports and logs."""

@@ -252,6 +252,15 @@ class StudentSpec(Spec):
     """Keyword arguments of the network's constructor."""
 
 
+class StartSpec(Spec):
+    """Real pictures, without labels, that the optimisation of pixels starts from instead of noise."""
+
+    images: Text
+    """Folder of the pictures, on every machine that works; each start is one of them, drawn by the unit's seed."""
+    noise: NotNegative = 0.0
+    """Standard deviation of the noise added to them, in nominal units: 1 is 0.225 of the range from black to white."""
+
+
 class SynthesisSpec(OpenSpec):
     """The making of the images; keys beyond these are options of the synthesizer (`raydfkd show synthesizers`)."""
 
@@ -263,6 +272,12 @@ class SynthesisSpec(OpenSpec):
     """Labels that images are made for."""
     augment: tuple[Augmentation, ...] = ()
     """Augmentations through which the teacher sees the image, at every step."""
+    start: StartSpec | None = None
+    """Real pictures that the optimisation of pixels starts from; noise unless given."""
+    statistics: Text | None = None
+    """Folder of about 100 real pictures, on every machine that works: moments are compared with theirs instead of with
+    those that BatchNorm stored, before norm layers of any kind, or where there is none behind convolutions and hidden
+    linear layers."""
     precision: Precision = "float32"
     """Arithmetic of the teacher's convolutions, `float32` or `bfloat16`, which is faster where the hardware has it;
     pixels, moments and optimiser stay float32."""

@@ -1,4 +1,4 @@
-"""Matching the statistics that BatchNorm layers stored in training."""
+"""Matching the statistics that BatchNorm layers stored in training, or those that a few pictures have."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ class BatchNormMoments(Term):
     A scalar in [0, inf). With ``scope: class`` each class is matched by itself and the value is the mean over
     classes: a class then yields the same whoever shares its pack, as long as augmentations draw once for the whole
     batch (jitter and flip do).
+
+    With `synthesis.statistics` the stored moments are those of a few real pictures, and the layers norm layers of any
+    kind, or convolutions and hidden linear layers where there is none; kl is then the form to begin with.
 
     Args:
         form: norm, squared or kl.
@@ -61,7 +64,7 @@ class BatchNormMoments(Term):
 
     @override
     def forward(self, view: View) -> Tensor:
-        assert view.teacher.moments, "bn_moments needs BatchNorm layers"
+        assert view.teacher.moments, "bn_moments needs the moments of layers"
         layers = [layer.pooled() if self._scope == "batch" else layer for layer in view.teacher.moments]
         distances = self._distances(layers)
         total = distances.sum() + (self._first_layer_scale - 1) * distances[0]

@@ -21,7 +21,8 @@ from raydfkd.errors import RecipeError
 class LayerMoments:
     """One BatchNorm layer's input: what this batch has and what training stored.
 
-    ``mean`` and ``var`` (biased) are [G, C] for G equal, contiguous groups of the batch; the stored ones [C].
+    ``mean`` and ``var`` (biased) are [G, C] for G equal, contiguous groups of the batch; the stored ones [C]. Where
+    moments were measured, the layer may be another, see ``networks.measured``, and the stored ones are those.
     """
 
     mean: Tensor
@@ -64,11 +65,19 @@ class MomentsTrace:
             observed.layer = _Layer(name, self, observed.detach())
             layer._buffers["running_mean"] = observed
 
-    def note(self, layer: _Layer, mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
+    def note(self, layer: str, mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor) -> None:
         """Add a layer's moments, where somebody asks."""
         if self.notes is not None:
             self.notes.append(
-                LayerMoments(layer=layer.name, mean=mean, var=var, running_mean=running_mean, running_var=running_var)
+                LayerMoments(layer=layer, mean=mean, var=var, running_mean=running_mean, running_var=running_var)
+            )
+
+    def refuse_rows(self, layer: str, rows: int) -> None:
+        """Refuse to take moments of each group in a layer that gets ``rows`` which cannot be shared out."""
+        if rows % self.groups:
+            raise RecipeError(
+                f"moments are wanted of each of {self.groups} classes, but the layer {layer} gets {rows} rows; take "
+                "those of the whole batch (scope: batch)"
             )
 
 
@@ -201,18 +210,14 @@ def _batch_norm(  # noqa: PLR0913, PLR0917 - torch's signature
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     layer = running_mean.layer
     trace, stored = layer.trace, layer.mean
-    if input.shape[0] % trace.groups:
-        raise RecipeError(
-            f"moments are wanted of each of {trace.groups} classes, but the layer {layer.name} gets {input.shape[0]} "
-            "rows; take those of the whole batch (scope: batch)"
-        )
+    trace.refuse_rows(layer.name, input.shape[0])
     if training or any(value is not None and value.requires_grad for value in (weight, bias)):
         var, mean = _moments_with_graph(input, trace.groups)
         y = F.batch_norm(input, stored, running_var, weight, bias, training, momentum, eps)
     else:
         scale, shift = layer.affine(stored, running_var, weight, bias, eps)
         y, mean, var = _NormalizeWithMoments.apply(input, scale, shift, trace.groups)
-    trace.note(layer, mean, var, stored, running_var)
+    trace.note(layer.name, mean, var, stored, running_var)
     return y
 
 
@@ -234,9 +239,7 @@ class _NormalizeWithMoments(torch.autograd.Function):
         gy, gmean, gvar = gradients
         x, scale, mean = ctx.saved_tensors
         groups, channels = mean.shape
-        count = x.numel() // (groups * channels)
-        slope = gvar * (2.0 / count)
-        offset = gmean / count - slope * mean
+        offset, slope = _gradient_of_moments(gmean, gvar, mean, x.numel() // (groups * channels))
         if _is_reduced(x):
             parts = zip(gy.chunk(groups), x.chunk(groups), offset, slope, strict=True)
             gxs = [_affine(g, scale, a).addcmul_(part, _per_channel(b, part)) for g, part, a, b in parts]
@@ -247,6 +250,39 @@ class _NormalizeWithMoments(torch.autograd.Function):
         grouped.addcmul_(x.reshape(grouped.shape), slope.view(shape))
         grouped.add_(offset.view(shape))
         return gx, None, None, None
+
+
+def moments_of(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [G, C] of ``x`` [N, C, ...] over each group and all positions, in float32."""
+    mean, var = _Moments.apply(x, groups)
+    return mean, var
+
+
+class _Moments(torch.autograd.Function):
+    """The moments as one step of the graph, whose gradient is ``a + b * x`` with a and b per group and channel."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+        var, mean = _moments(x, groups)
+        ctx.save_for_backward(x, mean)
+        return mean, var
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gmean, gvar = gradients
+        x, mean = ctx.saved_tensors
+        groups, channels = mean.shape
+        offset, slope = _gradient_of_moments(gmean, gvar, mean, x.numel() // (groups * channels))
+        shape = (groups, 1, channels, *(1,) * (x.ndim - 2))
+        grouped = x.unflatten(0, (groups, -1))
+        gx = torch.addcmul(offset.view(shape), grouped, slope.view(shape))
+        return gx.flatten(0, 1).to(x.dtype), None
+
+
+def _gradient_of_moments(gmean: Tensor, gvar: Tensor, mean: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Offset and slope [G, C], over ``x``, of the gradient that those of moments over ``count`` numbers lead to."""
+    slope = gvar * (2.0 / count)
+    return gmean / count - slope * mean, slope
 
 
 def _is_reduced(x: Tensor) -> bool:

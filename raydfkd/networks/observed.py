@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from raydfkd.networks.batchnorm import LayerMoments, MomentsTrace, layers_with_s
 from raydfkd.networks.compiled import Compiled
 from raydfkd.networks.input_gradients import FastInputGradients
 from raydfkd.networks.layout import lay_channels_last
+from raydfkd.networks.measured import Watched, joined_moments, watched_layers
 from raydfkd.networks.taps import find_head, layer_at, tap_input, tap_output
 from raydfkd.seeds import rng_from, seeded
 
@@ -74,6 +75,9 @@ class ObservedNetwork:
     computes the gradient of its input. A live one (a student) is used as it is; ``batchnorm`` says whether it
     normalises by its running statistics or by those of the batch.
 
+    Moments are compared with those that BatchNorm stored, or, where ``statistics`` is measured, with those of pictures
+    that ``measure`` is given, in the layers that ``networks.measured`` says.
+
     Where a layer lies is found by running the network on two random images: at once where ``image_shape`` is given,
     else before the first images. The network must answer there as it did without taps. A frozen network that writes to
     its input gets a copy of it.
@@ -86,6 +90,7 @@ class ObservedNetwork:
         taps: what to read of it; a mapping says for messages who needs each, such as a recipe key.
         frozen: see above.
         batchnorm: of a live network.
+        statistics: see above.
         precision: of its convolutions.
         compiled: see above.
         image_shape: channels, height and width of its images.
@@ -102,6 +107,7 @@ class ObservedNetwork:
         taps: Collection[Tap] | Mapping[Tap, str] = frozenset(),
         frozen: bool,
         batchnorm: Literal["running", "batch"] = "running",
+        statistics: Literal["stored", "measured"] = "stored",
         precision: torch.dtype = torch.float32,
         compiled: bool = False,
         image_shape: tuple[int, int, int] | None = None,
@@ -115,10 +121,12 @@ class ObservedNetwork:
         self._name = name
         self._moments_tap = next((tap for tap in (Need.CLASS_MOMENTS, Need.MOMENTS) if tap in self._taps), None)
         assert frozen or self._moments_tap is None, "moments are taken of a frozen network"
-        if self._moments_tap is not None and not layers_with_statistics(self._module):
+        self._is_measured = statistics == "measured"
+        self._measured: tuple[LayerMoments, ...] = ()
+        if self._moments_tap is not None and not self._is_measured and not layers_with_statistics(self._module):
             raise RecipeError(
                 f"{self._who(self._moments_tap)} needs BatchNorm layers with stored statistics, but the {name} has none"
-                f"{_why_none(self._module)} drop it"
+                f"{_why_none(self._module)}"
             )
         self._trace = MomentsTrace()
         self._features: list[Tensor] = []
@@ -161,6 +169,18 @@ class ObservedNetwork:
         assert self._moments_tap is None, "moments are compared with statistics that do not change"
         self._module.load_state_dict(dict(state))
 
+    def measure(self, batches: Iterable[Tensor]) -> None:
+        """Compare moments with those of the images in ``batches`` [N, C, H, W] together from now on."""
+        assert self._is_measured, "the layers of measured statistics are watched from the beginning"
+        self._measured = ()
+        noted = []
+        with torch.no_grad():
+            for batch in batches:
+                if not self._is_prepared:
+                    self._prepare(batch.shape[1:])
+                noted.append((len(batch), self._observe(self._module, batch, groups=1).moments))
+        self._measured = joined_moments(noted)
+
     def __call__(self, images: Tensor, *, groups: int = 1) -> Observation:
         """Observe ``images`` [N, C, H, W]; moments are taken over ``groups`` equal, contiguous parts of the batch."""
         if not self._is_prepared:
@@ -189,12 +209,25 @@ class ObservedNetwork:
         observation = Observation(
             logits=logits.float(),
             features=self._features[self._features_call].flatten(1).float() if self._features else None,
-            moments=tuple(notes),
+            moments=self._beside_measured(notes),
             layers={path: output.float() for path, output in self._layers.items()},
         )
         self._features.clear()
         self._layers.clear()
         return observation
+
+    def _beside_measured(self, notes: Sequence[LayerMoments]) -> tuple[LayerMoments, ...]:
+        if not self._measured:
+            return tuple(notes)
+        if [one.layer for one in notes] != [known.layer for known in self._measured]:
+            raise RecipeError(
+                f"{self._who(self._moments_tap)} needs the moments of pictures, but these images take another way "
+                f"through the {self._name}'s layers than the pictures did; drop it"
+            )
+        pairs = zip(notes, self._measured, strict=True)
+        return tuple(
+            replace(one, running_mean=known.running_mean, running_var=known.running_var) for one, known in pairs
+        )
 
     def _ask(self, network: Callable[[Tensor], Any], images: Tensor) -> Any:
         if self._writes_to_input is False:
@@ -234,6 +267,7 @@ class ObservedNetwork:
     def _tap_moments(self, images: Tensor) -> None:
         pair = images.clone().requires_grad_()
         layers = dict(layers_with_statistics(self._module))
+        watched = self._watched(images) if self._is_measured else ()
         calls: Counter[str] = Counter()
         last: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -250,6 +284,8 @@ class ObservedNetwork:
         for hook in hooks:
             hook.remove()
         self._trace.attach(self._module)
+        for layer in watched:
+            layer.watch(self._trace)
         found = self._try_out(pair)
         noted = Counter(one.layer for one in found.moments)
         missed = [path for path in layers if noted[path] < calls[path]]
@@ -265,6 +301,17 @@ class ObservedNetwork:
         self._refuse_without_gradient(found)
         if self._moments_tap is Need.CLASS_MOMENTS:
             self._refuse_mixed_rows(images)
+
+    def _watched(self, images: Tensor) -> list[Watched]:
+        """The layers beside BatchNorm's of which moments are taken."""
+        head = find_head(self._module, images)
+        watched = watched_layers(self._module, head=None if head is None else head.path)
+        if not watched and not layers_with_statistics(self._module):
+            raise RecipeError(
+                f"{self._who(self._moments_tap)} needs norm layers, convolutions or hidden linear layers, but the "
+                f"{self._name} has none that can be seen; drop it"
+            )
+        return watched
 
     def _answer(self, images: Tensor) -> Tensor:
         torch.manual_seed(0)
@@ -283,6 +330,11 @@ class ObservedNetwork:
             raise RecipeError(
                 f"{who} needs the moments of BatchNorm layers, but the {self._name}'s {missed[0]}{others} is a {kind} "
                 "that does not normalise by batch_norm; make it a torch.nn.BatchNorm layer or drop it"
+            )
+        if not found.moments and self._is_measured:
+            raise RecipeError(
+                f"{who} needs the moments of layers, but none is met on the way to the answer of the "
+                f"{self._name}; drop it"
             )
         if not found.moments:
             raise RecipeError(
@@ -352,7 +404,9 @@ def frozen_copy(module: nn.Module) -> nn.Module:
 
 def _why_none(network: nn.Module) -> str:
     is_script = any(isinstance(layer, torch.jit.ScriptModule) for layer in network.modules())
-    return " that can be seen, because it is TorchScript; give the Python module or" if is_script else ";"
+    if is_script:
+        return " that can be seen, because it is TorchScript; give the Python module or drop it"
+    return "; drop it, or name a folder of about 100 real pictures in synthesis.statistics"
 
 
 def _is_close(one: Tensor, other: Tensor) -> bool:

@@ -42,6 +42,7 @@ NEWER_KEYS: Mapping[str, JSON] = {
     "images_per_class": None,
     "confusion": None,
     "skipped_pictures": {"count": 0, "first": ()},
+    "not_data_free": None,
 }
 """Keys of report.json that earlier versions did not write, and the values that are read instead."""
 _NEWER_FIGURES: Mapping[str, JSON] = {"top5": None, "ece": None, "per_class": None}
@@ -107,7 +108,14 @@ def report_page(report: Mapping[str, JSON], *, curves: Curves, gallery: Gallery 
     )
 
 
-def pictures_page(gallery: Gallery, *, curves: Curves, recipe: Mapping[str, Any], warnings: Sequence[str]) -> str:
+def pictures_page(
+    gallery: Gallery,
+    *,
+    curves: Curves,
+    recipe: Mapping[str, Any],
+    warnings: Sequence[str],
+    not_data_free: str | None = None,
+) -> str:
     """The self-contained ``gallery.html``: the images of a set that no student was trained on yet."""
     return _rendered(
         "pictures.html",
@@ -116,6 +124,7 @@ def pictures_page(gallery: Gallery, *, curves: Curves, recipe: Mapping[str, Any]
         recipe=recipe,
         recipe_yaml=_yaml(recipe),
         warnings=warnings,
+        not_data_free=not_data_free,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from raydfkd.devices import pick_device
 from raydfkd.distillation.criteria import CRITERIA
 from raydfkd.errors import Mistakes, RecipeError
 from raydfkd.images.augment import build_augmentations
+from raydfkd.images.picture_folder import PictureFolder, not_data_free, pictures_of
 from raydfkd.images.real_data import RealData
 from raydfkd.job import dependencies_of, transfer_set_of
 from raydfkd.networks.build import build_network
@@ -39,7 +40,9 @@ class Prepared:
     data: RealData | None
     """Real images that judge the student, and train the teacher where it has to be taught."""
     notes: tuple[str, ...]
-    """Things that the user should know of teacher and student, a line each."""
+    """Things that the user should know of teacher, student and real pictures, a line each."""
+    not_data_free: str | None = None
+    """Real pictures that the synthesis reads, and what for; None where it reads none."""
 
 
 def check(recipe: Recipe, *, writes_run: bool = True, writes_set: bool = True) -> Prepared:
@@ -73,12 +76,7 @@ def check(recipe: Recipe, *, writes_run: bool = True, writes_set: bool = True) -
         _check_training(recipe)
     with mistakes.gathered():
         pick_device(recipe.runtime.driver_device)
-    with mistakes.gathered():
-        if writes_run:
-            Store(recipe.run_dir).probe("run_dir", once=False)
-    with mistakes.gathered():
-        if writes_set:
-            transfer_set_of(recipe, {}).store.probe()
+    _check_places(recipe, mistakes, writes_run=writes_run, writes_set=writes_set)
     if network is not None and student is not None:
         with mistakes.gathered():
             _check_synthesis(recipe, network, student)
@@ -89,18 +87,36 @@ def check(recipe: Recipe, *, writes_run: bool = True, writes_set: bool = True) -
                 notes += probe_teacher(teacher.module, recipe.teacher)
             else:
                 check_teaching(recipe)
+    pictures = _read_pictures(recipe, mistakes)
     mistakes.complain()
     assert network is not None
     assert student is not None
     if teacher is not None:
         transfer_set_of(recipe, dependencies_of(recipe, teacher)).check()
-    return Prepared(recipe=recipe, network=network, student=student, teacher=teacher, data=data, notes=tuple(notes))
+    return Prepared(
+        recipe=recipe,
+        network=network,
+        student=student,
+        teacher=teacher,
+        data=data,
+        notes=(*notes, *(note for key, found in pictures.items() for note in found.notes(key))),
+        not_data_free=not_data_free(pictures),
+    )
+
+
+def _check_places(recipe: Recipe, mistakes: Mistakes, *, writes_run: bool, writes_set: bool) -> None:
+    with mistakes.gathered():
+        if writes_run:
+            Store(recipe.run_dir).probe("run_dir", once=False)
+    with mistakes.gathered():
+        if writes_set:
+            transfer_set_of(recipe, {}).store.probe()
 
 
 def _check_synthesis(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> None:
     cpu = torch.device("cpu")
     if is_live(recipe):
-        _check_source(recipe, lambda steps: live_generator(recipe, teacher, student, cpu, steps=steps))
+        _check_source(recipe, lambda steps: live_generator(recipe, teacher, student, cpu, steps=steps, is_trial=True))
         if recipe.transfer_set.images_per_class or recipe.rounds > 1:
             raise RecipeError(
                 "distill.source is live, which makes its own images, but transfer_set.images_per_class is "
@@ -109,7 +125,13 @@ def _check_synthesis(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> 
         return
     if not recipe.transfer_set.images_per_class:
         raise RecipeError("transfer_set.images_per_class is missing; say how many images to make of each class")
-    build_synthesizer(recipe, teacher, cpu, build_student(recipe, lambda _: None, cpu))
+    build_synthesizer(recipe, teacher, cpu, build_student(recipe, lambda _: None, cpu), is_trial=True)
+
+
+def _read_pictures(recipe: Recipe, mistakes: Mistakes) -> Mapping[str, PictureFolder]:
+    with mistakes.gathered():
+        return pictures_of(recipe)
+    return {}
 
 
 def _check_training(recipe: Recipe) -> None:

@@ -125,7 +125,8 @@ def run(recipe: Recipe, *, console: Console | None = None) -> Result:
     prepared = check(recipe)
     with listening(recipe, console) as events:
         teacher = _teacher(prepared, events)
-        events.say("teacher", "from here on no real image is read")
+        other = "" if prepared.not_data_free is None else "other "
+        events.say("teacher", f"from here on no {other}real image is read")
         job = open_job(recipe, teacher)
         announce(job, events)
         outcome, state = executor_of(recipe).run(job, teacher, events)
@@ -135,7 +136,7 @@ def run(recipe: Recipe, *, console: Console | None = None) -> Result:
     weights = save_student(job, state)
     judged = judge_student(job, teacher, student_of(recipe, state), view, prepared.data)
     stats, curves = metrics_of(job)
-    found = report(job, judged, view, outcome, stats, command=command_line())
+    found = report(job, judged, view, outcome, stats, command=command_line(), not_data_free=prepared.not_data_free)
     page = write(job, found, view, curves, prepared.data)
     return Result(job=job, outcome=outcome, missing=frozenset(view.missing), report=found, student=weights, page=page)
 
@@ -165,7 +166,7 @@ def synthesize_job(recipe: Recipe, *, console: Console | None = None) -> Synthes
         outcome = executor_of(recipe).synthesize(job, job.phases[-1], teacher, events)
     view = SetView(job)
     stats, curves = metrics_of(job)
-    page = write_gallery(job, view, curves, prepared.data)
+    page = write_gallery(job, view, curves, prepared)
     return Synthesis(job=job, outcome=outcome, view=view, stats=stats, page=page)
 
 
@@ -266,7 +267,7 @@ def report_again(recipe: Recipe, *, png: Path | None = None) -> tuple[dict[str, 
             gallery_png(pictures, png)
     if found is not None:
         return found, write(job, found, view, curves, prepared.data)
-    page = write_gallery(job, view, curves, prepared.data)
+    page = write_gallery(job, view, curves, prepared)
     if page is None:
         raise RecipeError(
             f"run_dir is {recipe.run_dir!r}: there is neither a report nor an image; `raydfkd run` makes them"
@@ -295,6 +296,8 @@ def _teacher(prepared: Prepared, events: Events) -> Teacher:
         notes += probe_teacher(teacher.module, prepared.recipe.teacher)
     for note in notes:
         events.say("note", note)
+    if prepared.not_data_free is not None:
+        events.say("note", f"not data-free: {prepared.not_data_free}")
     return teacher
 
 
@@ -357,6 +360,7 @@ def report(
     stats: RunStats,
     *,
     command: str,
+    not_data_free: str | None,
 ) -> dict[str, Any]:
     """Put the report together; ``write`` saves it. Scripts rely on the keys."""
     snapshot = view.snapshot
@@ -364,6 +368,7 @@ def report(
     held_out = sum(commit.images for commit in snapshot.commits if commit.unit in job.held_out)
     return {
         **judged,
+        "not_data_free": not_data_free,
         "intended_class": None if look is None else look.intended,
         "answered_classes": None if look is None else look.answered,
         "warnings": [
@@ -418,15 +423,19 @@ def write(job: Job, found: Mapping[str, Any], view: SetView, curves: Curves, dat
     return folder / "report.html"
 
 
-def write_gallery(job: Job, view: SetView, curves: Curves, data: RealData | None) -> Path | None:
+def write_gallery(job: Job, view: SetView, curves: Curves, prepared: Prepared) -> Path | None:
     """Write gallery.html, pictures of the set without a student; returns its path, None where there is no image."""
-    pictures = gallery(view, job.recipe.classes, class_names(job.recipe, data))
+    pictures = gallery(view, job.recipe.classes, class_names(job.recipe, prepared.data))
     if pictures is None:
         return None
     folder = Path(job.recipe.run_dir)
     look = look_at_images(job, view)
     page = pictures_page(
-        pictures, curves=curves, recipe=job.recipe.shown(), warnings=[] if look is None else look.warnings
+        pictures,
+        curves=curves,
+        recipe=job.recipe.shown(),
+        warnings=[] if look is None else look.warnings,
+        not_data_free=prepared.not_data_free,
     )
     Store(str(folder)).put("gallery.html", page.encode())
     return folder / "gallery.html"

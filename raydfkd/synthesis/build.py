@@ -10,20 +10,33 @@ from torch import nn
 from raydfkd.config.recipe import Recipe
 from raydfkd.data.sources import SOURCES, Ranks
 from raydfkd.data.student_versions import Source
+from raydfkd.devices import cpu_threads
 from raydfkd.errors import RecipeError
 from raydfkd.images.augment import build_augmentations
+from raydfkd.images.picture_folder import pictures_of
 from raydfkd.images.pixels import PixelRange
 from raydfkd.job import asks_student
-from raydfkd.losses.objective import build_objective, terms_that_need
+from raydfkd.losses.objective import Objective, build_objective, terms_that_need
 from raydfkd.networks.build import build_network
 from raydfkd.networks.observed import Need, ObservedNetwork
 from raydfkd.seeds import derive_seed
 from raydfkd.synthesis.generator_training import GeneratorTraining
 from raydfkd.synthesis.judge import Judge, StudentFeed
+from raydfkd.synthesis.start import PictureStart
 from raydfkd.synthesis.student_feed import LiveStudentFeed, StoredStudentFeed
-from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Setting, Synthesizer, not_offered, offers_of
+from raydfkd.synthesis.synthesizer import (
+    SYNTHESIZERS,
+    Setting,
+    Synthesizer,
+    not_offered,
+    offers_of,
+    starts_from_pictures,
+)
 from raydfkd.synthesis.targets import TARGETS
 from raydfkd.units import Request
+
+MEASURED_AT_ONCE = 32
+"""Pictures whose statistics are taken in one pass through the teacher; another number is another last bit."""
 
 
 def build_student(recipe: Recipe, source: Source, device: torch.device) -> StoredStudentFeed | None:
@@ -56,14 +69,22 @@ def build_student(recipe: Recipe, source: Source, device: torch.device) -> Store
 
 
 def build_synthesizer(
-    recipe: Recipe, teacher: nn.Module, device: torch.device, student: StudentFeed | None = None
+    recipe: Recipe,
+    teacher: nn.Module,
+    device: torch.device,
+    student: StudentFeed | None = None,
+    *,
+    is_trial: bool = False,
 ) -> Synthesizer:
     """Put judge and synthesizer together as the recipe says, with the ``student`` that its objective may ask.
+
+    One that is built for a trial, to find mistakes, takes statistics of two of the recipe's pictures only.
 
     Raises:
         RecipeError: anything in ``synthesis`` that is unknown, of the wrong type or does not suit the teacher.
     """
     spec = recipe.synthesis
+    pictures = pictures_of(recipe)
     targets = TARGETS.build(spec.targets.kind, spec.targets.options, where="synthesis.targets")
     objective = build_objective(
         spec.objective,
@@ -80,24 +101,49 @@ def build_synthesizer(
             f"with synthesis.targets {spec.targets.kind} images are of any; use classes: all, or targets that have "
             "labels, such as balanced"
         )
+    _refuse_idle_pictures(recipe, objective)
     label_reader = None if objective.label_reader is None else f"the term {objective.label_reader}"
     observed = ObservedNetwork(
         teacher,
         taps=objective.askers,
         image_shape=recipe.teacher.image_space.shape,
         frozen=True,
+        statistics="stored" if spec.statistics is None else "measured",
         precision=getattr(torch, spec.precision),
         compiled=_is_compiled(recipe, device),
     ).to(device)
     pixels = PixelRange(recipe.teacher.image_space, device)
+    if spec.statistics is not None:
+        images = pictures["synthesis.statistics"].images
+        batches = images[: 2 if is_trial else None].split(MEASURED_AT_ONCE)
+        with cpu_threads(spec.threads):
+            observed.measure(pixels.from_uint8(batch.to(device)) for batch in batches)
     setting = Setting(
         judge=Judge(teacher=observed, objective=objective, pixels=pixels, student=student),
         space=recipe.teacher.image_space,
         targets=targets,
         augment=build_augmentations(spec.augment, where="synthesis.augment", label_reader=label_reader),
         device=device,
+        start=None
+        if spec.start is None
+        else PictureStart(images=pictures["synthesis.start.images"].images, noise=spec.start.noise),
     )
     return SYNTHESIZERS.build(spec.synthesizer, spec.options, setting, where="synthesis")
+
+
+def _refuse_idle_pictures(recipe: Recipe, objective: Objective) -> None:
+    """Refuse pictures that nothing would look at."""
+    spec = recipe.synthesis
+    if spec.start is not None and not starts_from_pictures(spec.synthesizer, where="synthesis"):
+        raise RecipeError(
+            f"synthesis.start.images is {spec.start.images!r}, but the synthesizer {spec.synthesizer} does not begin "
+            "with images; use pixels or drop start"
+        )
+    if spec.statistics is not None and not objective.needs & {Need.MOMENTS, Need.CLASS_MOMENTS}:
+        raise RecipeError(
+            f"synthesis.statistics is {spec.statistics!r}, but no term of synthesis.objective compares moments; add "
+            "bn_moments or drop statistics"
+        )
 
 
 def _is_compiled(recipe: Recipe, device: torch.device) -> bool:
@@ -127,6 +173,7 @@ def live_generator(
     steps: int = 1,
     rank: int = 0,
     parallel: Callable[[nn.Module], nn.Module] = lambda stack: stack,
+    is_trial: bool = False,
 ) -> GeneratorTraining:
     """The recipe's generator in training against ``student``, the live module; for a live source.
 
@@ -138,11 +185,12 @@ def live_generator(
         steps: of the generator, over which schedules run their course.
         rank: of this process, so that each draws its own latents.
         parallel: wraps the generator for data parallelism.
+        is_trial: as ``build_synthesizer`` has it.
 
     Raises:
         RecipeError: the recipe's synthesizer trains no generator.
     """
-    synthesizer = build_synthesizer(recipe, teacher, device, LiveStudentFeed(student))
+    synthesizer = build_synthesizer(recipe, teacher, device, LiveStudentFeed(student), is_trial=is_trial)
     make = getattr(synthesizer, "training", None)
     if make is None:
         raise RecipeError(

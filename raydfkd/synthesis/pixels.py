@@ -133,6 +133,9 @@ class PixelSynthesizer:
     ``images.pixels``), in which pixels are optimised whatever the teacher takes, so that every image space is treated
     as one normalised for ImageNet.
 
+    With `synthesis.start` real pictures stand in the place of the noise, drawn for each class without regard to what is
+    on them.
+
     Each stage has a fresh Adam, a warm-up and a cosine to zero. Augmentations apply to what the teacher sees; the
     terms judge that view. Source: Yin et al. 2020, settings 0 and 1 of the released code; unlike there, "best"
     iterates are not kept, because losses of different steps are of different views.
@@ -147,6 +150,8 @@ class PixelSynthesizer:
         warmup: steps of linear warm-up in each stage.
         clip: keep pixels within black and white after each step.
     """
+
+    starts_from_pictures = True
 
     def __init__(
         self,
@@ -214,9 +219,14 @@ class PixelSynthesizer:
         # Shared out evenly: moments of a last batch that is a small rest would be matched over a few images.
         count = math.ceil(left / math.ceil(left / per_batch))
         course.num_begun += count
-        shape = (count, *self._setting.space.shape)
-        images = torch.cat([torch.randn(shape, generator=rng) for rng in course.noise])
+        images = torch.cat([self._draw_start(count, rng) for rng in course.noise])
         return _Start(noise=images, targets=self._setting.targets(request.classes, count), groups=len(request.classes))
+
+    def _draw_start(self, count: int, rng: torch.Generator) -> Tensor:
+        """What ``count`` images of a class start from, nominal."""
+        if self._setting.start is not None:
+            return self._setting.start.draw(count, rng)
+        return torch.randn(count, *self._setting.space.shape, generator=rng)
 
     def _try_to_invert(self, course: _Course, log: Log, hook: StepHook) -> SyntheticBatch | None:
         """Make the last of ``waiting`` into images; None, with its halves in its place, where there is no memory."""

@@ -17,6 +17,7 @@ from raydfkd.losses.objective import ObjectiveValue
 from raydfkd.networks.observed import Need
 from raydfkd.synthesis.checkpoint import StepHook
 from raydfkd.synthesis.judge import Judge, ObjectiveNotFiniteError
+from raydfkd.synthesis.start import PictureStart
 from raydfkd.synthesis.targets import TargetSampler
 from raydfkd.units import Request
 
@@ -35,6 +36,8 @@ class Setting:
     targets: TargetSampler
     augment: Chain
     device: torch.device
+    start: PictureStart | None = None
+    """Real pictures to begin with instead of noise; for those that say ``starts_from_pictures``."""
 
     def groups(self, request: Request) -> int:
         """Equal, contiguous parts of a batch for ``request``: one a class, where images have a class."""
@@ -44,7 +47,8 @@ class Setting:
 class Synthesizer(Protocol):
     """Makes the images of a request. The result depends on the request and the recipe alone.
 
-    Its class may say in ``offers`` (a set of ``Need``) what it gives to terms beside images, such as latents. One that
+    Its class may say in ``offers`` (a set of ``Need``) what it gives to terms beside images, such as latents, and with
+    ``starts_from_pictures = True`` that it begins with those of ``Setting.start`` where there are some. One that
     has a ``training(request, *, steps, parallel, rank)`` can feed a student online, see ``GeneratorTraining``. One that
     has a ``num_steps(request)``, the steps that it will announce to the hook, can be shown with the share that is made.
     """
@@ -69,6 +73,11 @@ def offers_of(synthesizer: str, *, where: str) -> frozenset[Need]:
     """Needs of terms that the synthesizer called so says it meets."""
     offers: frozenset[Need] = getattr(SYNTHESIZERS.get(synthesizer, where=where), "offers", frozenset())
     return offers
+
+
+def starts_from_pictures(synthesizer: str, *, where: str) -> bool:
+    """Whether the synthesizer called so says that it begins with images, which may be real ones."""
+    return bool(getattr(SYNTHESIZERS.get(synthesizer, where=where), "starts_from_pictures", False))
 
 
 def num_steps_of(synthesizer: Synthesizer, request: Request) -> int:

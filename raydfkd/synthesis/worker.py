@@ -53,11 +53,7 @@ class SynthesisWorker:
         on_progress: Callable[[UnitProgress], None] = tell_nobody,
     ) -> None:
         recipe = job.recipe
-        if transfer_set_of(recipe, dependencies_of(recipe, teacher)).digest != job.digest:
-            raise RecipeError(
-                f"teacher.weights is {recipe.teacher.weights!r}: not the weights that this run began with; "
-                "restore them or use another run_dir"
-            )
+        _refuse_other_inputs(job, dependencies_of(recipe, teacher))
         if device.type == "cpu":
             keep_freed_memory()
         self._job = job
@@ -141,6 +137,23 @@ class SynthesisWorker:
                 logger.info("unit %s resumes from its saved state", unit.id)
                 return work
         return _Attempt(unit, self._job.transfer_set.open(unit, attempt=attempt), steps, self._on_progress)
+
+
+def _refuse_other_inputs(job: Job, made_of: Mapping[str, object]) -> None:
+    """Refuse weights or pictures that are not those that the job began with, as other machines may have them."""
+    recipe = job.recipe
+    if transfer_set_of(recipe, made_of).digest == job.digest:
+        return
+    if recipe.picture_folders and made_of["weights"] == job.made_of["weights"]:
+        named = " or ".join(f"{key} is {folder!r}" for key, folder in recipe.picture_folders.items())
+        raise RecipeError(
+            f"{named}: not the pictures that this run began with; give a folder that is the same on every machine, or "
+            "use another run_dir"
+        )
+    raise RecipeError(
+        f"teacher.weights is {recipe.teacher.weights!r}: not the weights that this run began with; "
+        "restore them or use another run_dir"
+    )
 
 
 class _Attempt:

@@ -393,6 +393,16 @@ def test_located_recipe_has_absolute_local_paths_and_leaves_urls_alone(toy):
     assert remote.run_dir == "/out"
 
 
+def test_folders_of_pictures_are_places(toy, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = toy("synthesis.start.images=~/pictures", "synthesis.statistics=file://${run_dir}/some")
+    folders = {"synthesis.start.images": "/home/me/pictures", "synthesis.statistics": f"{recipe.run_dir}/some"}
+    assert recipe.picture_folders == folders
+    located = toy("synthesis.start.images=pictures", "synthesis.statistics=some").located()
+    assert list(located.picture_folders.values()) == [str(Path.cwd() / "pictures"), str(Path.cwd() / "some")]
+    assert toy().located().picture_folders == toy().picture_folders == {}
+
+
 # Digest
 
 
@@ -442,6 +452,24 @@ def test_digest_changes_with_the_teachers_weights(toy):
 @pytest.mark.parametrize("override", CHANGES_NO_PIXEL)
 def test_digest_stays_with_what_affects_no_pixel(toy, override):
     assert toy(override).made_of("w") == toy().made_of("w")
+
+
+def test_digest_of_a_recipe_without_pictures_knows_nothing_of_them(toy):
+    synthesis = toy("synthesis.start=null", "synthesis.statistics=null").made_of("w")["synthesis"]
+    assert not {"start", "statistics"} & synthesis.keys()
+
+
+def test_digest_is_of_what_pictures_hold_and_not_of_their_place(toy):
+    def made(folder, start, statistics, noise=0.5):
+        settings = [f"synthesis.start={{images: {folder}/a, noise: {noise}}}", f"synthesis.statistics={folder}/b"]
+        return toy(*settings).made_of(
+            "w", pictures={"synthesis.start.images": start, "synthesis.statistics": statistics}
+        )
+
+    assert made("here", "x", "y") == made("there", "x", "y")
+    others = [made("here", "y", "y"), made("here", "x", "x"), made("here", "x", "y", noise=0.0)]
+    assert made("here", "x", "y") not in others
+    assert made("here", "x", "y")["synthesis"]["start"] == {"images": "x", "noise": 0.5}
 
 
 def test_digest_stays_when_a_recipe_goes_through_json(toy):

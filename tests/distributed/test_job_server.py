@@ -230,6 +230,17 @@ def test_needed_file_that_is_called_like_credentials_is_refused_by_name(folder, 
     assert answer.err.startswith("token.json is not sent with the job: it is called as files with credentials are; ")
 
 
+def test_folder_of_pictures_in_the_working_directory_is_sent_and_one_that_is_not_there_is_refused(folder, client):
+    (folder / "pictures").mkdir()
+    (folder / "pictures/1.png").write_bytes(b"picture")
+    assert submit("--set", "synthesis.statistics=pictures/").code == 0
+    assert "pictures/1.png" in package_of(folder).files
+    for place in ("picture", "data", "../pictures"):
+        answer = submit("--set", f"synthesis.statistics={place}")
+        assert (answer.code, answer.out) == (2, "")
+        assert answer.err.startswith(f"{place} is not sent with the job: it is not in --working-dir")
+
+
 def test_credentials_that_git_ignores_are_no_news(folder, client):
     (folder / "data/store.env").write_text("hidden")
     assert package_of(folder).withheld == ()

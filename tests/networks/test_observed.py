@@ -304,7 +304,8 @@ def test_teacher_without_stored_moments_cannot_be_asked_for_them(network):
     with pytest.raises(RecipeError) as error:
         ObservedNetwork(network, taps={Need.MOMENTS: "the term x"}, frozen=True)
     assert str(error.value) == (
-        "the term x needs BatchNorm layers with stored statistics, but the teacher has none; drop it"
+        "the term x needs BatchNorm layers with stored statistics, but the teacher has none; drop it, or "
+        "name a folder of about 100 real pictures in synthesis.statistics"
     )
 
 

@@ -76,6 +76,7 @@ def report() -> dict[str, Any]:
         "intended_class": 0.935,
         "answered_classes": 10,
         "warnings": [],
+        "not_data_free": None,
         "images": 6000,
         "student_images": 6000,
         "held_out_images": 0,

@@ -30,7 +30,7 @@ class Entrypoint:
     working_dir: Path
     """Folder that is packed and sent along."""
     needs: tuple[str, ...]
-    """Files in it that the command reads, relative to it."""
+    """Files and folders in it that the command reads, relative to it."""
     variables: Mapping[str, str]
     """Environment of driver and workers beside what their nodes have; may hold secrets."""
     recipe: str
@@ -63,6 +63,7 @@ def plan_entrypoint(  # noqa: PLR0913 - one option each
         source = _inside(working_dir, source)
         needs.append(source)
     needs += [os.path.normpath(path) for path in _files_of(recipe, working_dir) if not _is_elsewhere(path)]
+    needs += [os.path.normpath(folder) for folder in recipe.picture_folders.values() if not _is_elsewhere(folder)]
     arguments = ["run", source, "--json", *(("--run-dir", run_dir) if run_dir is not None else ())]
     for override in overrides:
         arguments += ["--set", override]

@@ -66,7 +66,7 @@ def _sizes(folder: Path, excludes: Sequence[str]) -> dict[str, int]:
 
 
 def check_package(package: Package, folder: Path, needs: Sequence[str]) -> None:
-    """Refuse a package that is too large to send or lacks a file in ``needs``.
+    """Refuse a package that is too large to send or lacks a file in ``needs``, or all files of a folder there.
 
     Raises:
         RecipeError: with the remedy.
@@ -83,7 +83,7 @@ def check_package(package: Package, folder: Path, needs: Sequence[str]) -> None:
                 f"{name} is not sent with the job: it is called as files with credentials are; rename it, or give a "
                 "URL or a path that every node sees"
             )
-        if name not in package.files:
+        if name not in package.files and not any(sent.startswith(f"{name}/") for sent in package.files):
             raise RecipeError(
                 f"{name} is not sent with the job: it is not in --working-dir {folder}, or .gitignore leaves it out; "
                 "put it there, or give a URL or a path that every node sees"

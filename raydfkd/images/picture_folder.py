@@ -1,0 +1,134 @@
+"""Real pictures without labels that a synthesis may start from or take statistics of: a folder, read whole and once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from raydfkd.config.recipe import Recipe
+from raydfkd.config.schema import ImageSpace
+from raydfkd.errors import RecipeError
+
+FEWEST = 2
+"""Pictures of which there are moments."""
+CHANNELS = (1, 3, 4)
+"""Of pictures."""
+MOST_BYTES = 256 * 2**20
+"""Pixels that every worker holds; a few pictures are meant, not a training set."""
+NAMED = 3
+"""Broken pictures that a note names."""
+_USES = {
+    "synthesis.start.images": "synthesis starts from",
+    "synthesis.statistics": "moments are compared with those of",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PictureFolder:
+    """The pictures of a folder and of those below it."""
+
+    folder: str
+    images: Tensor
+    """uint8 [P, C, H, W], in the order of their names; nobody changes it."""
+    sha256: str
+    """Of the names within the folder and contents of all files, whether they can be decoded or not."""
+    broken: tuple[str, ...]
+    """Files that cannot be decoded, and why."""
+
+    def notes(self, key: str) -> list[str]:
+        """What the user should know of the pictures that stand at ``key`` in a recipe, a line each."""
+        if not self.broken:
+            return []
+        more = f" and {len(self.broken) - NAMED} more" if len(self.broken) > NAMED else ""
+        return [
+            f"{key}: skipped {len(self.broken)} of {len(self.images) + len(self.broken)} pictures: "
+            f"{', '.join(self.broken[:NAMED])}{more}"
+        ]
+
+
+def pictures_of(recipe: Recipe) -> dict[str, PictureFolder]:
+    """The real pictures that the recipe's synthesis reads, by their keys; decoded again only where a file changed.
+
+    Raises:
+        RecipeError: a folder is missing or too large, has fewer than two pictures that can be decoded, or the teacher's
+            images have a number of channels that pictures do not have.
+    """
+    space = recipe.teacher.image_space
+    return {key: read_folder(folder, space, where=key) for key, folder in recipe.picture_folders.items()}
+
+
+def not_data_free(pictures: Mapping[str, PictureFolder]) -> str | None:
+    """Says what real pictures a synthesis reads and what for, to stand behind "not data-free"; None where none."""
+    said = [f"{_USES[key]} {len(found.images):,} real pictures in {found.folder}" for key, found in pictures.items()]
+    return " and ".join(said) or None
+
+
+def read_folder(folder: str, space: ImageSpace, *, where: str) -> PictureFolder:
+    """Read the pictures of ``folder``, in the channels and size of ``space``; ``where`` is the recipe key to blame.
+
+    Raises:
+        RecipeError: as ``pictures_of``.
+    """
+    from raydfkd.images.pictures import SUFFIXES, pictures_in  # and torchvision, which other recipes are spared
+
+    if space.channels not in CHANNELS:
+        raise RecipeError(
+            f"{where} names pictures, which have 1, 3 or 4 channels, but teacher.image_space.channels is "
+            f"{space.channels}; drop {where}"
+        )
+    path = Path(folder)
+    if not path.is_dir():
+        raise RecipeError(f"{where} is {folder!r}: no such folder; give one of pictures that every worker sees")
+    files = pictures_in(path)
+    if not files:
+        raise RecipeError(f"{where} is {folder!r}: no picture in it or below; known are {', '.join(sorted(SUFFIXES))}")
+    most = max(FEWEST, MOST_BYTES // torch.Size(space.shape).numel())
+    if len(files) > most:
+        raise RecipeError(
+            f"{where} is {folder!r}, which has {len(files):,} pictures; each worker holds at most {most:,} of "
+            f"{space.size_text} pixels: give a folder with some of them"
+        )
+    states = [file.stat() for file in files]
+    stamps = tuple((file, state.st_size, state.st_mtime_ns) for file, state in zip(files, states, strict=True))
+    found = _read(path, stamps, space)
+    if len(found.images) < FEWEST:
+        reason = f": {found.broken[0]}" if found.broken else ""
+        raise RecipeError(
+            f"{where} is {folder!r}: {len(found.images)} of {len(files)} pictures can be decoded{reason}; "
+            f"give at least {FEWEST}, better about 100"
+        )
+    return found
+
+
+@lru_cache(maxsize=4)
+def _read(folder: Path, stamps: Sequence[tuple[Path, int, int]], space: ImageSpace) -> PictureFolder:
+    """Files with size and time of change, so that what a process has read is read again where one is another."""
+    from raydfkd.images.pictures import BrokenPictureError, read_picture
+
+    digest = hashlib.sha256()
+    images: list[Tensor] = []
+    broken: list[str] = []
+    for file, _, _ in stamps:
+        name = file.relative_to(folder).as_posix()
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise RecipeError(f"{file} cannot be read: {error.strerror}; let every worker read it") from None
+        for part in (name.encode(), content):
+            digest.update(len(part).to_bytes(8, "big") + part)
+        try:
+            images.append(read_picture(file, space))
+        except BrokenPictureError as error:
+            broken.append(str(error).removeprefix(f"{folder}/"))
+    return PictureFolder(
+        folder=str(folder),
+        images=torch.stack(images) if images else torch.empty(0, *space.shape, dtype=torch.uint8),
+        sha256=digest.hexdigest(),
+        broken=tuple(broken),
+    )
