@@ -18,6 +18,8 @@ from raydfkd.commands import node as machine
 from raydfkd.commands import run as running
 from raydfkd.commands import storage
 from raydfkd.commands.bench import bench
+from raydfkd.commands.export import export
+from raydfkd.commands.init import init
 from raydfkd.commands.output import DONE, INCOMPLETE, INTERRUPTED, WRONG_INPUT, Commands, complain
 from raydfkd.errors import RecipeError, RunError
 from raydfkd.report.redaction import redacted, secrets_of_environment, secrets_of_settings
@@ -53,6 +55,7 @@ def options(
 
 
 for command in (
+    init,
     running.run,
     running.teach,
     running.synthesize,
@@ -70,6 +73,7 @@ for command in (
     machine.node_watch,
 ):
     app.command()(command)
+app.add_typer(export, name="export")
 app.add_typer(bench, name="bench")
 
 

@@ -725,8 +725,8 @@ WRONG = {
     ),
     "weights of another network": (
         ["teacher.weights=other.pt"],
-        "teacher.weights is 'other.pt': weights of another network (body.0.0.weight is missing); "
-        "check network and options",
+        "teacher.weights is 'other.pt': weights of another network (body.0.0.weight is missing, and weight is not in "
+        "the network; 0 of the network's 12 tensors fit); check network and options",
     ),
     "no weights at all": (
         ["teacher.weights=text.safetensors"],
@@ -888,7 +888,7 @@ def test_evaluating_weights_of_another_network_is_refused(finished):
     terminal, _ = finished
     answer = terminal("evaluate", "toy.yaml", "--student", "out/teacher.safetensors")
     assert answer.code == 2
-    assert answer.err.startswith("--student is 'out/teacher.safetensors': weights of another network (body.1.0.weight")
+    assert answer.err.startswith("--student is 'out/teacher.safetensors': weights of another network (head.weight")
 
 
 @pytest.mark.parametrize(
@@ -1094,6 +1094,10 @@ INSTANT = {
         f"{command} with a typo": ([command, "toy.yaml", *sets("distill.stps=4")], 2)
         for command in ("check", "run", "synthesize", "distill", "evaluate", "report", "verify", "gc", "submit")
     },
+    **{
+        f"export {what} with a typo": (["export", what, "toy.yaml", *sets("distill.stps=4")], 2)
+        for what in ("student", "set")
+    },
     "teach with a typo": (["teach", "toy.yaml", *sets("teacher.train.epoch=4")], 2),
 }
 
@@ -1107,7 +1111,7 @@ def test_command_that_needs_only_the_recipe_is_instant_because_it_imports_little
 
 def test_help_cuts_no_commands_line_off_at_80_columns(raydfkd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    for args in ([], ["bench"]):
+    for args in ([], ["bench"], ["export"]):
         text = raydfkd(*args, "--help").out
         assert "..." not in text.partition("Commands:")[2]
         assert max(len(line) for line in text.splitlines()) <= 80
@@ -1142,7 +1146,7 @@ def test_debug_shows_where_an_error_of_one_line_comes_from(raydfkd, place):
 
 def test_help_lists_every_command(raydfkd):
     help_text = raydfkd("--help").out
-    for command in (*COMMANDS, "show", "bench", "status", "logs", "stop", "node-watch"):
+    for command in (*COMMANDS, "show", "export", "bench", "status", "logs", "stop", "node-watch"):
         assert f"  {command} " in help_text
 
 

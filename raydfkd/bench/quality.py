@@ -20,6 +20,7 @@ from raydfkd.config.families import family
 from raydfkd.config.load import load_recipe
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.registry import import_callable
+from raydfkd.config.schema import LIBRARIES, is_file
 from raydfkd.config.static_check import plugins_of
 from raydfkd.devices import device_name, pick_device
 from raydfkd.errors import RecipeError
@@ -179,7 +180,7 @@ def _short_digest(payload: object) -> str:
 
 def _digest_of_weights(uri: str) -> str:
     """SHA-256 of a file, or its name where there is none: whoever needs it will say so."""
-    if uri == "random" or not weights_exist(uri, where="teacher.weights"):
+    if not is_file(uri) or not weights_exist(uri, where="teacher.weights"):
         return uri
     return hashlib.sha256(read_weights(uri, where="teacher.weights")).hexdigest()
 
@@ -188,7 +189,7 @@ def _own_modules(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Name and file of each module that is named in the recipe as module:Class."""
     for chosen in plugins_of(recipe):
         name = chosen.name.partition(":")[0]
-        if family(chosen.family).is_own(chosen.name):
+        if family(chosen.family).is_own(chosen.name) and name not in LIBRARIES:
             import_callable(chosen.name, where=chosen.where)
             file = sys.modules[name].__file__
             if file is not None:

@@ -18,12 +18,13 @@ from raydfkd.config.describe import (
     sections_in,
 )
 from raydfkd.config.families import BESIDE, REGISTRIES, family
-from raydfkd.config.load import packaged_jobs, packaged_path, packaged_recipes
+from raydfkd.config.load import packaged_jobs, packaged_methods, packaged_path, packaged_recipes
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.registry import import_callable, options_model
 from raydfkd.config.schema import Family
 from raydfkd.errors import RecipeError, close_to, did_you_mean
 
+_GROUPS = {"recipes": packaged_recipes, "methods": packaged_methods, "jobs": packaged_jobs}
 HINT = (
     "`raydfkd show NAME` explains each of these, and any option or value of a recipe: "
     "show transfer_set, show distill.source.kind, show growing, show torchvision:resnet50"
@@ -40,7 +41,7 @@ def show(name: str | None) -> Iterator[str]:
         yield from _index()
     elif (path := packaged_path(name)) is not None:
         yield path.read_text(encoding="utf-8").rstrip()
-    elif name in ("recipes", "jobs"):
+    elif name in _GROUPS:
         yield from _recipes(name)
     elif ":" in name:
         yield from _callable(name)
@@ -49,7 +50,7 @@ def show(name: str | None) -> Iterator[str]:
 
 
 def _index() -> Iterator[str]:
-    for group in ("recipes", "jobs"):
+    for group in _GROUPS:
         yield from (*_recipes(group), "")
     yield "sections of a recipe"
     for key, model in _sections().items():
@@ -65,7 +66,7 @@ def _index() -> Iterator[str]:
 
 def _recipes(group: str) -> Iterator[str]:
     yield group
-    for name in packaged_recipes() if group == "recipes" else packaged_jobs():
+    for name in _GROUPS[group]():
         path = packaged_path(name)
         assert path is not None, "it is one of the packaged ones"
         yield f"  {name:28} {path.read_text(encoding='utf-8').partition(chr(10))[0].lstrip('# ')}"
@@ -111,7 +112,8 @@ def _names(options: dict[str, OptionDoc]) -> set[str]:
     plugins = {plugin for key in REGISTRIES for plugin in family(key).names()}
     words = {key.rpartition(".")[2] for key in (*_sections(), *options)}
     values = {value for option in options.values() for value in option.choices}
-    return {*packaged_recipes(), *packaged_jobs(), "recipes", "jobs", *REGISTRIES, *plugins, *words, *values}
+    packaged = {name for names in _GROUPS.values() for name in names()}
+    return {*packaged, *_GROUPS, *REGISTRIES, *plugins, *words, *values}
 
 
 def _is_called(key: str, name: str) -> bool:

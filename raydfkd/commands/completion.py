@@ -9,7 +9,7 @@ from pathlib import Path
 
 from raydfkd.config.describe import OptionDoc, keyed_options, sections_in
 from raydfkd.config.families import REGISTRIES
-from raydfkd.config.load import packaged_jobs, packaged_recipes
+from raydfkd.config.load import packaged_jobs, packaged_methods, packaged_recipes
 from raydfkd.config.recipe import Recipe
 
 PACKAGE = Path(__file__).parents[1]
@@ -35,7 +35,8 @@ def complete_name(incomplete: str) -> list[str]:
     """Everything that `raydfkd show` explains but for options of plug-ins."""
     options = _options()
     sections = ["recipe", *dict(sections_in(Recipe))]
-    groups = ["recipes", "jobs", *packaged_recipes(), *packaged_jobs(), *REGISTRIES]
+    packaged = [*packaged_recipes(), *packaged_methods(), *packaged_jobs()]
+    groups = ["recipes", "methods", "jobs", *packaged, *REGISTRIES]
     values = [value for option in options.values() for value in option.choices]
     names = dict.fromkeys([*groups, *sections, *plugin_names(), *options, *values])
     return [name for name in names if name.startswith(incomplete)]

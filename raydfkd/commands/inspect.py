@@ -35,13 +35,13 @@ def check(
     as_json: AsJson = False,
 ) -> int:
     """Validate a recipe and print it resolved; nothing is made."""
-    plan = read(recipe, overrides, run_dir, on)
+    plan = read(recipe, overrides, run_dir, on, is_trusted=not no_code)
     static_check(plan)
     found = _size_of_set(plan)
     if not no_code:
         allow_code()
         prepared = _check_everything(plan)
-        found += [*_sizes_of_networks(prepared), *prepared.notes]
+        found += [*_sizes_of_networks(prepared), *prepared.notes, *_methods_that_suit(prepared)]
     if as_json:
         typer.echo(json.dumps(plan.shown()))
         return DONE
@@ -97,6 +97,13 @@ def _sizes_of_networks(prepared: Prepared) -> list[str]:
     return [f"{said}: the student is {student / teacher:.1%} of it"]
 
 
+def _methods_that_suit(prepared: Prepared) -> list[str]:
+    from raydfkd.runner.suits import suits
+
+    found = [method for method, reason in suits(prepared.recipe, prepared.network) if not reason]
+    return [f"methods that suit the teacher: {', '.join(found) or 'none'}; others: raydfkd show --for RECIPE"]
+
+
 def _in_bytes(count: float) -> str:
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if count < 1024:
@@ -114,9 +121,25 @@ def show(
             autocompletion=complete_name,
         ),
     ] = None,
+    suiting: Annotated[
+        str | None,
+        typer.Option(
+            "--for", metavar="RECIPE", help="Say which methods suit this recipe's teacher, and why others do not."
+        ),
+    ] = None,
 ) -> int:
     """List recipes, sections and plug-ins, or explain one of them, an option or a value."""
     from raydfkd.commands.catalog import show as catalog
+
+    if suiting is not None:
+        if name is not None:
+            raise RecipeError(f"show {name} --for {suiting}: give one of both")
+        plan = load(suiting, None, None)
+        from raydfkd.runner.suits import suits
+
+        for method, reason in suits(plan):
+            typer.echo(f"{method:24} {reason or 'suits'}")
+        return DONE
 
     if name is not None and ":" in name:
         allow_code()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from raydfkd.commands.completion import complete_override, complete_recipe
-from raydfkd.config.load import load_recipe
+from raydfkd.config.load import expand_home, load_recipe
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.static_check import static_check
+from raydfkd.errors import RecipeError
 
 Source = Annotated[
     str,
@@ -40,14 +42,27 @@ def load(source: str, overrides: list[str] | None, run_dir: str | None, on: str 
     return plan
 
 
+def load_run(source: str, overrides: list[str] | None, run_dir: str | None) -> Recipe:
+    """The recipe of a run by its folder, wherever that is by now, or as ``load`` takes it."""
+    folder = Path(expand_home(source))
+    if not folder.is_dir():
+        return load(source, overrides, run_dir)
+    if not (folder / "recipe.yaml").is_file():
+        raise RecipeError(f"{source}: a folder without recipe.yaml; give the run_dir of a run, or a recipe")
+    plan = load(str(folder / "recipe.yaml"), overrides, run_dir)
+    return plan if run_dir is not None else plan.moved_to(str(folder))
+
+
 def allow_code() -> None:
     """Let ``module:callable`` find modules of the current folder, as with ``python -m``."""
     sys.path.insert(0, os.getcwd())
 
 
-def read(source: str, overrides: list[str] | None, run_dir: str | None, on: str | None = None) -> Recipe:
+def read(
+    source: str, overrides: list[str] | None, run_dir: str | None, on: str | None = None, *, is_trusted: bool = True
+) -> Recipe:
     """A recipe as it is, of which nothing but its form was looked at."""
     given = list(overrides or [])
     if on is not None:
         given.append(f"runtime.executor={on}")
-    return load_recipe(source, given, run_dir)
+    return load_recipe(source, given, run_dir, is_trusted=is_trusted)

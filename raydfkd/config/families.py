@@ -21,7 +21,21 @@ REGISTRIES = {
 """Module and name of each family's registry."""
 OWN = ("module:Class", "Code of yours, which runs; `raydfkd check --no-code` looks at a recipe without it.")
 BESIDE = {name: (OWN,) for name in REGISTRIES} | {
-    "networks": (("torchvision:NAME", "A classification network of torchvision."), OWN),
+    "networks": (
+        (
+            "torchvision:NAME",
+            "A network of torchvision; with `weights: IMAGENET1K_V1`, such weights that it publishes.",
+        ),
+        (
+            "timm:NAME",
+            "A network of timm, also timm:local-dir:FOLDER and timm:hf-hub:REPO; pip install 'raydfkd[timm]'.",
+        ),
+        ("hf:REPO_OR_FOLDER", "An image classifier of transformers; pip install 'raydfkd[hf]'."),
+        ("torchhub:REPO:NAME", "An entry of a repository of torch.hub, or of a clone of it; needs `allow_code: true`."),
+        ("torchscript:FILE", "A TorchScript file; needs `allow_code: true`."),
+        ("export:FILE", "A program of torch.export; needs `allow_code: true`."),
+        OWN,
+    ),
     "real_data": (("torchvision:NAME", "A classification data set of torchvision, such as CIFAR10."), OWN),
 }
 """Forms of name that a family takes beside those in its registry."""

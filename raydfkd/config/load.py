@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from raydfkd.config.describe import model_in
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.registry import explain, keys_of
-from raydfkd.config.schema import TeacherSpec, TransferSetSpec
+from raydfkd.config.schema import LIBRARIES, TeacherSpec, TransferSetSpec
 from raydfkd.errors import RecipeError, did_you_mean
 from raydfkd.report.redaction import is_redacted, redacted_at, redacted_setting
 
@@ -25,7 +26,8 @@ PLACES = ("run_dir", "teacher.weights", "teacher.class_names", "transfer_set.uri
 A local one is kept as a path, which means the same to driver, workers and libraries.
 """
 RECIPES = Path(__file__).parents[1] / "recipes"
-"""Recipes that come with raydfkd; in ``jobs`` those that also say where they run."""
+"""Recipes that come with raydfkd; in ``jobs`` those that also say where they run, in ``methods`` those for any teacher.
+"""
 
 
 def packaged_recipes() -> list[str]:
@@ -38,29 +40,56 @@ def packaged_jobs() -> list[str]:
     return sorted(path.stem for path in (RECIPES / "jobs").glob("*.yaml"))
 
 
+def packaged_methods() -> list[str]:
+    """Names of the methods that come with raydfkd: recipes without a teacher, to start one's own from."""
+    return sorted(path.stem for path in (RECIPES / "methods").glob("*.yaml"))
+
+
+def method_data(name: str) -> dict[str, Any]:
+    """The sections of a packaged method, with those of the methods that it starts from."""
+    return _read(RECIPES / "methods" / f"{name}.yaml", name, seen=())
+
+
 def packaged_path(name: str) -> Path | None:
-    """The file of a packaged recipe or job; None where there is none of that name."""
-    paths = (RECIPES / f"{name}.yaml", RECIPES / "jobs" / f"{name}.yaml")
+    """The file of a packaged recipe, job or method; None where there is none of that name."""
+    paths = (RECIPES / f"{name}.yaml", *(RECIPES / group / f"{name}.yaml" for group in ("jobs", "methods")))
     return next((path for path in paths if re.fullmatch(r"[\w.-]+", name) and path.is_file()), None)
 
 
 def load_recipe(
-    source: str | Path, overrides: Sequence[str] | Mapping[str, Any] = (), run_dir: str | Path | None = None
+    source: str | Path,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    run_dir: str | Path | None = None,
+    *,
+    is_trusted: bool = True,
 ) -> Recipe:
     """Read a recipe from a file or by the name of a packaged one.
 
     A recipe may start from another: ``recipe: NAME`` takes everything from that one and replaces what is given.
     ``overrides`` are ``a.b.c=value`` with YAML values, or a mapping of ``a.b.c`` to plain data; an entry of a list is
-    addressed by its name or position. Paths that begin with ``~`` are expanded here, once, and ``file://`` goes.
+    addressed by its name or position. Paths that begin with ``~`` are expanded here, once, and ``file://`` goes. What
+    is missing of a teacher that a library has by name is filled in from the library, which is imported for it.
+
+    Args:
+        source: file or name.
+        overrides: changes.
+        run_dir: replaces the recipe's.
+        is_trusted: whether files and hubs that the recipe names may be opened.
 
     Raises:
         RecipeError: with the key, its value and the remedy, a line for each mistake.
     """
     data = _read(_locate(str(source)), str(source), seen=())
+    if "teacher" not in data and str(source) in packaged_methods():
+        raise RecipeError(
+            f"{source} is a method, for any teacher; `raydfkd init` writes a recipe for yours, or begin one with "
+            f"`recipe: {source}`"
+        )
     for path, value, said in _changes(overrides):
         _override(data, path, value, said)
     if run_dir is not None:
         data["run_dir"] = str(run_dir)
+    _fill_in(data, is_trusted=is_trusted)
     _expand(data)
     try:
         recipe = Recipe.model_validate_json(json.dumps(data))
@@ -253,6 +282,54 @@ def _entry_name(entry: Any, index: int) -> str:
     if isinstance(entry, dict):
         return str(entry.get("name") or entry.get("term") or entry.get("kind") or index)
     return str(entry)
+
+
+def _fill_in(data: dict[str, Any], *, is_trusted: bool) -> None:
+    """Make folders of networks absolute, and add to the teacher what its library knows of it and nobody has given."""
+    sections = [data[role] for role in ("teacher", "student") if isinstance(data.get(role), dict)]
+    for section in sections:
+        if isinstance(section.get("network"), str):
+            section["network"] = _absolute_network(section["network"])
+    teacher = data.get("teacher")
+    if not isinstance(teacher, dict) or not isinstance(teacher.get("network"), str):
+        return
+    family = teacher["network"].partition(":")[0]
+    space = teacher.get("image_space")
+    is_whole = isinstance(space, dict) and space.keys() >= {"channels", "size", "mean", "std"}
+    is_known = is_whole and "classes" in teacher and ("weights" in teacher or teacher.get("train") is not None)
+    if family not in LIBRARIES or is_known:
+        return
+    if family == "hf" and not is_trusted:
+        raise RecipeError(
+            f"teacher.network is {teacher['network']!r}, whose files are not opened with --no-code; "
+            "give teacher.classes, image_space and weights"
+        )
+    describe = pkgutil.resolve_name("raydfkd.networks.libraries:described")  # imports torch
+    data["teacher"] = _described(describe(teacher), teacher)
+
+
+def _described(known: Mapping[str, Any], teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """What is ``known`` of a teacher with what was given of it, which counts."""
+    space, given = dict(known.get("image_space", {})), teacher.get("image_space") or {}
+    if not isinstance(given, dict):
+        return {**known, **teacher}
+    if given.get("channels", space.get("channels")) != space.get("channels"):
+        space = {"size": space.get("size")}  # constants for other channels are none
+    names = known.get("class_names")
+    if names is not None and teacher.get("classes", len(names)) != len(names):
+        known = {key: value for key, value in known.items() if key != "class_names"}
+    whole = {**space, **given}
+    return {**known, **teacher, **({"image_space": whole} if whole else {})}
+
+
+def _absolute_network(network: str) -> str:
+    """A network that is a file or folder here with its whole path, which means the same to every process."""
+    family, _, name = network.partition(":")
+    place, *entry = name.rsplit(":", 1) if family == "torchhub" else (name,)
+    path = Path(expand_home(place))
+    if family not in ("hf", "torchhub", "torchscript", "export") or not path.exists():
+        return network
+    return ":".join([family, os.path.abspath(path), *entry])
 
 
 def _expand(data: dict[str, Any]) -> None:

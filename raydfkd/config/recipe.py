@@ -23,6 +23,7 @@ from raydfkd.config.schema import (
     TeacherSpec,
     Text,
     TransferSetSpec,
+    is_file,
 )
 from raydfkd.errors import RecipeError
 from raydfkd.report.redaction import redacted_data
@@ -184,17 +185,18 @@ class Recipe(Spec):
         extended. One whose images are made against the student cannot, because its training depends on all of them;
         there the student and its training count too. Secrets do not: a URL that was signed anew is the same one.
         """
+        teacher = {"network", "options", "classes", "image_space", *(("output",) if self.teacher.output else ())}
         payload = {
             "format": 1,
             "seed": self.seed,
-            "teacher": self.teacher.model_dump(mode="json", include={"network", "options", "classes", "image_space"}),
+            "teacher": _portable(self.teacher.model_dump(mode="json", include=teacher)),
             "weights": weights_sha256,
             "synthesis": self.synthesis.model_dump(mode="json"),
             "unit": self.transfer_set.unit.model_dump(mode="json"),
         }
         if is_against_student:
             payload["against"] = {
-                "student": self.student.model_dump(mode="json"),
+                "student": _portable(self.student.model_dump(mode="json")),
                 "distill": self.distill.model_dump(mode="json", exclude={"log_every", "checkpoint_every"}),
                 "images_per_class": self.transfer_set.images_per_class,
                 "rounds": self.rounds,
@@ -214,7 +216,7 @@ class Recipe(Spec):
             "classes": list(self.classes),
             "images_per_class": self.transfer_set.images_per_class,
             "encoding": self.transfer_set.encoding.model_dump(mode="json"),
-            "student": self.student.model_dump(mode="json"),
+            "student": _portable(self.student.model_dump(mode="json")),
             "distill": distill,
         }
         return dict(redacted_data(payload))
@@ -228,6 +230,17 @@ class Recipe(Spec):
         changes = {"teacher": teacher, "transfer_set": transfer_set, "run_dir": _located(self.run_dir)}
         return self.model_copy(update=changes)
 
+    def moved_to(self, run_dir: str) -> Recipe:
+        """The same recipe for a ``run_dir`` that was moved with all that is in it."""
+
+        def moved(path: str) -> str:
+            is_inside = "://" not in path and Path(path).is_relative_to(self.run_dir)
+            return str(run_dir / Path(path).relative_to(self.run_dir)) if is_inside else path
+
+        teacher = self.teacher.model_copy(update={"weights": moved(self.teacher.weights)})
+        transfer_set = self.transfer_set.model_copy(update={"uri": moved(self.transfer_set.uri)})
+        return self.model_copy(update={"teacher": teacher, "transfer_set": transfer_set, "run_dir": run_dir})
+
     def shown(self) -> dict[str, Any]:
         """The recipe as plain data without secrets, for reports and logs."""
         return dict(redacted_data(self.model_dump(mode="json")))
@@ -238,4 +251,12 @@ class Recipe(Spec):
 
 
 def _located(path: str) -> str:
-    return path if "://" in path or path == "random" else str(Path(path).absolute())
+    return path if "://" in path or not is_file(path) else str(Path(path).absolute())
+
+
+def _portable(section: dict[str, Any]) -> dict[str, Any]:
+    """A network's section for a digest: a folder is the same one wherever it lies."""
+    family, colon, name = section["network"].partition(":")
+    if not name.startswith("/"):
+        return section
+    return {**section, "network": f"{family}{colon}{name.rstrip('/').rpartition('/')[2]}"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -189,13 +190,34 @@ class TeachSpec(Spec):
     """CPU threads; part of the recipe because a different split of a sum is a different last bit."""
 
 
+LIBRARIES = ("torchvision", "timm", "hf", "torchhub", "torchscript", "export")
+"""Families of networks that are given as family:name; everything else with a colon is module:callable."""
+
+
+def is_own(weights: str) -> bool:
+    """Whether ``weights`` is no file but the name of weights that a network of a library comes with."""
+    return re.fullmatch(r"pretrained|DEFAULT|[A-Z][A-Z0-9]*(_[A-Z0-9]+)+", weights) is not None
+
+
+def is_file(weights: str) -> bool:
+    """Whether ``weights`` is the path or URL of a file."""
+    return weights != "random" and not is_own(weights)
+
+
 class TeacherSpec(Spec):
-    """The trained network that is to be inverted."""
+    """The trained network that is to be inverted.
+
+    Of torchvision:, timm: and hf: networks `classes`, `class_names`, `image_space` and `weights` are those that the
+    library publishes, unless given.
+    """
 
     network: str
-    """Short name, torchvision:NAME, or module:callable."""
+    """Short name, `module:callable`, or of a library: torchvision:NAME, timm:NAME, hf:REPO_OR_FOLDER,
+    torchhub:REPO:NAME, torchscript:FILE, export:FILE."""
     options: dict[str, Any] = {}
     """Keyword arguments of the network's constructor."""
+    allow_code: bool = False
+    """Run code that comes with the network: of torchhub repositories, TorchScript files and exported programs."""
     classes: Annotated[int, Field(ge=2)]
     """Number of classes, the width of the teacher's output."""
     class_names: Text | Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
@@ -203,8 +225,12 @@ class TeacherSpec(Spec):
     line. Numbers, or the names of `real_data`, unless given."""
     image_space: ImageSpace
     """Channels, size and normalisation of the images that it takes."""
+    output: Literal["logits", "probabilities", "log_probabilities", "sigmoid"] | None = None
+    """What the teacher answers, found on two random images unless given: `logits`, `probabilities` of a softmax or
+    their logarithms, `log_probabilities`, or a `sigmoid` for each class, of classes that exclude each other."""
     weights: Text = "${run_dir}/teacher.safetensors"
-    """Path or URL of a .safetensors or .pt state dict, or "random" (for benchmarks and tests)."""
+    """Path or URL of a .safetensors or .pt state dict or of the index of a sharded one; "pretrained", or a name such as
+    IMAGENET1K_V2, for weights that the network comes with; "random" for benchmarks and tests."""
     train: TeachSpec | None = None
     """Its training by `raydfkd teach`; `run` trains it first where the weights are not there yet."""
 
@@ -221,7 +247,7 @@ class StudentSpec(Spec):
     """The smaller network that is to be trained."""
 
     network: str
-    """Short name, torchvision:NAME, or module:callable."""
+    """As of the teacher; its weights are fresh ones."""
     options: dict[str, Any] = {}
     """Keyword arguments of the network's constructor."""
 

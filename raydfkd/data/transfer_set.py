@@ -80,10 +80,27 @@ class TransferSet:
     ) -> None:
         self.store = Store(uri, storage_options)
         self.digest = digest
-        self._made_of = dict(made_of or {})
+        self.made_of = dict(made_of or {})
         self._part_rows = part_rows
         self._encoding = encoding
         self._log = CommitLog(self.store, self.check)
+
+    @classmethod
+    def at(cls, uri: str, storage_options: Mapping[str, object] | None = None) -> TransferSet:
+        """The set that is there, of whatever recipe, to read it.
+
+        Raises:
+            RecipeError: there is none, or one that this version cannot read.
+        """
+        found = cls(uri, digest="", storage_options=storage_options)
+        header = found._header()
+        if header is None:
+            raise RecipeError(
+                f"transfer_set.uri is {found.store.uri}: there is no transfer set, for it has no set.json; "
+                "`raydfkd synthesize` makes one"
+            )
+        found.digest, found.made_of = header.digest, found._made_of_there()
+        return found
 
     def create(self) -> None:
         """Start the set, or continue it.
@@ -94,8 +111,8 @@ class TransferSet:
         self.store.probe()
         if not self.store.put_new("set.json", _HEADER.dump_json(_Header(format=FORMAT, digest=self.digest))):
             self.check()
-        elif self._made_of:
-            self.store.put_new("recipe.json", json.dumps(self._made_of, indent=1).encode())
+        elif self.made_of:
+            self.store.put_new("recipe.json", json.dumps(self.made_of, indent=1).encode())
 
     def check(self) -> None:
         """Refuse a set of another recipe without writing anything; that there is none yet is fine.
@@ -103,25 +120,36 @@ class TransferSet:
         Raises:
             RecipeError: the URI holds a set of another recipe, or one this version cannot read.
         """
+        header = self._header()
+        if header is not None and header.digest != self.digest:
+            raise self._refusal(f"holds a set of another recipe ({self._difference(header.digest)})")
+
+    def _header(self) -> _Header | None:
+        """The header of the set that is there, if there is one; RecipeError where this version cannot read it."""
         try:
             header = parse_record(_HEADER, self.store.get("set.json", at_most=RECORD_BYTES))
         except FileNotFoundError:
-            return
+            return None
         except ValueError as error:
             raise self._refusal(f"has a set.json that is not a transfer set's ({error})") from None
         if header.format != FORMAT:
             raise self._refusal(f"holds a set of format {header.format} and this raydfkd reads {FORMAT}")
-        if header.digest != self.digest:
-            raise self._refusal(f"holds a set of another recipe ({self._difference(header.digest)})")
+        return header
+
+    def _made_of_there(self) -> dict[str, object]:
+        """Everything that the images of the set that is there depend on; empty where it does not say."""
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            there = json.loads(self.store.get("recipe.json", at_most=RECORD_BYTES))
+            return there if isinstance(there, dict) else {}
+        return {}
 
     def _difference(self, digest: str) -> str:
         """The differences between the recipe of the set that is there, which has ``digest``, and this one, in words."""
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            there = json.loads(self.store.get("recipe.json", at_most=RECORD_BYTES))
-            found = differences(there, self._made_of) if isinstance(there, dict) and self._made_of else []
-            if found:
-                more = f", and {len(found) - 3} more" if len(found) > 3 else ""
-                return "; ".join(found[:3]) + more
+        there = self._made_of_there()
+        found = differences(there, self.made_of) if there and self.made_of else []
+        if found:
+            more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+            return "; ".join(found[:3]) + more
         return f"digest {digest[:12]} there and {self.digest[:12]} here"
 
     def open(self, unit: WorkUnit, *, attempt: int = 1) -> ParquetSink:

@@ -36,6 +36,7 @@ from ray.train.v2._internal.execution.controller.state import ReschedulingState
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
 __all__ = [
     "CHECKPOINT_MANAGER_SNAPSHOT_FILENAME",
@@ -241,6 +242,23 @@ def free_resources() -> Mapping[str, Mapping[str, float]]:
 
 
 # Packages
+
+
+def give_back_placement_groups() -> int:
+    """Remove the placement groups that this driver's job has left on the cluster; returns how many.
+
+    Ray removes one when its job ends. Ray Train's own cleaner of a controller that was killed asks the dashboard, which
+    need not run, and until then the room of the dead training is nobody's.
+    """
+    job = ray.get_runtime_context().get_job_id()
+    left = [
+        PlacementGroup(ray.PlacementGroupID(bytes.fromhex(name)))
+        for name, entry in placement_group_table().items()
+        if name.endswith(job) and entry["state"] != "REMOVED"  # the id of a group ends in that of its job
+    ]
+    for group in left:
+        remove_placement_group(group)
+    return len(left)
 
 
 def walk_package(folder: Path, excludes: Sequence[str], visit: Callable[[Path], None]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from raydfkd.distributed.coordinator import Letters
 from raydfkd.distributed.pool import LEAVE_S
+from raydfkd.distributed.ray_internals import give_back_placement_groups
 from raydfkd.distributed.train_driver import new_coordinator, train_student
 from raydfkd.job import Job
 from raydfkd.runner.events import Events
@@ -171,6 +172,8 @@ class _Thread:
             self.error = error
             self.is_lost = self.is_lost or isinstance(error, RayActorError)
         finally:
+            with contextlib.suppress(Exception):  # the cluster may be gone, and its room with it
+                give_back_placement_groups()
             self.is_done.set()
 
     def letters(self) -> Letters:

@@ -23,12 +23,18 @@ class AnswerScale(Enum):
     """What the numbers of an answer are."""
 
     LOGITS = "logits"
-    LOG_PROBABILITIES = "log-probabilities"
+    LOG_PROBABILITIES = "log_probabilities"
     """Logits but for a number an image; the one with which they add up to zero, as logits about do, is taken."""
     PROBABILITIES = "probabilities"
     """Of classes that exclude each other; their logarithm is taken, and then the same."""
-    SIGMOIDS = "sigmoids"
+    SIGMOIDS = "sigmoid"
     """One probability a class, or one for the second of two; what the sigmoid was taken of is recovered."""
+
+    def holds(self, low: float, high: float) -> bool:
+        """Whether such answers can go from ``low`` to ``high``."""
+        if self is AnswerScale.LOGITS:
+            return True
+        return high <= 0 if self is AnswerScale.LOG_PROBABILITIES else low >= 0 and high <= 1
 
 
 def logits_of(answer: Any, classes: int | None = None, *, images: int | None = None) -> Tensor:
@@ -77,13 +83,13 @@ def _attributes(answer: Any) -> dict[str, Any]:
 
 
 def _by_class(tensor: Tensor, classes: int, images: int | None) -> Tensor | None:
-    rows = images if images is not None else len(tensor) if tensor.ndim else 1
+    rows = images if images is not None else tensor.shape[0] if tensor.ndim else 1
     if tensor.shape == (rows, classes):
         return tensor
     if not tensor.is_floating_point():
         return None
     if tensor.numel() == rows * classes and (tensor.ndim > 2 or rows == 1):
-        return tensor.reshape(rows, classes) if len(tensor) in (rows, classes) else None
+        return tensor.reshape(rows, classes) if tensor.shape[0] in (rows, classes) else None
     if classes == 2 and tensor.numel() == rows:
         second = tensor.reshape(rows)
         return torch.stack([torch.zeros_like(second), second], 1)
@@ -160,10 +166,11 @@ class AnswersLogits:
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], answer: Any) -> Tensor | None:
         """The logits in ``answer``; None, which leaves it as it is, where it is nothing else."""
+        # sizes of the batch are shape[0] and not len(), which would fix them in an exported graph
         is_plain = isinstance(answer, Tensor) and answer.ndim == 2 and answer.shape[1] == self.classes
         if is_plain and self.scale is AnswerScale.LOGITS:
             return None
-        logits = logits_of(answer, self.classes, images=len(inputs[0]) if inputs else None)
+        logits = logits_of(answer, self.classes, images=inputs[0].shape[0] if inputs else None)
         if module.training and not isinstance(answer, Tensor) and logits.requires_grad:
             others = [tensor for tensor in _tensors(answer) if tensor is not logits and tensor.requires_grad]
             logits = _AsUsed.apply(logits, *others)
@@ -183,7 +190,7 @@ def _centred(logits: Tensor) -> Tensor:
 
 def _logits_of_sigmoids(answer: Any, logits: Tensor) -> Tensor:
     recovered = logits.float().logit(eps=torch.finfo(torch.float32).eps)
-    if next(_tensors(answer)).numel() == len(logits):  # the first of two is no sigmoid but the zero put beside it
+    if next(_tensors(answer)).numel() == logits.shape[0]:  # the first of two is no sigmoid but the zero put beside it
         return torch.cat([torch.zeros_like(recovered[:, :1]), recovered[:, 1:]], 1)
     return recovered
 

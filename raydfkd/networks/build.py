@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from raydfkd.config.registry import Registry, import_callable
-from raydfkd.config.schema import ImageSpace, StudentSpec, TeacherSpec
-from raydfkd.errors import RecipeError, did_you_mean, one_line
-from raydfkd.networks.answers import AnswersLogits, NoLogitsError, logits_of, scale_of
+from raydfkd.config.schema import ImageSpace, StudentSpec, TeacherSpec, is_own
+from raydfkd.errors import RecipeError, one_line
+from raydfkd.networks.answers import AnswerScale, AnswersLogits, NoLogitsError, logits_of, scale_of
+from raydfkd.networks.libraries import Library, hub_hint, library_of, needs_permission
 from raydfkd.networks.taps import wrapped
 from raydfkd.seeds import rng_from, seeded
 
@@ -33,33 +34,71 @@ def build_network(spec: TeacherSpec | StudentSpec, teacher: TeacherSpec, *, wher
     Raises:
         RecipeError: unknown name, wrong options, code that fails, an image size or class count that does not fit.
     """
-    factory = _factory_of(spec, teacher, where)
+    network = construct_network(spec, teacher, where=where, seed=seed)
     with seeded(seed):
-        network = _plain(factory()).cpu().float()
         images, answer, logits = _Trial(network, spec.network, teacher, where).run()
-        scale = scale_of(network, images, answer, logits)
+        scale = _scale(network, spec, where, images, answer, logits)
     network.register_forward_hook(AnswersLogits(classes=teacher.classes, scale=scale))
     return network
 
 
+def construct_network(spec: TeacherSpec | StudentSpec, teacher: TeacherSpec, *, where: str, seed: int) -> nn.Module:
+    """The network with weights drawn from ``seed``, on the CPU, in float32; it answers what its author had it answer.
+
+    Raises:
+        RecipeError: unknown name, wrong options, code that fails.
+    """
+    factory = _factory_of(spec, teacher, where)
+    with seeded(seed):
+        network = _plain(factory()).cpu().float()
+    packed = next((key for key, value in network.state_dict().items() if not isinstance(value, Tensor)), None)
+    if packed is not None:
+        raise RecipeError(
+            f"{where}.network {spec.network} has packed weights ({packed}), as quantised layers do, which have no "
+            "gradient; give the network as it was before"
+        )
+    return network
+
+
+def _scale(  # noqa: PLR0913 - one trial of a network
+    network: nn.Module, spec: TeacherSpec | StudentSpec, where: str, images: Tensor, answer: Any, logits: Tensor
+) -> AnswerScale:
+    """What the network answers: as the recipe says, or as two images show.
+
+    Raises:
+        RecipeError: it cannot be what the recipe says, or is a sigmoid for each class, which networks for several
+            labels an image have.
+    """
+    if isinstance(spec, TeacherSpec) and spec.output is not None:
+        declared = AnswerScale(spec.output)
+        low, high = float(logits.min()), float(logits.max())
+        if not declared.holds(low, high):
+            raise RecipeError(
+                f"teacher.output is {spec.output!r}, but {spec.network}'s answer to two random images goes from "
+                f"{low:.3g} to {high:.3g}; leave it out, and it is found"
+            )
+        return declared
+    scale = scale_of(network, images, answer, logits)
+    if scale is AnswerScale.SIGMOIDS and logits.shape[1] > 2 and isinstance(spec, TeacherSpec):
+        raise RecipeError(
+            f"{where}.network {spec.network} answers a sigmoid for each class, as networks for several labels an image "
+            f"do, and classes must exclude each other here; if they do, set {where}.output: sigmoid"
+        )
+    return scale
+
+
 def _factory_of(spec: TeacherSpec | StudentSpec, teacher: TeacherSpec, where: str) -> Factory:
     """What constructs the network; modules are imported here, before any random number is drawn for weights."""
-    name = _as_module(spec.network)
+    name = as_module(spec.network)
     family, colon, member = name.partition(":")
     if not colon:
         _refuse_dots(name, where)
         NETWORKS.get(name, where=f"{where}.network")
         supplied = (teacher.classes, teacher.image_space.channels)
         return lambda: NETWORKS.build(name, spec.options, *supplied, where=f"{where}.options")
-    if family == "torchvision":
-        from torchvision import models  # heavy, and only needed here
-
-        if member not in models.list_models():
-            raise RecipeError(
-                f"{where}.network: torchvision has no {member!r}; {did_you_mean(member, models.list_models())}"
-            )
-        options = {"num_classes": teacher.classes, **spec.options}
-        return lambda: _call(lambda: models.get_model(member, **options), spec, where)
+    library = library_of(name, where)
+    if library is not None:
+        return _from_library(library[0], member, spec, teacher, where)
     try:
         found = import_callable(name, where=f"{where}.network")
     except SystemExit as error:  # a script that parses arguments when it is imported
@@ -69,8 +108,22 @@ def _factory_of(spec: TeacherSpec | StudentSpec, teacher: TeacherSpec, where: st
     return lambda: _call(lambda: found(**spec.options), spec, where)
 
 
-def _as_module(name: str) -> str:
-    """``./models/nets.py:small`` as what it imports, ``models.nets:small``; anything else as it is."""
+def _from_library(
+    library: Library, name: str, spec: TeacherSpec | StudentSpec, teacher: TeacherSpec, where: str
+) -> Factory:
+    family = spec.network.partition(":")[0]
+    if isinstance(spec, TeacherSpec) and needs_permission(family, name) and not spec.allow_code:
+        raise RecipeError(
+            f"{where}.network is {spec.network!r}, which brings code of its own that will run here; "
+            f"set {where}.allow_code: true if you trust it"
+        )
+    own = spec.weights if isinstance(spec, TeacherSpec) and is_own(spec.weights) else ""
+    sizes = {"classes": teacher.classes, "channels": teacher.image_space.channels}
+    return lambda: _call(lambda: library.build(name, spec.options, **sizes, own=own), spec, where)
+
+
+def as_module(name: str) -> str:
+    """The network ``./models/nets.py:small`` as what it imports, ``models.nets:small``; anything else as it is."""
     path, colon, member = name.partition(":")
     if not colon or not path.endswith(".py"):
         return name
@@ -98,7 +151,8 @@ def _call(factory: Callable[[], Any], spec: TeacherSpec | StudentSpec, where: st
             raise RecipeError(f"{where}.options do not suit {spec.network}: {reason}") from error
         kind = "" if isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: "
         given = f" with options {spec.options}" if spec.options else ""
-        raise RecipeError(f"{where}.network {spec.network} cannot be built{given}: {kind}{reason}") from error
+        hint = hub_hint(spec.network) if isinstance(error, OSError) else ""
+        raise RecipeError(f"{where}.network {spec.network} cannot be built{given}: {kind}{reason}{hint}") from error
     if isinstance(network, torch.export.ExportedProgram):
         return network.module()
     if not isinstance(network, nn.Module):

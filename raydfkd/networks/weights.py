@@ -11,8 +11,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from raydfkd.config.schema import is_file
 from raydfkd.errors import RecipeError, one_line
-from raydfkd.networks.state_files import NO_WEIGHTS, Match, match_state, read_states
+from raydfkd.networks.state_files import NO_WEIGHTS, Match, match_state, read_states, shards_of
 from raydfkd.report.redaction import redacted, secrets_in, secrets_of_environment
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ def weights_exist(uri: str, *, where: str) -> bool:
     Raises:
         RecipeError: nobody can say, because its file system does not answer.
     """
-    if uri == "random":
+    if not is_file(uri):
         return True
     try:
         filesystem, path = fsspec.url_to_fs(uri)
@@ -43,21 +44,31 @@ def load_weights(network: nn.Module, uri: str, *, where: str, say: Callable[[str
     """Load a state dict into ``network``; return the SHA-256 of the file. Nothing is ever unpickled but tensors.
 
     A checkpoint that holds the state dict among other things, or under the names of a wrapper, is taken for what is
-    meant, and ``say`` is told so, in one line. A network that its own code has loaded is ``random``.
+    meant, and ``say`` is told so, in one line. A network that comes with its weights is left as it is.
 
     Raises:
         RecipeError: no such file, not weights, weights of another network, or numbers that are not finite.
     """
-    if uri == "random":
+    if not is_file(uri):
         _refuse_not_finite(network, uri, where)
         return hashlib.sha256(save_bytes(network)).hexdigest()
+    what = f"{where} is {uri!r}"
     content = read_weights(uri, where=where)
-    match = match_state(read_states(content, f"{where} is {uri!r}"), network, f"{where} is {uri!r}")
+    digest = hashlib.sha256(content)
+    states = read_states(content, what)
+    if shards := shards_of(content, what):
+        states = {"": {}}
+        for shard in shards:
+            part = read_weights(f"{uri.rpartition('/')[0] or '.'}/{shard}", where=where)
+            digest.update(part)
+            for state in read_states(part, f"{what}, file {shard}").values():
+                states[""] = {**states[""], **state}
+    match = match_state(states, network, what)
     _load(network, match, uri, where)
     _refuse_not_finite(network, uri, where)
     if match.notice:
         say(f"{where}: {match.notice}")
-    return hashlib.sha256(content).hexdigest()
+    return digest.hexdigest()
 
 
 def read_weights(uri: str, *, where: str) -> bytes:
@@ -69,7 +80,12 @@ def read_weights(uri: str, *, where: str) -> bytes:
     try:
         filesystem, path = fsspec.url_to_fs(uri)
         content: bytes = filesystem.cat_file(path)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+    except IsADirectoryError:
+        raise RecipeError(
+            f"{where} is {uri!r}: a folder; give a file in it, such as model.safetensors or "
+            "model.safetensors.index.json, or the folder of a transformers model as teacher.network: hf:FOLDER"
+        ) from None
+    except (FileNotFoundError, NotADirectoryError):
         raise RecipeError(
             f"{where} is {uri!r}: no such file; give trained weights, or teacher.train to train them"
         ) from None
@@ -102,7 +118,7 @@ def _load(network: nn.Module, match: Match, uri: str, where: str) -> None:
         missing = [key for key in missing if not key.endswith(NO_WEIGHTS) and not _is_shared(key, network, match.state)]
         if not missing and not unexpected:
             return
-        problem = f"{min(missing)} is missing" if missing else f"{min(unexpected)} is not in the network"
+        problem = match.problem or (f"{missing[0]} is missing" if missing else f"{unexpected[0]} is not in the network")
     network.load_state_dict(before)
     raise RecipeError(f"{where} is {uri!r}: weights of another network ({problem}); check network and options")
 

@@ -51,6 +51,17 @@ _ALWAYS = frozenset({"agreement", "images", "judged_on", "recipe", "seconds", "s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where an image is in its transfer set."""
+
+    unit: str
+    seed: int
+    """Of the unit."""
+    index: int
+    """Number of the image in its unit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gallery:
     """Some images of each class, with the teacher's confidence in them."""
 
@@ -60,6 +71,8 @@ class Gallery:
     """Names of the K classes."""
     teacher_confidence: Tensor
     """[K, M]: probability that the teacher gives the intended class; NaN where a class has no more images."""
+    origins: tuple[tuple[Origin | None, ...], ...]
+    """Where each of the K x M images is in the set; None where a class has no more images."""
     of_classes: int = 0
     """Classes from which these were chosen, evenly spaced; 0 where these are all."""
 
@@ -67,6 +80,9 @@ class Gallery:
         assert self.images.dtype == torch.uint8, "a gallery shows bytes"
         assert self.images.shape[:2] == self.teacher_confidence.shape, "each image has its confidence"
         assert len(self.images) == len(self.class_names), "each row has its name"
+        assert [len(row) for row in self.origins] == [self.images.shape[1]] * len(self.images), (
+            "each image has its unit"
+        )
 
 
 def report_json(report: Mapping[str, JSON]) -> str:
@@ -248,7 +264,8 @@ def _gallery_rows(gallery: Gallery) -> dict[str, Any]:
         for row, index, uri in zip(rows, chosen, pictures, strict=True):
             confidence = float(gallery.teacher_confidence[index, column])
             if not math.isnan(confidence):
-                row["pictures"].append({"uri": uri, "confidence": confidence})
+                origin = gallery.origins[index][column]
+                row["pictures"].append({"uri": uri, "confidence": confidence, "origin": origin})
         shown = column + 1
     side = max(height, width)
     return {

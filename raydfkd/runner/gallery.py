@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from raydfkd.data.commits import Commit
 from raydfkd.data.shards import StoredRows
-from raydfkd.report.page import MAX_CLASSES, Gallery, evenly_spaced
+from raydfkd.report.page import MAX_CLASSES, Gallery, Origin, evenly_spaced
 from raydfkd.runner.view import SetView
 
 GALLERY_IMAGES = 12
 MAX_READS = 120
 """Parts that are read at most: of large images 4 GiB, where a set may have terabytes."""
-_Picture = tuple[Tensor, float]
-"""An image [C, H, W] and the teacher's confidence in its class."""
+
+
+class _Picture(NamedTuple):
+    image: Tensor
+    """[C, H, W]."""
+    confidence: float
+    """The teacher's, in its class; NaN where there is no picture."""
+    origin: Origin | None
 
 
 def gallery(
@@ -42,20 +51,21 @@ def gallery(
             num_reads += 1
             rows = view.read(commit, number)
             if rows is not None:
-                is_news |= any([found[label].take(rows, label) for label in labels])
+                is_news |= any([found[label].take(rows, label, commit, number) for label in labels])
                 wanting = [label for label in wanting if found[label].wants_more(number)]
         if not is_news:
             break
     rows_found = {label: pictures.chosen for label, pictures in found.items() if pictures.chosen}
     if not rows_found:
         return None
-    blank = torch.full_like(next(iter(rows_found.values()))[0][0], 255)
+    blank = _Picture(torch.full_like(next(iter(rows_found.values()))[0].image, 255), float("nan"), None)
     columns = max(map(len, rows_found.values()))
-    filled = [[*row, *[(blank, float("nan"))] * (columns - len(row))] for row in rows_found.values()]
+    filled = [[*row, *[blank] * (columns - len(row))] for row in rows_found.values()]
     return Gallery(
-        images=torch.stack([torch.stack([image for image, _ in row]) for row in filled]),
+        images=torch.stack([torch.stack([picture.image for picture in row]) for row in filled]),
         class_names=tuple(class_names[label] for label in rows_found),
-        teacher_confidence=torch.tensor([[confidence for _, confidence in row] for row in filled]),
+        teacher_confidence=torch.tensor([[picture.confidence for picture in row] for row in filled]),
+        origins=tuple(tuple(picture.origin for picture in row) for row in filled),
         of_classes=len(classes),
     )
 
@@ -71,14 +81,15 @@ class _Pictures:
         """Whether to look into another part: a first one for the sake of another unit, a later one for want of any."""
         return (len(self._pieces) if number == 0 else len(self.chosen)) < self._count
 
-    def take(self, rows: StoredRows, label: int) -> bool:
-        """Choose among the images of another part too; returns whether it has any of the class."""
+    def take(self, rows: StoredRows, label: int, commit: Commit, number: int) -> bool:
+        """Choose among the images of another part of a unit too; returns whether it has any of the class."""
         places = (rows.labels == label).nonzero().flatten().flip(0)[: self._count].tolist()
         confidences = rows.teacher_logits[places].float().softmax(1)[:, label].tolist()
+        first = sum(part.rows for part in commit.parts[:number])
+        origins = [Origin(unit=commit.unit, seed=commit.seed, index=first + place) for place in places]
         if places:
-            self._pieces.append(
-                [(rows.images[place].clone(), sure) for place, sure in zip(places, confidences, strict=True)]
-            )
+            images = [rows.images[place].clone() for place in places]
+            self._pieces.append(list(map(_Picture, images, confidences, origins)))
         while len(self.chosen) > self._count:
             max(reversed(self._pieces), key=len).pop()
         return bool(places)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from raydfkd.config.recipe import Recipe
+from raydfkd.config.schema import is_file
 from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
 from raydfkd.distillation.evaluate import batch_size, judge
 from raydfkd.errors import RecipeError
@@ -40,8 +41,10 @@ def check_teaching(recipe: Recipe) -> RealData:
     """
     if recipe.teacher.train is None or recipe.real_data is None:
         raise RecipeError("teacher.train is missing, so there is nothing to teach; say how, or give teacher.weights")
-    if recipe.teacher.weights == "random":
-        raise RecipeError('teacher.weights is "random", which nothing is trained for; give the file to write')
+    if not is_file(recipe.teacher.weights):
+        raise RecipeError(
+            f'teacher.weights is "{recipe.teacher.weights}", which nothing is trained for; give the file to write'
+        )
     build_augmentations(
         recipe.teacher.train.augment, where="teacher.train.augment", label_reader="the teacher's training"
     )

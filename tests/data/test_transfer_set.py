@@ -372,6 +372,24 @@ def test_checking_a_missing_set_is_fine_and_writes_nothing(uri, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_set_is_read_by_its_place_alone_and_says_what_it_is_made_of(uri, make_batch):
+    made = TransferSet(uri, digest=DIGEST, made_of={"seed": 3}, part_rows=4)
+    made.create()
+    commit(made, UNITS[0], make_batch(6))
+    found = TransferSet.at(uri)
+    assert (found.digest, found.made_of) == (DIGEST, {"seed": 3})
+    assert [len(rows) for rows in found] == [4, 2]
+    assert found.content_digest() == made.content_digest()
+
+
+def test_place_without_a_set_is_not_taken_for_one(uri):
+    with pytest.raises(RecipeError, match=r"there is no transfer set, for it has no set.json; `raydfkd synthesize`"):
+        TransferSet.at(uri)
+    TransferSet(uri, digest=DIGEST).store.put("set.json", b'{"format": 9, "digest": "x"}')
+    with pytest.raises(RecipeError, match="format 9 and this raydfkd reads 1"):
+        TransferSet.at(uri)
+
+
 @pytest.mark.parametrize(
     ("header", "problem"),
     [(b"", "not a transfer set's"), (b'{"format": 9, "digest": "x"}', "format 9 and this raydfkd reads 1")],

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 from clusters import processes
+from ray.util import placement_group_table
 from small import small_recipe
 
 from raydfkd.job import open_job
@@ -50,4 +51,5 @@ def test_a_training_outlives_the_actors_beside_its_workers(ray_cluster, tmp_path
     assert student
     assert any("an actor that its training needs was lost" in text for text in kills.said)
     assert kills.steps[-1] == 3000
+    assert not [group for group in placement_group_table().values() if group["state"] != "REMOVED"], "room is nobody's"
     assert sum(after <= before for before, after in zip(kills.steps, kills.steps[1:], strict=False)) <= 1, "from zero?"

@@ -108,6 +108,17 @@ def test_cluster_of_this_process_is_known_with_its_processes_and_nodes(ray_clust
     assert (answer.kind, answer.version) == ("ready", ray.__version__)
 
 
+@pytest.mark.ray
+def test_placement_groups_of_this_job_are_given_back(ray_cluster):
+    from ray.util import placement_group, placement_group_table
+
+    group = placement_group([{"CPU": 1}])
+    assert group.wait(30)
+    assert ray_internals.give_back_placement_groups() == 1
+    assert placement_group_table(group)["state"] == "REMOVED"
+    assert ray_internals.give_back_placement_groups() == 0
+
+
 def test_packages_are_walked_with_ignored_files_left_out(tmp_path, caplog):
     for name in ("a.py", "b.log", "runs/c"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

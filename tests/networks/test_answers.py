@@ -98,13 +98,38 @@ def test_network_that_answers_probabilities_yields_logits_that_add_up_to_zero(fo
 
 
 def test_network_that_answers_sigmoids_yields_what_they_were_taken_of():
-    network, images = build("sigmoid").eval(), torch.randn(6, 1, 8, 8)
+    network, images = build("sigmoid", output="sigmoid").eval(), torch.randn(6, 1, 8, 8)
     torch.testing.assert_close(network(images), network.fc(images.flatten(1)), rtol=1e-4, atol=1e-4)
     single = build("single sigmoid", classes=2, outputs=1).eval()
     expected = single.fc(images.flatten(1))
     torch.testing.assert_close(
         single(images), torch.cat([torch.zeros_like(expected), expected], 1), rtol=1e-4, atol=1e-4
     )
+
+
+def test_sigmoid_for_each_class_is_refused_unless_classes_are_said_to_exclude_each_other():
+    with pytest.raises(RecipeError) as error:
+        build("sigmoid")
+    assert str(error.value) == (
+        "teacher.network answering:Net answers a sigmoid for each class, as networks for several labels an image do, "
+        "and classes must exclude each other here; if they do, set teacher.output: sigmoid"
+    )
+
+
+@pytest.mark.parametrize(
+    ("output", "scale"),
+    [("logits", AnswerScale.LOGITS), ("probabilities", AnswerScale.PROBABILITIES), (None, AnswerScale.PROBABILITIES)],
+)
+def test_teacher_answers_what_the_recipe_says(output, scale):
+    assert adapter_of(build("softmax", output=output)).scale is scale
+
+
+@pytest.mark.parametrize("output", ["probabilities", "sigmoid", "log_probabilities"])
+def test_output_that_answers_cannot_be_is_refused(output):
+    with pytest.raises(
+        RecipeError, match=rf"teacher.output is {output!r}, but .* to two random images goes from .* to"
+    ):
+        build("logits", output=output)
 
 
 def test_numbers_between_zero_and_one_are_logits_unless_a_sigmoid_made_them():

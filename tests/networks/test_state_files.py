@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import http.server
+import json
 import logging
 import pathlib
 import threading
@@ -120,8 +121,84 @@ def refusal(network, path):
 
 
 def test_checkpoint_with_two_state_dicts_that_fit_is_refused_naming_both(tmp_path, trained):
-    torch.save({"state_dict": trained.state_dict(), "state_dict_ema": trained.state_dict()}, tmp_path / "two.pt")
-    assert "several of its entries fit the network (state_dict, state_dict_ema)" in refusal(Net(), tmp_path / "two.pt")
+    torch.save({"first": trained.state_dict(), "second": trained.state_dict()}, tmp_path / "two.pt")
+    assert "several of its entries fit the network (first, second)" in refusal(Net(), tmp_path / "two.pt")
+
+
+@pytest.mark.parametrize("key", ["state_dict_ema", "ema", "model_ema", "shadow_params"])
+def test_averaged_weights_are_taken_where_both_are_there(tmp_path, trained, key, caplog):
+    last = {name: value * 2 if value.is_floating_point() else value for name, value in trained.state_dict().items()}
+    torch.save({"model": last, key: trained.state_dict()}, tmp_path / "two.pt")
+    network = Net()
+    with caplog.at_level(logging.INFO, "raydfkd"):
+        load_weights(network, str(tmp_path / "two.pt"), where="teacher.weights")
+    assert torch.equal(network.fc.weight, trained.fc.weight)
+    assert f"the weights are its entry {key!r}" in caplog.text
+
+
+def test_network_is_found_in_the_state_of_a_whole_training(tmp_path, trained, caplog):
+    state = {**under("net.backbone", trained.state_dict()), "loss.weight": torch.ones(3), "metric.count": torch.ones(1)}
+    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
+    network = Net()
+    with caplog.at_level(logging.INFO, "raydfkd"):
+        load_weights(network, str(tmp_path / "last.ckpt"), where="teacher.weights")
+    assert torch.equal(network.fc.weight, trained.fc.weight)
+    assert "names are taken without net.backbone.; 2 other tensors are left out (loss.weight, ...)" in caplog.text
+
+
+def test_training_with_two_networks_that_fit_is_refused_naming_both(tmp_path, trained):
+    state = {**under("student", trained.state_dict()), **under("teacher", trained.state_dict())}
+    torch.save(state, tmp_path / "both.pt")
+    assert "it has several parts that fit: student., teacher." in refusal(Net(), tmp_path / "both.pt")
+
+
+class Wrapping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = Net()
+
+
+def test_weights_of_a_network_fit_one_that_has_it_under_a_name(tmp_path, trained, caplog):
+    (tmp_path / "weights.safetensors").write_bytes(save_bytes(trained))
+    network = Wrapping()
+    with caplog.at_level(logging.INFO, "raydfkd"):
+        load_weights(network, str(tmp_path / "weights.safetensors"), where="teacher.weights")
+    assert torch.equal(network.backbone.fc.weight, trained.fc.weight)
+    assert "names are taken with backbone. before them" in caplog.text
+
+
+def sharded(folder, state, index="model.safetensors.index.json"):
+    names = list(state)
+    files = {name: f"model-{1 + position // 4:05}-of-00002.safetensors" for position, name in enumerate(names)}
+    for file in set(files.values()):
+        (folder / file).write_bytes(save({name: state[name] for name in names if files[name] == file}))
+    (folder / index).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": files}))
+    return folder / index
+
+
+def test_sharded_weights_are_read_by_their_index(tmp_path, trained):
+    network = Net()
+    digest = load_weights(network, str(sharded(tmp_path, trained.state_dict())), where="teacher.weights")
+    for key, value in trained.state_dict().items():
+        assert torch.equal(network.state_dict()[key], value)
+    changed = {**trained.state_dict(), "fc.bias": trained.fc.bias.detach() + 1}
+    assert load_weights(Net(), str(sharded(tmp_path, changed)), where="teacher.weights") != digest
+
+
+def test_shard_that_is_missing_is_named(tmp_path, trained):
+    index = sharded(tmp_path, trained.state_dict())
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(RecipeError, match="model-00002-of-00002.safetensors': no such file"):
+        load_weights(Net(), str(index), where="teacher.weights")
+
+
+def test_index_that_leads_elsewhere_is_refused(tmp_path):
+    (tmp_path / "index.json").write_text(json.dumps({"weight_map": {"fc.bias": "../../etc/passwd"}}))
+    assert "an index that names '../../etc/passwd'" in refusal(Net(), tmp_path / "index.json")
+
+
+def test_folder_is_refused_with_what_may_be_meant(tmp_path):
+    assert "a folder; give a file in it, such as model.safetensors" in refusal(Net(), tmp_path)
 
 
 @pytest.mark.parametrize("prefix", ["module", "model"])
@@ -129,7 +206,7 @@ def test_prefix_is_kept_where_the_weights_do_not_fit_without_it_either(tmp_path,
     state = under(prefix, trained.state_dict())
     del state[f"{prefix}.fc.bias"]
     torch.save(state, tmp_path / "weights.pt")
-    assert "weights of another network (fc.bias is missing)" in refusal(Net(), tmp_path / "weights.pt")
+    assert "weights of another network (fc.bias is missing" in refusal(Net(), tmp_path / "weights.pt")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -205,12 +282,17 @@ def test_torchscript_file_is_refused_for_what_it_is_without_a_warning(tmp_path, 
     torch.jit.trace(trained.eval(), torch.zeros(2, 1, 8, 8)).save(str(tmp_path / "scripted.pt"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert "a TorchScript file, not a state dict of tensors" in refusal(Net(), tmp_path / "scripted.pt")
+        assert (
+            "a TorchScript file, which is code, not a state dict of tensors; give network: torchscript:FILE"
+            in refusal(Net(), tmp_path / "scripted.pt")
+        )
 
 
 def test_exported_program_is_refused_for_what_it_is(tmp_path, trained):
     torch.export.save(torch.export.export(trained.eval(), (torch.zeros(2, 1, 8, 8),)), tmp_path / "program.pt2")
-    assert "an exported program, not a state dict" in refusal(Net(), tmp_path / "program.pt2")
+    assert "an exported program, which is code, not a state dict of tensors; give network: export:FILE" in refusal(
+        Net(), tmp_path / "program.pt2"
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -22,6 +23,7 @@ from raydfkd.report.metrics import MetricsLog, read_metrics
 from raydfkd.report.page import (
     NEWER_KEYS,
     Gallery,
+    Origin,
     count,
     duration,
     gallery_png,
@@ -95,6 +97,10 @@ def make_gallery(classes: int = 3, images: int = 2, channels: int = 3, side: int
         images=torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),
         class_names=tuple(f"class-{index}" for index in range(classes)),
         teacher_confidence=torch.full((classes, images), 0.875),
+        origins=tuple(
+            tuple(Origin(unit=f"u{label}", seed=40 + label, index=index) for index in range(images))
+            for label in range(classes)
+        ),
     )
 
 
@@ -383,9 +389,7 @@ def test_report_that_is_not_there_is_none(tmp_path):
 def test_script_in_an_error_or_a_name_is_text_on_the_page(report):
     attack = "</pre><script>alert('x')</script>\"'"
     report["failures"][0]["error"] = report["command"] = report["recipe"]["teacher"]["network"] = attack
-    gallery = Gallery(
-        images=make_gallery(1).images, class_names=(attack,), teacher_confidence=make_gallery(1).teacher_confidence
-    )
+    gallery = replace(make_gallery(1), class_names=(attack,))
     metrics = [{"event": "objective", "unit": "u0", "step": 0, attack: 1.0}]
     page = page_of(report, metrics, gallery)
     assert "<script" not in page
@@ -393,10 +397,16 @@ def test_script_in_an_error_or_a_name_is_text_on_the_page(report):
     assert f"Synthetic image of class {attack}" in {image["alt"] for image in Tags(page).of("img")}
 
 
-def test_every_image_names_its_class_and_the_teachers_confidence(report):
-    images = Tags(page_of(report, gallery=make_gallery(3, 2))).of("img")
+def test_every_image_names_its_class_the_teachers_confidence_and_where_it_is_in_the_set(report):
+    page = page_of(report, gallery=make_gallery(3, 2))
+    images = Tags(page).of("img")
     titles = [image["title"].replace("\N{NO-BREAK SPACE}", " ") for image in images]
-    assert titles == [f"class-{index}, teacher’s confidence 87.5 %" for index in (0, 0, 1, 1, 2, 2)]
+    assert titles == [
+        f"class-{label}, teacher’s confidence 87.5 %, unit u{label}, seed {40 + label}, image {index}"
+        for label in range(3)
+        for index in range(2)
+    ]
+    assert "class-2 87.5 % unit u2, seed 42, image 1" in text_of(page), "the caption of the enlarged picture"
     assert all(image["alt"] for image in images)
 
 
@@ -413,7 +423,7 @@ def test_class_with_fewer_images_than_others_has_gaps(report):
     full = make_gallery(2, 3)
     confidence = full.teacher_confidence.clone()
     confidence[0, 1:] = math.nan
-    gallery = Gallery(images=full.images, class_names=full.class_names, teacher_confidence=confidence, of_classes=3)
+    gallery = replace(full, teacher_confidence=confidence, of_classes=3)
     page = page_of(report, gallery=gallery)
     names = [image["title"].partition(",")[0] for image in Tags(page).of("img")]
     assert names == ["class-0", "class-1", "class-1", "class-1"]

@@ -85,6 +85,16 @@ def test_each_picture_is_of_another_unit_as_long_as_there_are_some_and_the_last_
     assert reads.total() == 4 * 12, "twelve units of each class, of the twenty that there are"
 
 
+def test_each_picture_says_in_which_unit_and_row_of_the_set_it_is(tmp_path):
+    job = job_of(tmp_path, 16, 8, part_rows=3)
+    pictures = gallery_of(job)
+    seeds = {commit.unit: commit.seed for commit in job.snapshot().commits}
+    for images, origins in zip(pictures.images, pictures.origins, strict=True):
+        for image, origin in zip(images, origins, strict=True):
+            assert origin.unit == job.units[int(image[0, 0, 0])].id
+            assert (origin.index, origin.seed) == (int(image[0, 0, 1]), seeds[origin.unit])
+
+
 def test_missing_class_is_left_out_and_no_part_is_read_in_search_of_it(tmp_path, reads):
     pictures = gallery_of(job_of(tmp_path, 60, 3, without=[2]))
     assert pictures.class_names == ("a", "b", "d")

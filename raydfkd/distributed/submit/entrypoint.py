@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from raydfkd.config.load import packaged_path
 from raydfkd.config.recipe import Recipe
+from raydfkd.config.schema import is_file
 from raydfkd.errors import RecipeError
 from raydfkd.report.redaction import STORAGE_OPTIONS, redacted
 
@@ -61,9 +62,7 @@ def plan_entrypoint(  # noqa: PLR0913 - one option each
     if Path(source).is_file() or packaged_path(source) is None:
         source = _inside(working_dir, source)
         needs.append(source)
-    weights = recipe.teacher.weights
-    if weights != "random" and not _is_elsewhere(weights):
-        needs.append(os.path.normpath(weights))
+    needs += [os.path.normpath(path) for path in _files_of(recipe, working_dir) if not _is_elsewhere(path)]
     arguments = ["run", source, "--json", *(("--run-dir", run_dir) if run_dir is not None else ())]
     for override in overrides:
         arguments += ["--set", override]
@@ -90,6 +89,17 @@ def _refuse_what_stays_behind(recipe: Recipe) -> None:
             f"transfer_set.uri is {recipe.transfer_set.uri!r}, inside the job's own folder, which goes with the job; "
             "give a URL, or a folder that every node sees"
         )
+
+
+def _files_of(recipe: Recipe, working_dir: Path) -> Iterator[str]:
+    """Files and folders that the networks are read from; those in ``working_dir`` relative to it."""
+    if is_file(recipe.teacher.weights):
+        yield recipe.teacher.weights
+    folder = Path(os.path.abspath(working_dir))
+    for network in (recipe.teacher.network, recipe.student.network):
+        path = Path(network.partition(":")[2])
+        if path.is_absolute() and path.is_relative_to(folder):  # as loading a recipe leaves what was relative in it
+            yield str(path.relative_to(folder))
 
 
 def _is_elsewhere(path: str) -> bool:

@@ -1,0 +1,1 @@
+"""Students and transfer sets in forms that need no raydfkd."""

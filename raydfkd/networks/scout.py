@@ -1,0 +1,247 @@
+"""What a network that nobody has described shows by itself: classes, channels, size, layers."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from raydfkd.config.schema import ImageSpace, TeacherSpec, is_file
+from raydfkd.errors import RecipeError
+from raydfkd.networks.answers import logits_of
+from raydfkd.networks.batchnorm import layers_with_statistics
+from raydfkd.networks.build import construct_network, count_parameters
+from raydfkd.networks.libraries import Description, described
+from raydfkd.networks.state_files import State, read_states
+from raydfkd.networks.weights import read_weights
+from raydfkd.seeds import rng_from, seeded
+
+SQUARES = (32, 28, 64, 224, 96, 128, 112, 160, 192, 256, 299, 384, 48, 24, 16, 8)
+"""Edges that are tried; the first one that works is taken."""
+EDGES = (8, 16, 24, 28, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384)
+"""Edges of images that are not square."""
+MOST_CHANNELS = 32
+"""More are those of a layer further inside."""
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What is known of a teacher, each thing with where it is known from."""
+
+    section: Mapping[str, Any]
+    """The section ``teacher`` of a recipe."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Where a key's value is from, in a few words; those of ``image_space`` under their own names."""
+    norms: Mapping[str, int] = field(default_factory=dict)
+    """Number of normalisation layers by class."""
+    statistics: int = 0
+    """Number of those that stored statistics of their training."""
+    has_attention: bool = False
+    parameters: int = 0
+    fixed_size: bool = False
+    """Whether it takes images of one size alone."""
+
+
+def scout(
+    network: str,
+    *,
+    options: Mapping[str, Any],
+    weights: str | None,
+    given: Mapping[str, Any],
+) -> Found:
+    """Look at a network: by its library's description, its file of weights, and trials on random images.
+
+    Args:
+        network: as a recipe names it.
+        options: of its constructor.
+        weights: as a recipe names them; None for those that it comes with.
+        given: keys of the section ``teacher`` that the user knows: ``classes``, ``image_space``, ``allow_code``, ...
+
+    Raises:
+        RecipeError: it cannot be built, or something of it cannot be found and must be given.
+    """
+    section: dict[str, Any] = {"network": network, "options": dict(options), **given}
+    if weights is not None:
+        section["weights"] = weights
+    known = described(section)
+    if weights is None and ":" not in network:
+        raise RecipeError(f"--weights is missing, and {network} comes with none; give their file")
+    section.setdefault("weights", known.get("weights", "pretrained"))
+    state = _state_of(section["weights"])
+    classes, classes_from = _classes(section, known, state)
+    space = {**known.get("image_space", {}), **_channels_in(state, known), **given.get("image_space", {})}
+    module = _built(section, classes or 2, space)
+    trial = _Trial(module, channels=space.get("channels") or _channels(module))
+    sources = {"channels": "of its first layer", **_sources_of(known, given), "classes": classes_from}
+    if "size" not in space:
+        space["size"], sources["size"] = trial.size()
+    if not classes:
+        classes, sources["classes"] = trial.width(space["size"]), "width of its answer"
+    space.setdefault("channels", trial.channels)
+    mean, std, constants_from = _constants(module, space["channels"])
+    for key, value in (("mean", mean), ("std", std)):
+        if key not in space:
+            space[key], sources[key] = value, constants_from
+    names = known.get("class_names")
+    section |= {"classes": classes, "image_space": {key: space[key] for key in ("channels", "size", "mean", "std")}}
+    if names is not None and len(names) == classes:
+        section.setdefault("class_names", names)
+    return replace(_layers(module, section), sources=sources, fixed_size=not trial.takes_half(space["size"]))
+
+
+def _sources_of(known: Description, given: Mapping[str, Any]) -> dict[str, str]:
+    found = {key: "from its library" for key in known.get("image_space", {})}
+    return found | {key: "given" for key in given.get("image_space", {})}
+
+
+def _state_of(weights: str) -> State:
+    """The largest state dict in the file; empty where there is none."""
+    if not is_file(weights):
+        return {}
+    states = read_states(read_weights(weights, where="--weights"), f"--weights is {weights!r}")
+    return max(states.values(), key=len, default={})
+
+
+def _classes(section: Mapping[str, Any], known: Description, state: State) -> tuple[int, str]:
+    """Number of classes and where it is known from; 0 where only an answer can tell."""
+    if "classes" in section:
+        return int(section["classes"]), "given"
+    if "classes" in known:
+        return int(known["classes"]), "from its library"
+    heads = [len(value) for key, value in state.items() if value.ndim == 2 and key.endswith("weight")]
+    if ":" in str(section["network"]) and not known:  # a callable of one's own knows it
+        return 0, ""
+    if not heads:
+        return 0, ""
+    return max(2, heads[-1]), "of the last linear layer in the file of weights"
+
+
+def _channels_in(state: State, known: Description) -> Description:
+    """Channels of the first convolution in a file of weights, and constants for them where the library's are others."""
+    first = next((value for key, value in state.items() if value.ndim == 4 and key.endswith("weight")), None)
+    space = known.get("image_space", {})
+    if first is None or space.get("channels") == first.shape[1] or first.shape[1] > MOST_CHANNELS:
+        return {}
+    constants = {key: [0.5] * first.shape[1] for key in ("mean", "std")} if "mean" in space else {}
+    return {"channels": first.shape[1], **constants}
+
+
+def _built(section: Mapping[str, Any], classes: int, space: Mapping[str, Any]) -> nn.Module:
+    channels = int(space.get("channels", 3))
+    spec = TeacherSpec(
+        network=section["network"],
+        options=section["options"],
+        classes=classes,
+        weights=section["weights"],
+        allow_code=section.get("allow_code", False),
+        image_space=ImageSpace(channels=channels, size=8, mean=(0.5,) * channels, std=(0.5,) * channels),
+    )
+    return construct_network(spec, spec, where="teacher", seed=0).eval()
+
+
+def _channels(network: nn.Module) -> int:
+    """Channels of the images that a network's first convolution takes; 3 where it has none."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels
+    first = next((value for value in network.parameters() if value.ndim == 4), None)
+    return 3 if first is None else first.shape[1]
+
+
+class _Trial:
+    """Asks a network about random images of many sizes."""
+
+    def __init__(self, network: nn.Module, *, channels: int) -> None:
+        self._network, self.channels = network, channels
+
+    def size(self) -> tuple[int | list[int], str]:
+        """A size that the network takes, and how sure that is.
+
+        Raises:
+            RecipeError: none of those that were tried.
+        """
+        squares = [edge for edge in SQUARES if self._answer(edge, edge) is not None]
+        if len(squares) == 1:
+            return squares[0], "the only usual size that it takes"
+        if squares:
+            small = [edge for edge in squares if edge <= 64] or squares
+            sizes = f"{min(squares)} to {max(squares)}" if len(squares) > 3 else ", ".join(map(str, sorted(squares)))
+            return small[0], f"a guess, it takes {sizes}; set what it was trained on"
+        pairs = itertools.permutations(EDGES, 2)
+        for height, width in sorted(pairs, key=lambda pair: (max(pair) / min(pair), pair[0] < pair[1], max(pair))):
+            if self._answer(height, width) is not None:
+                return [height, width], "the first size tried that it takes; set what it was trained on"
+        raise RecipeError(
+            "--network takes random images of no usual size; give --size, such as --size 75 or --size 96x64"
+        )
+
+    def width(self, size: int | list[int]) -> int:
+        """Classes in its answer to images of that size.
+
+        Raises:
+            RecipeError: it does not answer.
+        """
+        height, width = (size, size) if isinstance(size, int) else size
+        answer = self._answer(height, width)
+        if answer is None:
+            raise RecipeError(f"--size is {size}, but --network cannot take {self.channels}x{height}x{width} images")
+        return max(2, answer.shape[1]) if answer.ndim > 1 else 2
+
+    def takes_half(self, size: int | list[int]) -> bool:
+        """Whether it takes images of half the size too."""
+        height, width = (size, size) if isinstance(size, int) else size
+        return self._answer(height // 2, width // 2) is not None
+
+    def _answer(self, height: int, width: int) -> Tensor | None:
+        images = torch.randn(2, self.channels, height, width, generator=rng_from(0))
+        with seeded(0), torch.no_grad(), contextlib.suppress(Exception):  # code of the user's may raise anything
+            answer = logits_of(self._network(images))
+            return answer if len(answer) == 2 else None
+        return None
+
+
+def _constants(network: nn.Module, channels: int) -> tuple[list[float], list[float], str]:
+    inside = next((name for name, _ in _normalizers(network, channels)), None)
+    if inside is not None:
+        return [0.0] * channels, [1.0] * channels, f"it normalises by itself ({inside}), so it takes images in [0, 1]"
+    if channels == 3:
+        return [*IMAGENET[0]], [*IMAGENET[1]], "a guess, ImageNet's; set those that it was trained with"
+    return [0.5] * channels, [0.5] * channels, "a guess; set those that it was trained with"
+
+
+def _normalizers(network: nn.Module, channels: int) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that subtract a mean of each channel and divide by a standard deviation, by their names for both."""
+    for name, module in network.named_modules():
+        held = {key: getattr(module, key, None) for key in ("mean", "std")}
+        sizes = [
+            value.numel() if isinstance(value, Tensor) else len(value) if isinstance(value, list | tuple) else 0
+            for value in held.values()
+        ]
+        if all(size in (1, channels) and size for size in sizes):
+            yield name or type(module).__name__, module
+
+
+def _layers(network: nn.Module, section: Mapping[str, Any]) -> Found:
+    kinds = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm)
+    statistics = layers_with_statistics(network)
+    plain = [type(module).__name__ for module in network.modules() if _is_norm(module, kinds)]
+    return Found(
+        section=section,
+        norms=Counter(plain),
+        statistics=len(statistics),
+        has_attention=any("attention" in type(module).__name__.lower() for module in network.modules()),
+        parameters=count_parameters(network),
+    )
+
+
+def _is_norm(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    return isinstance(module, kinds) or "norm" in type(module).__name__.lower()

@@ -1,0 +1,207 @@
+"""A recipe for a teacher that was looked at, written as a page: each choice with its reason beside it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raydfkd.devices import device_name
+from raydfkd.networks.scout import Found
+from raydfkd.runner.pace import Sizes, Speed, in_words, measure, sizes_for
+
+SMALL = 64
+"""Pixels up to which generators are chosen, and batches of a hundred images."""
+WIDTHS = (4, 8, 12, 16, 24, 32, 48, 64)
+"""Widths of the first layer of a student that nobody has named."""
+TRIAL = Sizes(batches_per_unit=1, units_per_class=2, student_steps=20, workers=1, executor="local")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A recipe in the making."""
+
+    found: Found
+    name: str
+    student: Mapping[str, Any]
+    """The section ``student``; empty for a small network that is chosen here."""
+    data: str | None
+    """Folder of labelled pictures that judge."""
+    command: str
+    """What the user has typed."""
+
+    def page(self, budget: float) -> str:
+        """The commented recipe for a budget of seconds on this machine, on which a few steps of it are made.
+
+        Raises:
+            RecipeError: the teacher cannot be opened or inverted, or the budget has no room for a unit of each class.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "recipe.yaml"
+            path.write_text(self._text(TRIAL, []), encoding="utf-8")
+            speed = measure(str(path))
+        groups = -(-self._classes // self._classes_per_unit)
+        return self._text(sizes_for(budget, speed, groups=groups), [*self._speed(speed, budget)])
+
+    @property
+    def method(self) -> str:
+        """The packaged method that layers and size of images suggest."""
+        has_moments = self.found.statistics > 0
+        if self._is_small and all(edge % 4 == 0 for edge in self._edges):
+            return "renewed_generator" if has_moments else "renewed_generator_logits"
+        return "deepinversion" if has_moments else "deepdream"
+
+    @property
+    def _space(self) -> Mapping[str, Any]:
+        return dict(self.found.section["image_space"])
+
+    @property
+    def _edges(self) -> tuple[int, ...]:
+        size = self._space["size"]
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    @property
+    def _is_small(self) -> bool:
+        return max(self._edges) <= SMALL
+
+    @property
+    def _classes(self) -> int:
+        return int(self.found.section["classes"])
+
+    @property
+    def _is_generator(self) -> bool:
+        return self.method.startswith("renewed_generator")
+
+    @property
+    def _classes_per_unit(self) -> int:
+        most = 10 if self._is_generator else 100 if self._is_small else 20
+        return min(self._classes, most)
+
+    @property
+    def _batch_per_class(self) -> int:
+        """Images of each class in a batch of about a hundred, or twenty where they are large."""
+        return max(1, (100 if self._is_small else 20) // self._classes_per_unit)
+
+    def _text(self, sizes: Sizes, speed: list[str]) -> str:
+        sections = (self._head(speed), self._teacher(), self._student(), self._synthesis(), self._numbers(sizes))
+        return "\n".join(line for section in sections for line in section) + "\n"
+
+    def _head(self, speed: list[str]) -> Iterator[str]:
+        norms = ", ".join(f"{count} {name}" for name, count in sorted(self.found.norms.items())) or "none"
+        yield f"# Written by `{self.command}`; change what you know better."
+        yield "#"
+        yield f"#   raydfkd check {self.name}.yaml"
+        yield f"#   raydfkd run {self.name}.yaml"
+        yield "#"
+        yield f"# Teacher: {self.found.parameters:,} weights{', attention' if self.found.has_attention else ''}."
+        yield f"# Normalisation layers: {norms}; {self.found.statistics} of them stored statistics of the training."
+        yield from speed
+        yield "# Nothing here was tuned on this teacher: look at the pictures, and judge on real ones."
+        yield f"recipe: {self.method}   # {self._why}; others: raydfkd show --for {self.name}.yaml"
+        yield f"name: {self.name}"
+
+    def _speed(self, speed: Speed, budget: float) -> Iterator[str]:
+        batch = self._batch_per_class * self._classes_per_unit
+        yield (
+            f"# On this machine ({device_name(speed.device)}) a step of synthesis with {batch} images takes "
+            f"{_milli(speed.synthesis)},"
+        )
+        yield f"# one of the student {_milli(speed.student)}; {speed.peak_mib:,} MiB of memory were in use at most."
+        yield f"# Images and steps are what about {in_words(budget)} have room for."
+
+    @property
+    def _why(self) -> str:
+        moments = "statistics of BatchNorm" if self.found.statistics else "no statistics of BatchNorm"
+        if self._is_generator:
+            return f"{moments}, small images"
+        return f"{moments}, {'an edge not divisible by 4' if self._is_small else f'images over {SMALL} pixels'}"
+
+    def _teacher(self) -> Iterator[str]:
+        section, sources = self.found.section, self.found.sources
+        yield "teacher:"
+        yield from _entry("network", section["network"])
+        for key in ("options", "allow_code", "output"):
+            if section.get(key):
+                yield from _entry(key, section[key])
+        yield from _entry("weights", section["weights"])
+        yield from _entry("classes", section["classes"], sources.get("classes"))
+        if section.get("class_names"):
+            yield from _entry("class_names", section["class_names"])
+        yield "  image_space:"
+        for key in ("channels", "size", "mean", "std"):
+            yield from _entry(key, self._space[key], sources.get(key), indent=4)
+
+    def _student(self) -> Iterator[str]:
+        student = self.student or self._small_student()
+        yield "student:"
+        yield from _entry("network", student["network"], None if self.student else "any network will do")
+        if student.get("options"):
+            yield from _entry("options", student["options"])
+        if self.data is None:
+            yield "real_data: null   # judged on images held out; for pictures of yours {kind: image_folder, root: ...}"
+        else:
+            yield f"real_data: {_flow({'kind': 'image_folder', 'root': self.data})}   # judges, and nothing else"
+
+    def _small_student(self) -> Mapping[str, Any]:
+        """A stack of convolutions, of a quarter of the teacher's weights at most where that is possible."""
+        depth = 3 if self._is_small else 5
+        stacks = [[min(width << layer, 8 * width) for layer in range(depth)] for width in WIDTHS]
+        fitting = [widths for widths in stacks if self._parameters(widths) <= self.found.parameters / 4]
+        return {"network": "convnet", "options": {"widths": (fitting or stacks)[-1 if fitting else 0]}}
+
+    def _parameters(self, widths: list[int]) -> int:
+        inputs = [self._space["channels"], *widths]
+        layers = sum(9 * a * b + 2 * b for a, b in zip(inputs, widths, strict=False))
+        return int(layers + (widths[-1] + 1) * self._classes)
+
+    def _synthesis(self) -> Iterator[str]:
+        jitter = max(1, round(min(self._edges) / 16))
+        yield "synthesis:"
+        yield from _entry("augment", [{"kind": "jitter", "pixels": jitter}], "a sixteenth of the image")
+        if self._is_generator:
+            yield from _entry("batch_per_class", self._batch_per_class)
+            return
+        yield from _entry("batch_size", self._batch_per_class * self._classes_per_unit)
+        if self.method == "deepinversion" and (self.found.fixed_size or any(edge % 2 for edge in self._edges)):
+            yield from _entry("stages", [{"steps": 400}], "the network takes no images of half the size to begin with")
+
+    def _numbers(self, sizes: Sizes) -> Iterator[str]:
+        per_unit = sizes.batches_per_unit * self._batch_per_class
+        per_class = sizes.units_per_class * per_unit
+        yield "transfer_set:"
+        yield from _entry("images_per_class", per_class)
+        unit = {"classes": self._classes_per_unit, "images_per_class": per_unit}
+        yield from _entry("unit", unit, "what a worker makes at a time")
+        yield "distill:"
+        yield from _entry("steps", sizes.student_steps)
+        if ":" in str(self.student.get("network", "")):
+            yield from _entry("optimizer", {"kind": "adam", "lr": 1e-3}, "lower than the method's, for larger networks")
+        wait = min(per_class, 2 * per_unit) * self._classes
+        yield from _entry("source", {"kind": "growing", "wait_for": wait, "complete_by": 0.5}, "starts with that many")
+        yield "runtime:"
+        where = "a cluster of this machine's processes, or one that runs" if sizes.executor == "ray" else "this process"
+        yield from _entry("executor", sizes.executor, where)
+        if sizes.executor == "ray":
+            yield from _entry("workers", {"max": sizes.workers}, "and a core or GPU for the student")
+
+
+def _entry(key: str, value: Any, comment: str | None = None, *, indent: int = 2) -> Iterator[str]:
+    """A line of the page; a long one has its comment above it."""
+    line = f"{' ' * indent}{key}: {_flow(value)}"
+    is_short = comment is None or len(line) + len(comment) <= 112
+    if not is_short:
+        yield f"{' ' * indent}# {key} is {comment}"
+    yield f"{line}   # {comment}" if comment and is_short else line
+
+
+def _flow(value: Any) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True, sort_keys=False)
+    return text.removesuffix("...\n").strip()
+
+
+def _milli(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

@@ -1,0 +1,181 @@
+"""How fast a recipe is on this machine, and the images and steps that a budget has room for."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from raydfkd.config.load import load_recipe
+from raydfkd.config.recipe import Recipe
+from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
+from raydfkd.errors import RecipeError
+from raydfkd.images.pixels import PixelRange
+from raydfkd.networks.build import build_network
+from raydfkd.networks.teacher import open_teacher
+from raydfkd.synthesis.build import build_synthesizer
+
+RAY_SECONDS, LOCAL_SECONDS = 40.0, 5.0
+"""What a run spends beside its work: on a cluster of its own, in this process."""
+SHORT = 300.0
+"""Budgets up to which everything is done in one process, without the start of a cluster."""
+SYNTHESIS_SHARE = 0.5
+STUDENT_SHARE = 0.75
+"""Of the time that the student has beside synthesis, which it begins after."""
+PIECES = 8
+"""Units of each class that a budget should have room for, so that little is lost with a machine."""
+TRIAL_STEPS = 2
+FEWEST_STEPS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """What a step takes on this machine."""
+
+    synthesis: float
+    """Seconds of a step of synthesis with one batch."""
+    student: float
+    """Seconds of a step of the student, the teacher's answer included."""
+    first_batch: int
+    """Steps before the first batch of a unit."""
+    next_batch: int
+    """Steps before every other one."""
+    device: torch.device
+    peak_mib: int
+    """Most memory that this process has used, in MiB."""
+
+    def unit_seconds(self, batches: int) -> float:
+        """Seconds that a worker needs for a unit of so many batches."""
+        return self.synthesis * (self.first_batch + self.next_batch * (batches - 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Numbers of a recipe that follow from its budget."""
+
+    batches_per_unit: int
+    units_per_class: int
+    student_steps: int
+    workers: int
+    executor: str
+
+
+def measure(path: str) -> Speed:
+    """Make a few steps of the recipe in a file: of its synthesis with one batch, and of its student.
+
+    Raises:
+        RecipeError: the recipe is wrong.
+    """
+    whole = load_recipe(path)
+    options = whole.synthesis.options
+    if "stages" in options:
+        first = following = sum(stage["steps"] for stage in options["stages"])
+        changes: dict[str, object] = {"synthesis.stages": [{"steps": TRIAL_STEPS}]}
+    else:
+        first, following = options["steps"], options["renewal"]["steps"]
+        changes = {"synthesis.steps": TRIAL_STEPS, "synthesis.renewal.steps": TRIAL_STEPS}
+    recipe = load_recipe(path, overrides=changes)
+    device = pick_device(recipe.runtime.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    teacher = open_teacher(recipe).module
+    with cpu_threads(recipe.synthesis.threads):
+        synthesis = _synthesis_seconds(recipe, teacher, device) / TRIAL_STEPS
+        student = _student_seconds(recipe, teacher.to(device), device)
+    return Speed(
+        synthesis=synthesis,
+        student=student,
+        first_batch=first,
+        next_batch=following,
+        device=device,
+        peak_mib=_peak_mib(device),
+    )
+
+
+def _synthesis_seconds(recipe: Recipe, teacher: nn.Module, device: torch.device) -> float:
+    synthesizer, request = build_synthesizer(recipe, teacher, device), recipe.plan()[0].request
+    return _second_time(lambda: sum(len(batch) for batch in synthesizer.produce(request, lambda _: None)), device)
+
+
+def _student_seconds(recipe: Recipe, teacher: nn.Module, device: torch.device) -> float:
+    student = build_network(recipe.student, recipe.teacher, where="student", seed=0).to(device).train()
+    space, count = recipe.teacher.image_space, recipe.distill.batch_size
+    stored = torch.randint(256, (count, *space.shape), dtype=torch.uint8, device=device)
+    images = PixelRange(space, device).from_uint8(stored)
+
+    def step() -> None:
+        with torch.no_grad():
+            answer = teacher(images)
+        F.l1_loss(student(images), answer).backward()
+
+    return _second_time(step, device)
+
+
+def _second_time(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of ``work`` once it was done before."""
+    work()
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def _peak_mib(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+def sizes_for(budget: float, speed: Speed, *, groups: int) -> Sizes:
+    """Divide a budget of seconds: half for images, the rest for the student, who learns meanwhile on a cluster.
+
+    Args:
+        budget: seconds on this machine.
+        speed: of the recipe.
+        groups: units that hold all classes once.
+
+    Raises:
+        RecipeError: it has no room for a unit of each class.
+    """
+    places = torch.cuda.device_count() if speed.device.type == "cuda" else _cores()
+    is_cluster = budget > SHORT and places > 1
+    workers = places - 1 if is_cluster else 1
+    beside = RAY_SECONDS if is_cluster else LOCAL_SECONDS
+    for_images = SYNTHESIS_SHARE * (budget - beside) * workers
+    units = int(for_images / (groups * speed.unit_seconds(1)))
+    if units < 1:
+        least = groups * speed.unit_seconds(1) / workers
+        raise RecipeError(
+            f"--budget is {in_words(budget)}, but a unit of each class takes {in_words(least)} here; give at least "
+            f"{in_words(1.05 * least / SYNTHESIS_SHARE + beside)}"
+        )
+    batches = 1
+    while groups * PIECES * speed.unit_seconds(batches + 1) <= for_images:
+        batches += 1
+    share = STUDENT_SHARE if is_cluster else 1 - SYNTHESIS_SHARE
+    return Sizes(
+        batches_per_unit=batches,
+        units_per_class=max(1, int(for_images / (groups * speed.unit_seconds(batches)))),
+        student_steps=max(FEWEST_STEPS, int(share * (budget - beside) / speed.student)),
+        workers=workers,
+        executor="ray" if is_cluster else "local",
+    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_words(seconds: float) -> str:
+    """A number of seconds as people say it."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"

@@ -1,0 +1,168 @@
+"""`raydfkd init`: a sound recipe for every teacher of the zoo."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from zoo import CLASSES, ZOO, make
+
+from raydfkd.cli import app
+from raydfkd.config.load import load_recipe, packaged_methods
+from raydfkd.errors import RecipeError
+from raydfkd.runner import draft
+from raydfkd.runner.pace import Speed
+from raydfkd.runner.run import run
+
+QUICK = [row for row in ZOO if not row.is_slow]
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """Makes the files of a row and calls init in their folder; returns the file that it has written."""
+    monkeypatch.chdir(tmp_path)
+
+    def begin(row, *more, budget="20h"):
+        if row.needs:
+            pytest.importorskip(row.needs)
+        make(row, tmp_path)
+        arguments = ["init", *row.arguments, "--budget", budget, "--name", "mine", *more]
+        monkeypatch.setattr(sys, "argv", ["raydfkd", *arguments])
+        assert app(arguments, standalone_mode=False) == 0
+        return tmp_path / "mine.yaml"
+
+    return begin
+
+
+@pytest.fixture
+def slow_machine(monkeypatch):
+    """A machine on which a unit takes 3 s and a step of the student 0.1 s, however fast this one is."""
+    speed = Speed(
+        **{"synthesis": 3 / 80, "student": 0.1, "first_batch": 80, "next_batch": 30, "peak_mib": 100},
+        device=torch.device("cpu"),
+    )
+    monkeypatch.setattr(draft, "measure", lambda path: speed)
+
+
+def shape(recipe):
+    return "x".join(map(str, recipe.teacher.image_space.shape))
+
+
+@pytest.mark.parametrize("row", [row for row in QUICK if not row.refused], ids=lambda row: row.name)
+def test_recipe_for_a_teacher_is_sound_and_as_the_teacher_is(begun, row):
+    page = begun(row)
+    recipe = load_recipe(page)
+    assert recipe.teacher.classes == (2 if "one logit" in row.name else CLASSES)
+    assert not row.space or shape(recipe) == row.space
+    assert f"recipe: {row.method} " in page.read_text()
+
+
+@pytest.mark.parametrize("row", [row for row in QUICK if row.refused], ids=lambda row: row.name)
+def test_teacher_that_cannot_be_taken_is_refused_and_nothing_is_written(begun, row, tmp_path):
+    with pytest.raises(RecipeError) as error:
+        begun(row)
+    assert row.refused in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("row", [row for row in ZOO if not row.refused], ids=lambda row: row.name)
+@pytest.mark.usefixtures("slow_machine")
+def test_recipe_for_a_teacher_runs_unedited(begun, row):
+    result = run(load_recipe(begun(row, budget="20s")))
+    assert not result.missing
+    assert result.report["agreement"] > 0
+
+
+def row_called(name):
+    return next(row for row in ZOO if row.name == name)
+
+
+@pytest.mark.usefixtures("slow_machine")
+def test_recipe_runs_unedited_and_says_what_was_seen_and_typed(begun):
+    page = begun(row_called("28x28, grey"), budget="20s")
+    text = page.read_text()
+    assert "# Written by `raydfkd init --network zoo:plain --budget 20s --name mine`" in text
+    assert "a step of synthesis with 100 images takes 37.5 ms" in text
+    assert "size: 28   # the only usual size that it takes" in text
+    assert "mean: [0.5]   # a guess; set those that it was trained with" in text
+    result = run(load_recipe(page))
+    assert not result.missing
+    assert result.report["images"] == result.job.planned_images == 2 * 100
+
+
+def test_what_is_known_of_the_images_is_taken(begun):
+    begun(row_called("4 channels"), "--size", "16x24", "--mean", "0.1,0.2,0.3,0.4", "--std", "0.5,0.5,0.5,0.6")
+    space = load_recipe("mine.yaml").teacher.image_space
+    assert (space.size, space.mean, space.std) == ((16, 24), (0.1, 0.2, 0.3, 0.4), (0.5, 0.5, 0.5, 0.6))
+
+
+def test_student_and_folder_that_judges_are_written(begun, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    text = begun(row_called("state dict"), "--student", "resnet_small").read_text()
+    assert "network: resnet_small" in text
+    assert "real_data: null" in text
+
+
+@pytest.mark.usefixtures("slow_machine")
+def test_longer_budget_is_more_images_and_steps(begun, tmp_path):
+    short = load_recipe(begun(row_called("state dict"), budget="20s"))
+    (tmp_path / "mine.yaml").unlink()
+    long = load_recipe(begun(row_called("state dict"), budget="250s"))
+    assert long.transfer_set.images_per_class > 3 * short.transfer_set.images_per_class
+    assert long.distill.steps > 3 * short.distill.steps
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--budget", "10s"], "--budget is 10 s, but a unit of each class takes 3 s here; give at least 11.3 s"),
+        (["--budget", "soon"], "--budget is 'soon'; write it as 90s, 30m or 2h"),
+        (["--size", "big"], "--size is 'big'; write it as 32, or as 96x64 for height and width"),
+        (["--mean", "grey"], "--mean is 'grey'; write a number for each channel, such as 0.5,0.5,0.5"),
+        (["--options", "width"], "--options is 'width'; write it as a mapping"),
+        (["--data", "nowhere"], "--data is 'nowhere': no such folder"),
+        (["--size", "2"], "--size is 2, but --network cannot take"),
+    ],
+)
+@pytest.mark.usefixtures("slow_machine")
+def test_what_is_wrong_is_said_in_a_line_and_nothing_is_written(begun, tmp_path, more, message):
+    with pytest.raises(RecipeError) as error:
+        begun(row_called("28x28, grey"), *more)
+    assert str(error.value).startswith(message)
+    assert not (tmp_path / "mine.yaml").exists()
+
+
+def test_file_that_is_there_is_not_written_over(begun, tmp_path):
+    (tmp_path / "mine.yaml").write_text("name: dear")
+    with pytest.raises(RecipeError, match="mine.yaml is there already; give another --name, or remove it"):
+        begun(row_called("state dict"))
+    assert (tmp_path / "mine.yaml").read_text() == "name: dear"
+
+
+def test_network_without_weights_of_its_own_needs_a_file():
+    with pytest.raises(RecipeError, match="--weights is missing, and lenet5 comes with none; give their file"):
+        app(["init", "--network", "lenet5"], standalone_mode=False)
+
+
+def test_weights_of_another_network_are_refused_before_anything_is_measured(begun, tmp_path):
+    torch.save({"fc.weight": torch.zeros(4, 3)}, tmp_path / "other.pt")
+    with pytest.raises(RecipeError, match=r"weights of another network \(.*; 0 of the network's 14 tensors fit\)"):
+        app(["init", "--network", "zoo:Small", "--weights", "other.pt"], standalone_mode=False)
+
+
+def test_show_says_which_methods_suit(begun, capsys):
+    begun(row_called("28x28, grey"))
+    capsys.readouterr()
+    app(["show", "--for", "mine.yaml"], standalone_mode=False)
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert set(lines) == set(packaged_methods())
+    assert lines["deepdream"] == lines["renewed_generator_logits"] == "suits"
+    assert "needs BatchNorm layers with stored statistics, but the teacher has none" in lines["deepinversion"]
+
+
+def test_method_is_no_recipe_by_itself():
+    with pytest.raises(RecipeError, match="deepinversion is a method, for any teacher; `raydfkd init` writes a recipe"):
+        load_recipe("deepinversion")

@@ -1,0 +1,107 @@
+"""Writes docs/teachers.md: what `raydfkd init` and `run` make of every teacher of the zoo.
+
+    python tests/report/teachers.py [--budget 20s] [--slow-budget 150s]
+
+Each row is two commands in an empty folder: `raydfkd init ARGUMENTS --budget B` and, unedited, `raydfkd run FILE`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from zoo import ZOO, Row, make
+
+ROOT = Path(__file__).parents[2]
+HEAD = """# Teachers
+
+What `raydfkd init` and then, unedited, `raydfkd run` make of a teacher, by the form that it comes in: networks of
+`tests/zoo.py` with random weights, four classes, so the figures say that it works and nothing about quality. Written by
+`python tests/report/teachers.py`; every row is a test (`tests/commands/test_init.py`).
+
+{engine}
+
+| teacher | `raydfkd init` with | image space found | method chosen | runs: images, student steps, seconds |
+|---|---|---|---|---|
+"""
+FOOT = """
+Image space: channels x height x width, and where from. "a guess" means that the network takes images of other sizes as
+well; the recipe says so beside the value. A method that needs BatchNorm statistics is chosen where there are some:
+`raydfkd show --for RECIPE` says which methods suit a teacher, and why others do not.
+
+Not taken: code that nobody allowed (pickled modules never, TorchScript files and exported programs with
+`allow_code: true`), teachers of several labels an image, layers without a gradient, such as quantised ones.
+"""
+
+
+def line(row: Row, budget: str) -> str:
+    """The row of a teacher."""
+    with tempfile.TemporaryDirectory() as folder:
+        make(row, Path(folder))
+        command = [sys.executable, "-m", "raydfkd"]
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
+
+        def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+            )
+
+        begun = call("init", *row.arguments, "--budget", budget, "--name", "mine")
+        typed = " ".join(row.arguments)
+        if begun.returncode:
+            said = begun.stderr.strip().splitlines()[-1]
+            return f"| {row.name} | `{typed}` | refused in a line | | {_cell(said)} |"
+        page = (Path(folder) / "mine.yaml").read_text()
+        checked = json.loads(call("check", "mine.yaml", "--json").stdout.splitlines()[-1])
+        space = checked["teacher"]["image_space"]
+        size = space["size"] if isinstance(space["size"], list) else [space["size"]] * 2
+        method = re.search(r"^recipe: (\S+)", page, flags=re.MULTILINE)[1]
+        known = re.search(r"size(?: is|: [^#]*#) (.*)", page)
+        started = time.monotonic()
+        ran = call("run", "mine.yaml", "--json")
+        seconds = time.monotonic() - started
+        if ran.returncode:
+            return f"| {row.name} | `{typed}` | | {method} | FAILED: {_cell(ran.stderr.strip().splitlines()[-1])} |"
+        report = json.loads(ran.stdout.splitlines()[-1])
+        source = known[1].split(";")[0] if known else "given"
+        shape = "x".join(map(str, (space["channels"], *size)))
+        steps = report["recipe"]["distill"]["steps"]
+        made = f"{report['images']:,}, {steps:,}, {seconds:.0f}"
+        return f"| {row.name} | `{typed}` | {shape}, {source} | {method} | {made} |"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--budget", default="20s")
+    parser.add_argument("--slow-budget", default="150s")
+    chosen = parser.parse_args()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    engine = (
+        f"Commit {commit.stdout.strip()}, torch {torch.__version__.partition('+')[0]}, two CPU cores; budget "
+        f"{chosen.budget}, for large networks {chosen.slow_budget}."
+    )
+    lines = []
+    for row in ZOO:
+        lines.append(line(row, chosen.slow_budget if row.is_slow else chosen.budget))
+        sys.stderr.write(f"{lines[-1]}\n")
+    (ROOT / "docs/teachers.md").write_text(HEAD.format(engine=engine) + "\n".join(lines) + "\n" + FOOT)
+
+
+if __name__ == "__main__":
+    main()
