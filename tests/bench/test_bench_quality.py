@@ -163,7 +163,7 @@ def test_other_weights_in_the_same_file_are_another_cell(tmp_path, monkeypatch):
 def test_weights_that_cannot_be_read_are_named_in_one_line(tmp_path):
     overrides = ("teacher.train=null", f"teacher.weights={tmp_path}")
     cell = Cell(recipe="digits-generators", budget_s=60, seed=0, split="test", overrides=overrides)
-    with pytest.raises(RecipeError, match=r"^teacher\.weights is '.*': no such file; give trained weights"):
+    with pytest.raises(RecipeError, match=r"^teacher\.weights is '.*': a folder; give a file in it"):
         list(bench_quality([cell], tmp_path / "results"))
 
 
