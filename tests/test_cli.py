@@ -410,14 +410,15 @@ NO_CODE = (
 def test_check_without_code_prints_the_same_and_says_what_it_did_not_look_at(raydfkd):
     answer = raydfkd("check", "toy.yaml", "--no-code")
     assert (answer.code, answer.err) == (0, "")
-    *resolved, networks, sound = raydfkd("check", "toy.yaml").out.splitlines()
+    *resolved, networks, methods, sound = raydfkd("check", "toy.yaml").out.splitlines()
     assert networks.startswith("# student of ")
+    assert methods.startswith("# methods that suit the teacher: deepdream, ")
     assert answer.out.splitlines() == [*resolved, NO_CODE]
     assert sound == NO_CODE.partition(";")[0]
 
 
 def test_check_says_how_much_there_will_be_of_what(raydfkd):
-    lines = raydfkd("check", "toy.yaml").out.splitlines()[-3:-1]
+    lines = raydfkd("check", "toy.yaml").out.splitlines()[-4:-2]
     student, teacher = 1 * 9 * 4 + 2 * 4 + 10 * 5, 1 * 9 * 4 + 2 * 4 + 4 * 9 * 8 + 2 * 8 + 10 * 9
     assert lines == [
         f"# 10 classes, 40 images of 1x8x8: {40 * (64 + 20 + 28) / 1024:.3g} KiB of pixels and logits",
@@ -427,7 +428,7 @@ def test_check_says_how_much_there_will_be_of_what(raydfkd):
 
 def test_check_counts_the_classes_that_were_chosen(raydfkd):
     some = sets("transfer_set.classes=[3, 5]", "transfer_set.unit.classes=2", "transfer_set.encoding=png")
-    line = raydfkd("check", "toy.yaml", *some).out.splitlines()[-3]
+    line = raydfkd("check", "toy.yaml", *some).out.splitlines()[-4]
     assert line.startswith("# 2 classes, 8 images of 1x8x8: ")
     assert line.endswith(" of pixels and logits before they are png, which takes less")
 
@@ -435,7 +436,7 @@ def test_check_counts_the_classes_that_were_chosen(raydfkd):
 def test_check_says_that_a_student_is_larger_than_its_teacher(raydfkd):
     answer = raydfkd("check", "toy.yaml", *sets("student.options.widths=[40, 40]"))
     assert answer.code == 0
-    assert "times as large as what it is to replace" in answer.out.splitlines()[-2]
+    assert "times as large as what it is to replace" in answer.out.splitlines()[-3]
 
 
 def test_check_finds_independent_mistakes_at_once(raydfkd, monkeypatch):

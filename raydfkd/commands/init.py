@@ -59,9 +59,13 @@ def init(  # noqa: PLR0913, PLR0917 - one option each
         raise RecipeError(f"--data is {data!r}: no such folder; give one with a folder of pictures for each class")
     allow_code()
     from raydfkd.networks.scout import scout
+    from raydfkd.runner.constants import fit_to_pictures
     from raydfkd.runner.draft import Draft
 
     found = scout(network, options=keywords, weights=weights, given=given)
+    if data is not None:
+        data = expand_home(data)
+        found = fit_to_pictures(found, data)
     draft = Draft(
         found=found,
         name=called,
@@ -72,7 +76,7 @@ def init(  # noqa: PLR0913, PLR0917 - one option each
     page = draft.page(seconds)
     notes = _checked(page, called)
     path.write_text(page, encoding="utf-8")
-    for note in notes:
+    for note in (*found.notes, *notes):
         typer.echo(f"note      {note}")
     typer.echo(f"recipe    {path}   look at it, then: raydfkd run {path}")
     return DONE

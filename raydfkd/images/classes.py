@@ -45,7 +45,8 @@ def match_classes(
     """Find each of the classes ``found`` among the teacher's.
 
     What the recipe says comes first; then names, in which case, spaces, hyphens and underscores do not matter; then
-    numbers, where all of the others are numbers; then their order, where there are as many as the teacher has.
+    numbers, where all of the others are numbers; then their order, where there are as many as the teacher has and none
+    is a number.
 
     Args:
         found: their names.
@@ -65,7 +66,7 @@ def match_classes(
         labels |= by_name
     elif all(name.isdecimal() for name in rest):
         labels |= {name: int(name) for name in rest if int(name) < classes}
-    elif len(found) == classes and not labels:
+    elif len(found) == classes and not labels and not any(name.isdecimal() for name in found):
         labels = {name: label for label, name in enumerate(found)}
         if matching.is_sorted or teacher_names is not None:
             order = "in sorted order" if matching.is_sorted else "in their own order"

@@ -57,8 +57,8 @@ def _refuse_without_gradient(logits: Tensor, images: Tensor, name: str) -> None:
         raise RecipeError(f"{name} has no gradient for its input ({one_line(error)}); {remedy}") from error
     if gradient is None or not gradient.any():
         raise RecipeError(
-            f"{name} has a gradient of zero for its input everywhere: its last layer may be that of before any "
-            f"training, else {remedy}"
+            f"{name} has a gradient of zero for its input everywhere; check that training has been over its weights; "
+            f"else {remedy}"
         )
     if not gradient.isfinite().all():
         raise RecipeError(f"{name} has a gradient for its input that is not finite; check teacher.weights")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,8 @@ from raydfkd.networks.state_files import State, read_states
 from raydfkd.networks.weights import read_weights
 from raydfkd.seeds import rng_from, seeded
 
+GUESS = "a guess"
+"""Begins the source of a value that nothing tells."""
 SQUARES = (32, 28, 64, 224, 96, 128, 112, 160, 192, 256, 299, 384, 48, 24, 16, 8)
 """Edges that are tried; the first one that works is taken."""
 EDGES = (8, 16, 24, 28, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384)
@@ -49,6 +51,10 @@ class Found:
     parameters: int = 0
     fixed_size: bool = False
     """Whether it takes images of one size alone."""
+    takes: Callable[[int | list[int]], bool] = lambda size: False
+    """Says whether it takes images of a size."""
+    notes: tuple[str, ...] = ()
+    """What the user should know, a line each."""
 
 
 def scout(
@@ -95,7 +101,8 @@ def scout(
     section |= {"classes": classes, "image_space": {key: space[key] for key in ("channels", "size", "mean", "std")}}
     if names is not None and len(names) == classes:
         section.setdefault("class_names", names)
-    return replace(_layers(module, section), sources=sources, fixed_size=not trial.takes_half(space["size"]))
+    fixed_size = not trial.takes_half(space["size"])
+    return replace(_layers(module, section), sources=sources, fixed_size=fixed_size, takes=trial.takes)
 
 
 def _sources_of(known: Description, given: Mapping[str, Any]) -> dict[str, str]:
@@ -175,7 +182,7 @@ class _Trial:
         if squares:
             small = [edge for edge in squares if edge <= 64] or squares
             sizes = f"{min(squares)} to {max(squares)}" if len(squares) > 3 else ", ".join(map(str, sorted(squares)))
-            return small[0], f"a guess, it takes {sizes}; set what it was trained on"
+            return small[0], f"{GUESS}, it takes {sizes}; set what it was trained on"
         pairs = itertools.permutations(EDGES, 2)
         for height, width in sorted(pairs, key=lambda pair: (max(pair) / min(pair), pair[0] < pair[1], max(pair))):
             if self._answer(height, width) is not None:
@@ -196,10 +203,14 @@ class _Trial:
             raise RecipeError(f"--size is {size}, but --network cannot take {self.channels}x{height}x{width} images")
         return max(2, answer.shape[1]) if answer.ndim > 1 else 2
 
+    def takes(self, size: int | list[int]) -> bool:
+        """Whether it takes images of that size."""
+        height, width = (size, size) if isinstance(size, int) else size
+        return self._answer(height, width) is not None
+
     def takes_half(self, size: int | list[int]) -> bool:
         """Whether it takes images of half the size too."""
-        height, width = (size, size) if isinstance(size, int) else size
-        return self._answer(height // 2, width // 2) is not None
+        return self.takes(size // 2 if isinstance(size, int) else [edge // 2 for edge in size])
 
     def _answer(self, height: int, width: int) -> Tensor | None:
         images = torch.randn(2, self.channels, height, width, generator=rng_from(0))
@@ -214,8 +225,8 @@ def _constants(network: nn.Module, channels: int) -> tuple[list[float], list[flo
     if inside is not None:
         return [0.0] * channels, [1.0] * channels, f"it normalises by itself ({inside}), so it takes images in [0, 1]"
     if channels == 3:
-        return [*IMAGENET[0]], [*IMAGENET[1]], "a guess, ImageNet's; set those that it was trained with"
-    return [0.5] * channels, [0.5] * channels, "a guess; set those that it was trained with"
+        return [*IMAGENET[0]], [*IMAGENET[1]], f"{GUESS}, ImageNet's; set those that it was trained with"
+    return [0.5] * channels, [0.5] * channels, f"{GUESS}; set those that it was trained with"
 
 
 def _normalizers(network: nn.Module, channels: int) -> Iterator[tuple[str, nn.Module]]:

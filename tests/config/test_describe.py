@@ -44,7 +44,7 @@ from raydfkd.config.schema import (
         (Range, "Range"),
         (Size, "whole number or [whole number, whole number]"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "type",  # which may have an address in its name
 )
 def test_type_is_said_in_plain_words(annotation, words):
     assert in_words(annotation) == words

@@ -62,10 +62,9 @@ class KillsAWorkerInTheSecondRound(Watching):
 
     def committed(self, commit, *, running):
         super().committed(commit, running=running)
-        if self.killed is None and commit.student_version >= 0 and running:
-            at_work = processes(os.environ, b"ray::SynthesisActor.run")
-            if at_work:
-                self.killed = at_work[0]
+        deadline = time.monotonic() + 1  # for the worker that was given a unit and has not begun to call itself at work
+        while self.killed is None and commit.student_version >= 0 and running and time.monotonic() < deadline:
+            for self.killed in processes(os.environ, b"ray::SynthesisActor.run")[:1]:
                 os.kill(self.killed, signal.SIGKILL)
 
 
