@@ -15,7 +15,8 @@ test: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/pytest -m "not cluster"
+	$(BIN)/pytest -m "not ray and not cluster" -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest -m "ray and not cluster"
 
 test-cluster: .venv/installed-cluster
 	$(BIN)/pytest -m "ray or cluster"

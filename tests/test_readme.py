@@ -18,6 +18,7 @@ from raydfkd.config import load
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+RECIPES = (ROOT / "docs/recipes.md").read_text()
 TINY = {
     "teacher.options.widths": [4, 8],
     "teacher.image_space.size": 8,
@@ -40,8 +41,8 @@ FEWER = (
 )
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language, page=README):
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
 def test_readme_is_short():
@@ -50,7 +51,6 @@ def test_readme_is_short():
 
 def test_examples_of_the_library_run_as_printed(tmp_path, monkeypatch):
     examples = [block for block in blocks("python") if "raydfkd" in block or "images" in block or "student" in block]
-    examples = [block for block in examples if "mynet" not in block]
     assert len(examples) == 3
     assert all(len(block.splitlines()) <= 10 for block in examples)
     monkeypatch.chdir(tmp_path)
@@ -72,9 +72,9 @@ def test_examples_of_the_library_run_as_printed(tmp_path, monkeypatch):
 
 @pytest.fixture
 def own_teacher(tmp_path):
-    """The folder of somebody who has copied the README's files, and has weights."""
-    (network,) = [block for block in blocks("python") if "mynet" in block]
-    (recipe,) = [block for block in blocks("yaml") if block.startswith("# mine.yaml")]
+    """The folder of somebody who has copied the files of the page on recipes, and has weights."""
+    (network,) = [block for block in blocks("python", RECIPES) if "# mynet.py" in block]
+    (recipe,) = [block for block in blocks("yaml", RECIPES) if block.startswith("# mine.yaml")]
     (tmp_path / "mynet.py").write_text(network)
     (tmp_path / "mine.yaml").write_text(recipe)
     options = yaml.safe_load(recipe)["teacher"]["options"]

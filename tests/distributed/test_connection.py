@@ -246,7 +246,7 @@ def test_sigterm_to_all_of_a_run_saves_what_is_in_work_and_leaves_nothing_of_ray
         )
     started: dict[int, str] = {}
     try:
-        wait_for(lambda: any("SynthesisActor.run" in name for name in marked(str(tmp_path)).values()), run)
+        wait_for(lambda: "1 running   step" in (tmp_path / "out").read_text(), run)
         time.sleep(2)
         started = marked(str(tmp_path))
         began = time.monotonic()

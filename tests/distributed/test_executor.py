@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import signal
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from clusters import processes
+from clusters import kill_one_at_work
 from rich.console import Console
 from small import small_recipe
 from toy import quiet_events, synthesize_here
@@ -43,10 +42,7 @@ class KillsAWorkerAfterTheFirstCommit(Listener):
             self._killer.start()
 
     def _kill_one(self) -> None:
-        while self.killed is None:  # where one worker is all there is yet, it is between two units now
-            for process in processes(os.environ, b"ray::SynthesisActor.run")[:1]:
-                os.kill(process, signal.SIGKILL)
-                self.killed = process
+        self.killed = kill_one_at_work(os.environ)  # where one worker is all there is yet, it is between two units now
 
 
 def test_a_run_survives_a_killed_worker_makes_the_set_that_one_process_makes_and_is_not_done_twice(

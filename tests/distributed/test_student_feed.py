@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
+import threading
 import time
 
 import pyarrow.parquet as pq
 import pytest
 import torch
-from clusters import processes
+from clusters import kill_one_at_work
 from small import small_recipe
 from toy import quiet_events, run_here
 
@@ -59,13 +59,16 @@ class KillsAWorkerInTheSecondRound(Watching):
     """A machine that goes away under a unit that is judged against the student of the first round."""
 
     killed: int | None = None
+    _killer: threading.Thread | None = None
 
     def committed(self, commit, *, running):
         super().committed(commit, running=running)
-        deadline = time.monotonic() + 1  # for the worker that was given a unit and has not begun to call itself at work
-        while self.killed is None and commit.student_version >= 0 and running and time.monotonic() < deadline:
-            for self.killed in processes(os.environ, b"ray::SynthesisActor.run")[:1]:
-                os.kill(self.killed, signal.SIGKILL)
+        if self._killer is None and commit.student_version >= 0:
+            self._killer = threading.Thread(target=self._kill_one, daemon=True)
+            self._killer.start()
+
+    def _kill_one(self):
+        self.killed = kill_one_at_work(os.environ)
 
 
 def versions_in(job, commit):
