@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import stranger
-import torch
 from PIL import Image
 
 from raydfkd.cli import app
@@ -15,6 +14,7 @@ from raydfkd.config.load import load_recipe
 from raydfkd.errors import RecipeError
 from raydfkd.networks.scout import scout
 from raydfkd.runner.constants import fit_to_pictures
+from raydfkd.runner.run import run
 
 
 @pytest.fixture(scope="module")
@@ -91,4 +91,11 @@ def test_recipe_of_init_judges_on_the_pictures(there, monkeypatch):
     recipe = load_recipe("build.yaml")
     assert recipe.real_data.kind == "image_folder"
     assert recipe.teacher.image_space.std == (0.5,)
-    assert torch.isfinite(torch.tensor(there))
+    few = {"images_per_class": 4, "unit": {"classes": 10, "images_per_class": 2}}
+    changes = {"transfer_set": few, "synthesis.steps": 2, "synthesis.renewal.steps": 1, "distill.steps": 4}
+    report = run(
+        load_recipe("build.yaml", {**changes, "distill.source.wait_for": 1, "runtime.executor": "local"})
+    ).report
+    assert report["judged_on"] == "real image_folder test images"
+    assert report["judged_images"] == 540
+    assert report["teacher"]["top1"] == pytest.approx(there, abs=0.01)
