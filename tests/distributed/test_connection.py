@@ -227,8 +227,8 @@ def alone(tmp_path) -> dict[str, str]:
     return {**environment, "HOME": str(tmp_path / "home"), "RAYDFKD_TEST": str(tmp_path)}
 
 
-@pytest.mark.ray
-@pytest.mark.parametrize("reach", ["group", pytest.param("every process", marks=pytest.mark.cluster)])
+@pytest.mark.cluster
+@pytest.mark.parametrize("reach", ["group", "every process"])
 def test_sigterm_to_all_of_a_run_saves_what_is_in_work_and_leaves_nothing_of_ray(alone, tmp_path, reach):
     """As `timeout` sends it to the process group, and `scancel` and systemd to whatever a job has started."""
     recipe = recipe_file(

@@ -95,7 +95,7 @@ def undisturbed(tmp_path_factory):
     return alone(tmp_path_factory.mktemp("alone"))
 
 
-@pytest.mark.ray
+@pytest.mark.cluster
 def test_workers_follow_the_student_that_is_trained_beside_them(ray_cluster, tmp_path):
     job = open_job(small_recipe(tmp_path, *AT_ONCE))
     watching = WaitsForTheStudent(job)

@@ -79,6 +79,7 @@ def test_lost_workers_and_a_store_that_is_away_are_tried_again_as_often_as_allow
     assert len(failures.lines()) == 5
 
 
+@pytest.mark.cluster
 def test_student_that_fails_for_a_reason_of_its_own_ends_its_run_with_that_error(ray_cluster, tmp_path):
     from raydfkd.distributed.executor import RayExecutor
 
