@@ -15,7 +15,8 @@ from raydfkd.config.registry import Registry, import_callable
 from raydfkd.config.schema import ImageSpace, StudentSpec, TeacherSpec, is_own
 from raydfkd.errors import RecipeError, one_line
 from raydfkd.networks.answers import AnswerScale, AnswersLogits, NoLogitsError, logits_of, scale_of
-from raydfkd.networks.libraries import Library, hub_hint, library_of, needs_permission
+from raydfkd.networks.hubs import Library
+from raydfkd.networks.libraries import hub_hint, library_of, needs_permission
 from raydfkd.networks.taps import wrapped
 from raydfkd.seeds import rng_from, seeded
 

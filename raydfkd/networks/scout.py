@@ -19,7 +19,8 @@ from raydfkd.errors import RecipeError
 from raydfkd.networks.answers import logits_of
 from raydfkd.networks.batchnorm import layers_with_statistics
 from raydfkd.networks.build import construct_network, count_parameters
-from raydfkd.networks.libraries import Description, described
+from raydfkd.networks.hubs import Description
+from raydfkd.networks.libraries import described
 from raydfkd.networks.state_files import State, read_states
 from raydfkd.networks.weights import read_weights
 from raydfkd.seeds import rng_from, seeded
