@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from raydfkd.config.schema import is_own
 from raydfkd.devices import device_name
 from raydfkd.networks.scout import Found
 from raydfkd.runner.pace import Sizes, Speed, in_words, measure, sizes_for
@@ -127,7 +128,9 @@ class Draft:
         for key in ("options", "allow_code", "output"):
             if section.get(key):
                 yield from _entry(key, section[key])
-        yield from _entry("weights", section["weights"])
+        yield from _entry(
+            "weights", section["weights"], "those that it comes with" if is_own(section["weights"]) else None
+        )
         yield from _entry("classes", section["classes"], sources.get("classes"))
         if section.get("class_names"):
             yield from _entry("class_names", section["class_names"])

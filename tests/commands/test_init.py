@@ -86,6 +86,7 @@ def test_recipe_runs_unedited_and_says_what_was_seen_and_typed(begun):
     text = page.read_text()
     assert "# Written by `raydfkd init --network zoo:plain --budget 20s --name mine`" in text
     assert "a step of synthesis with 100 images takes 37.5 ms" in text
+    assert "weights: pretrained   # those that it comes with" in text
     assert "size: 28   # the only usual size that it takes" in text
     assert "mean: [0.5]   # a guess; set those that it was trained with" in text
     result = run(load_recipe(page))
