@@ -97,14 +97,14 @@ def main() -> None:
     parser.add_argument("--budget", default="20s")
     parser.add_argument("--only", nargs="*", help="names of rows; the others stay as the page has them")
     chosen = parser.parse_args()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
     engine = (
-        f"Commit {commit.stdout.strip()}, torch {torch.__version__.partition('+')[0]}, two CPU cores; budget "
-        f"{chosen.budget}, for large networks {chosen.slow_budget}."
+        f"Commit {commit}, torch {torch.__version__.partition('+')[0]}, two CPU cores beside other work; "
+        f"`--budget {chosen.budget}`, or what init asks for where that is too short."
     )
     page = ROOT / "docs/teachers.md"
+    if chosen.only and (known := re.search(r"^Commit .*$", page.read_text(), flags=re.MULTILINE)):
+        engine = f"{known[0]} At commit {commit} again: {', '.join(chosen.only)}."
     before = (
         {known.split(" | ")[0].removeprefix("| "): known for known in page.read_text().splitlines()}
         if page.exists()
