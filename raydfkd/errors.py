@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from raydfkd.report.redaction import redacted
@@ -53,6 +54,19 @@ class Mistakes:
         """
         if self._lines:
             raise RecipeError(*self._lines) from self._first
+
+
+def read_text(path: str | Path, failing: str) -> str:
+    """The text of a file; ``failing`` begins the line where it cannot be read.
+
+    Raises:
+        RecipeError: it cannot.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise RecipeError(f"{failing}: {reason}") from None
 
 
 def close_to(word: str, known: Iterable[str]) -> str | None:

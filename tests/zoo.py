@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -325,9 +326,7 @@ ZOO = (
     Row(
         name="timm:vit_tiny_patch16_224",
         arguments=_weights("timm:vit_tiny_patch16_224", "tiny.pt", "--options", SMALL_VIT),
-        write=_library(
-            "timm:vit_tiny_patch16_224", "tiny.pt", 32, img_size=32, patch_size=16, embed_dim=32, depth=2, num_heads=2
-        ),
+        write=_library("timm:vit_tiny_patch16_224", "tiny.pt", 32, **yaml.safe_load(SMALL_VIT)),
         space="3x32x32",
         method="renewed_generator_logits",
         needs="timm",
@@ -380,8 +379,7 @@ ZOO = (
 def _vit() -> nn.Module:
     from torchvision.models import VisionTransformer
 
-    sizes = {"image_size": 32, "patch_size": 16, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64}
-    return VisionTransformer(**sizes, num_classes=CLASSES)
+    return VisionTransformer(**yaml.safe_load(VIT))
 
 
 def make(row: Row, folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,8 +58,9 @@ def init(  # noqa: PLR0913, PLR0917 - one option each
         raise RecipeError(f"--data is {data!r}: no such folder; give one with a folder of pictures for each class")
     allow_code()
     from raydfkd.networks.scout import scout
+    from raydfkd.runner.check import check
     from raydfkd.runner.constants import fit_to_pictures
-    from raydfkd.runner.draft import Draft
+    from raydfkd.runner.draft import Draft, recipe_of
 
     found = scout(network, options=keywords, weights=weights, given=given)
     if data is not None:
@@ -74,27 +74,12 @@ def init(  # noqa: PLR0913, PLR0917 - one option each
         command=shlex.join(["raydfkd", *sys.argv[1:]]),
     )
     page = draft.page(seconds)
-    notes = _checked(page, called)
+    notes = check(recipe_of(page), writes_run=False, writes_set=False).notes  # or it is not written
     path.write_text(page, encoding="utf-8")
     for note in (*found.notes, *notes):
         typer.echo(f"note      {note}")
     typer.echo(f"recipe    {path}   look at it, then: raydfkd run {path}")
     return DONE
-
-
-def _checked(page: str, name: str) -> tuple[str, ...]:
-    """What `check` says of the recipe.
-
-    Raises:
-        RecipeError: it is not sound, so it is not written.
-    """
-    from raydfkd.config.load import load_recipe
-    from raydfkd.runner.check import check
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{name}.yaml"
-        path.write_text(page, encoding="utf-8")
-        return check(load_recipe(path), writes_run=False, writes_set=False).notes
 
 
 def _seconds(text: str) -> float:

@@ -17,7 +17,7 @@ from raydfkd.config.describe import model_in
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.registry import explain, keys_of
 from raydfkd.config.schema import LIBRARIES, TeacherSpec, TransferSetSpec
-from raydfkd.errors import RecipeError, did_you_mean
+from raydfkd.errors import RecipeError, did_you_mean, read_text
 from raydfkd.report.redaction import is_redacted, redacted_at, redacted_setting
 
 PLACES = (
@@ -138,7 +138,7 @@ def _read(path: Path, source: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if source in seen:
         raise RecipeError(f"recipe: {' -> '.join((*seen, source))} goes in a circle; name another base")
     try:
-        data = yaml.load(_text(path), _Loader)  # noqa: S506 - _Loader is a SafeLoader
+        data = yaml.load(read_text(path, f"{path} cannot be read as a recipe"), _Loader)  # noqa: S506 - _Loader is a SafeLoader
     except yaml.YAMLError as error:
         raise RecipeError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
@@ -151,14 +151,6 @@ def _read(path: Path, source: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if beside.is_file():
         return _merge(_read(beside, str(beside), (*seen, source)), data)
     return _merge(_read(packaged or _locate(str(base)), str(base), (*seen, source)), data)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise RecipeError(f"{path} cannot be read as a recipe: {reason}") from None
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from raydfkd.config.schema import (
     TransferSetSpec,
     is_file,
 )
-from raydfkd.errors import RecipeError
+from raydfkd.errors import RecipeError, read_text
 from raydfkd.report.redaction import redacted_data
 from raydfkd.units import Phase, WorkUnit, plan_phases, plan_units
 
@@ -148,11 +148,8 @@ class Recipe(Spec):
             return tuple(str(label) for label in range(classes))
         if isinstance(names, tuple):
             return names
-        try:
-            lines = tuple(line.strip() for line in Path(names).read_text(encoding="utf-8").splitlines() if line.strip())
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not text"
-            raise RecipeError(f"teacher.class_names is {names!r}, which cannot be read: {reason}") from None
+        text = read_text(names, f"teacher.class_names is {names!r}, which cannot be read")
+        lines = tuple(line.strip() for line in text.splitlines() if line.strip())
         if len(lines) != classes:
             raise RecipeError(
                 f"teacher.class_names is {names!r}, which has {len(lines)} names, but teacher.classes is {classes}; "

@@ -120,6 +120,10 @@ Size = Annotated[int | tuple[int, int], BeforeValidator(_size)]
 """Pixels of a square's edge, or height and width; two equal numbers are one."""
 
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of the channels of ImageNet's images in [0, 1], with which most published networks normalise."""
+
+
 class ImageSpace(Spec):
     """The form of the teacher's input: images are in [0, 1], then normalised per channel."""
 

@@ -18,11 +18,9 @@ from raydfkd.data.shards import StoredRows
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.errors import RecipeError, RunError
 from raydfkd.export.student import names_of
+from raydfkd.images.pictures import CHANNELS
 from raydfkd.job import asks_student, transfer_set_of
 from raydfkd.store.errors import DamagedError, StoreError
-
-CHANNELS = (1, 3, 4)
-"""Channels that picture files have: grey, RGB, RGBA."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,9 +15,9 @@ from pydantic import Field
 from torch import Tensor
 
 from raydfkd.config.schema import ImageSpace
-from raydfkd.errors import RecipeError
+from raydfkd.errors import RecipeError, read_text
 from raydfkd.images.classes import ClassMap, Matching
-from raydfkd.images.pictures import SUFFIXES, check_channels, pictures_in, read_picture
+from raydfkd.images.pictures import check_channels, is_picture, pictures_in, read_picture
 from raydfkd.images.real_data import REAL_DATA, SPLITS, RealData, Split
 from raydfkd.images.streams import Picture, PictureStream
 
@@ -188,13 +188,13 @@ def _content(folder: Path, labels: str) -> _Content:
             is_labelled=True,
         )
     if not class_folders:
-        remedy = "give the file of their labels as real_data.labels" if any(map(_is_picture, folder.iterdir())) else ""
+        remedy = "give the file of their labels as real_data.labels" if any(map(is_picture, folder.iterdir())) else ""
         raise RecipeError(
             f"real_data.root: {str(folder)!r} has no class folders; "
             f"{remedy or 'put the pictures into a folder for each class'}"
         )
     for path in class_folders:
-        if not any(map(_is_picture, path.rglob("*"))):
+        if not any(map(is_picture, path.rglob("*"))):
             raise RecipeError(f"real_data.root: class folder {str(path)!r} has no pictures; add some, or remove it")
     return _Content(
         [path.name for path in class_folders],
@@ -206,18 +206,11 @@ def _folders_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-
-
 def _labelled(folder: Path, file: Path) -> list[tuple[str, str]]:
     """Names of the pictures right in a folder, each with the label that a file has of it."""
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise RecipeError(f"real_data.labels is {str(file)!r}, which cannot be read: {reason}") from None
-    pictures = sorted(path.name for path in folder.iterdir() if _is_picture(path))
+    text = read_text(file, f"real_data.labels is {str(file)!r}, which cannot be read")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    pictures = sorted(path.name for path in folder.iterdir() if is_picture(path))
     pairs = [re.split(r"[\s,]+", line, maxsplit=1) for line in lines]
     if all(len(pair) == 1 for pair in pairs):
         if len(pairs) != len(pictures):

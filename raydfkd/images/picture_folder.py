@@ -14,11 +14,10 @@ from torch import Tensor
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.schema import ImageSpace
 from raydfkd.errors import RecipeError
+from raydfkd.images.pictures import CHANNELS, SUFFIXES, BrokenPictureError, pictures_in, read_picture
 
 FEWEST = 2
 """Pictures of which there are moments."""
-CHANNELS = (1, 3, 4)
-"""Of pictures."""
 MOST_BYTES = 256 * 2**20
 """Pixels that every worker holds; a few pictures are meant, not a training set."""
 NAMED = 3
@@ -75,8 +74,6 @@ def read_folder(folder: str, space: ImageSpace, *, where: str) -> PictureFolder:
     Raises:
         RecipeError: as ``pictures_of``.
     """
-    from raydfkd.images.pictures import SUFFIXES, pictures_in  # and torchvision, which other recipes are spared
-
     if space.channels not in CHANNELS:
         raise RecipeError(
             f"{where} names pictures, which have 1, 3 or 4 channels, but teacher.image_space.channels is "
@@ -109,8 +106,6 @@ def read_folder(folder: str, space: ImageSpace, *, where: str) -> PictureFolder:
 @lru_cache(maxsize=4)
 def _read(folder: Path, stamps: Sequence[tuple[Path, int, int]], space: ImageSpace) -> PictureFolder:
     """Files with size and time of change, so that what a process has read is read again where one is another."""
-    from raydfkd.images.pictures import BrokenPictureError, read_picture
-
     digest = hashlib.sha256()
     images: list[Tensor] = []
     broken: list[str] = []

@@ -17,6 +17,8 @@ from raydfkd.errors import RecipeError, one_line
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 """Endings of the files that are taken for pictures."""
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+CHANNELS = tuple(_MODES)
+"""Numbers of channels that pictures have."""
 # Of metadata, which mean nothing here. Once and for all: catch_warnings would not bear several threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -25,13 +27,14 @@ class BrokenPictureError(ValueError):
     """A file that should be a picture and cannot be decoded; the message names it."""
 
 
+def is_picture(path: Path) -> bool:
+    """Whether it is a file that is called like a picture; links to files count, hidden ones do not."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
 def pictures_in(folder: Path) -> list[Path]:
-    """Every picture file in ``folder`` and below, sorted; links to files count, hidden ones do not."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+    """Every picture file in ``folder`` and below, sorted."""
+    return sorted(filter(is_picture, folder.rglob("*")))
 
 
 def check_channels(space: ImageSpace) -> None:
@@ -40,7 +43,7 @@ def check_channels(space: ImageSpace) -> None:
     Raises:
         RecipeError: they have not.
     """
-    if space.channels not in _MODES:
+    if space.channels not in CHANNELS:
         raise RecipeError(
             f"teacher.image_space.channels is {space.channels}, but picture files have 1, 3 or 4; "
             "give real_data as a function of yours, module:callable"

@@ -15,6 +15,7 @@ import torch
 from typing_extensions import override
 
 from raydfkd.config.load import expand_home
+from raydfkd.config.schema import IMAGENET_MEAN, IMAGENET_STD
 from raydfkd.errors import RecipeError, did_you_mean, one_line
 
 Description = dict[str, Any]
@@ -90,8 +91,8 @@ class Timm(Library):
 
     _USUAL: Mapping[str, Any] = {
         "input_size": (3, 224, 224),
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
     }
     """Of networks that timm has no weights of."""
 

@@ -64,7 +64,7 @@ def watched_layers(network: nn.Module, *, head: str | None) -> list[Watched]:
     """
     known = dict(layers_with_statistics(network))
     layers = {path: layer for path, layer in network.named_modules() if not isinstance(layer, torch.jit.ScriptModule)}
-    norms = [path for path, layer in layers.items() if path not in known and _is_norm(layer)]
+    norms = [path for path, layer in layers.items() if path not in known and is_norm(layer)]
     if norms or known:
         return [Watched(path=path, layer=layers[path], is_norm=True) for path in norms]
     return [
@@ -74,7 +74,7 @@ def watched_layers(network: nn.Module, *, head: str | None) -> list[Watched]:
     ]
 
 
-def _is_norm(layer: nn.Module) -> bool:
+def is_norm(layer: nn.Module) -> bool:
     """Whether it is one of torch's norm layers or one of them, or a layer without others in it that is called so."""
     is_called_so = re.search(r"norm(\d?d)?$", type(layer).__name__, re.IGNORECASE) is not None
     return isinstance(layer, _NORMS) or (is_called_so and not [*layer.children()])

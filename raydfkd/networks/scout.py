@@ -11,16 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
-from raydfkd.config.schema import ImageSpace, TeacherSpec, is_file
+from raydfkd.config.schema import IMAGENET_MEAN, IMAGENET_STD, ImageSpace, TeacherSpec, is_file
 from raydfkd.errors import RecipeError
 from raydfkd.networks.answers import logits_of
 from raydfkd.networks.batchnorm import layers_with_statistics
 from raydfkd.networks.build import construct_network, count_parameters
 from raydfkd.networks.hubs import Description
 from raydfkd.networks.libraries import described
+from raydfkd.networks.measured import is_norm
 from raydfkd.networks.state_files import State, read_states
 from raydfkd.networks.weights import read_weights
 from raydfkd.seeds import rng_from, seeded
@@ -33,7 +32,6 @@ EDGES = (8, 16, 24, 28, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 3
 """Edges of images that are not square."""
 MOST_CHANNELS = 32
 """More are those of a layer further inside."""
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +175,7 @@ class _Trial:
         Raises:
             RecipeError: none of those that were tried.
         """
-        squares = [edge for edge in SQUARES if self._answer(edge, edge) is not None]
+        squares = [edge for edge in SQUARES if self.takes(edge)]
         if len(squares) == 1:
             return squares[0], "the only usual size that it takes"
         if squares:
@@ -185,9 +183,9 @@ class _Trial:
             sizes = f"{min(squares)} to {max(squares)}" if len(squares) > 3 else ", ".join(map(str, sorted(squares)))
             return small[0], f"{GUESS}, it takes {sizes}; set what it was trained on"
         pairs = itertools.permutations(EDGES, 2)
-        for height, width in sorted(pairs, key=lambda pair: (max(pair) / min(pair), pair[0] < pair[1], max(pair))):
-            if self._answer(height, width) is not None:
-                return [height, width], "the first size tried that it takes; set what it was trained on"
+        for pair in sorted(pairs, key=lambda pair: (max(pair) / min(pair), pair[0] < pair[1], max(pair))):
+            if self.takes([*pair]):
+                return [*pair], "the first size tried that it takes; set what it was trained on"
         raise RecipeError(
             "--network takes random images of no usual size; give --size, such as --size 75 or --size 96x64"
         )
@@ -198,40 +196,44 @@ class _Trial:
         Raises:
             RecipeError: it does not answer.
         """
-        height, width = (size, size) if isinstance(size, int) else size
-        answer = self._answer(height, width)
+        answer = self._answer(size)
         if answer is None:
+            height, width = _edges(size)
             raise RecipeError(f"--size is {size}, but --network cannot take {self.channels}x{height}x{width} images")
         return max(2, answer.shape[1]) if answer.ndim > 1 else 2
 
     def takes(self, size: int | list[int]) -> bool:
         """Whether it takes images of that size."""
-        height, width = (size, size) if isinstance(size, int) else size
-        return self._answer(height, width) is not None
+        return self._answer(size) is not None
 
     def takes_half(self, size: int | list[int]) -> bool:
         """Whether it takes images of half the size too."""
-        return self.takes(size // 2 if isinstance(size, int) else [edge // 2 for edge in size])
+        return self.takes([edge // 2 for edge in _edges(size)])
 
-    def _answer(self, height: int, width: int) -> Tensor | None:
-        images = torch.randn(2, self.channels, height, width, generator=rng_from(0))
+    def _answer(self, size: int | list[int]) -> Tensor | None:
+        images = torch.randn(2, self.channels, *_edges(size), generator=rng_from(0))
         with seeded(0), torch.no_grad(), contextlib.suppress(Exception):  # code of the user's may raise anything
             answer = logits_of(self._network(images))
             return answer if len(answer) == 2 else None
         return None
 
 
+def _edges(size: int | list[int]) -> list[int]:
+    """Height and width."""
+    return [size, size] if isinstance(size, int) else size
+
+
 def _constants(network: nn.Module, channels: int) -> tuple[list[float], list[float], str]:
-    inside = next((name for name, _ in _normalizers(network, channels)), None)
+    inside = next(_normalizers(network, channels), None)
     if inside is not None:
         return [0.0] * channels, [1.0] * channels, f"it normalises by itself ({inside}), so it takes images in [0, 1]"
     if channels == 3:
-        return [*IMAGENET[0]], [*IMAGENET[1]], f"{GUESS}, ImageNet's; set those that it was trained with"
+        return [*IMAGENET_MEAN], [*IMAGENET_STD], f"{GUESS}, ImageNet's; set those that it was trained with"
     return [0.5] * channels, [0.5] * channels, f"{GUESS}; set those that it was trained with"
 
 
-def _normalizers(network: nn.Module, channels: int) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that subtract a mean of each channel and divide by a standard deviation, by their names for both."""
+def _normalizers(network: nn.Module, channels: int) -> Iterator[str]:
+    """Names of modules that subtract a mean of each channel and divide by a standard deviation, by what they hold."""
     for name, module in network.named_modules():
         held = {key: getattr(module, key, None) for key in ("mean", "std")}
         sizes = [
@@ -239,21 +241,14 @@ def _normalizers(network: nn.Module, channels: int) -> Iterator[tuple[str, nn.Mo
             for value in held.values()
         ]
         if all(size in (1, channels) and size for size in sizes):
-            yield name or type(module).__name__, module
+            yield name or type(module).__name__
 
 
 def _layers(network: nn.Module, section: Mapping[str, Any]) -> Found:
-    kinds = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm)
-    statistics = layers_with_statistics(network)
-    plain = [type(module).__name__ for module in network.modules() if _is_norm(module, kinds)]
     return Found(
         section=section,
-        norms=Counter(plain),
-        statistics=len(statistics),
+        norms=Counter(type(module).__name__ for module in network.modules() if is_norm(module)),
+        statistics=len(layers_with_statistics(network)),
         has_attention=any("attention" in type(module).__name__.lower() for module in network.modules()),
         parameters=count_parameters(network),
     )
-
-
-def _is_norm(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    return isinstance(module, kinds) or "norm" in type(module).__name__.lower()

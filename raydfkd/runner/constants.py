@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from raydfkd.config.schema import ImageSpace, PluginSpec, TeacherSpec
+from raydfkd.config.schema import IMAGENET_MEAN, IMAGENET_STD, ImageSpace, PluginSpec, TeacherSpec
 from raydfkd.images.pictures import pictures_in
 from raydfkd.images.pixels import PixelRange
 from raydfkd.images.real_data import in_memory, open_real_data
@@ -27,7 +27,7 @@ PICTURES = 200
 """Pictures that are looked at at most."""
 CONSTANTS: Mapping[int, tuple[tuple[str, tuple[float, ...], tuple[float, ...]], ...]] = {
     3: (
-        ("ImageNet's", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("ImageNet's", IMAGENET_MEAN, IMAGENET_STD),
         ("from -1 to 1", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
         ("from 0 to 1", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
         ("CIFAR-10's", (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)),

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from raydfkd.config.load import load_recipe, method_data
+from raydfkd.config.recipe import Recipe
 from raydfkd.config.schema import is_own
 from raydfkd.devices import device_name
 from raydfkd.networks.scout import Found
@@ -41,10 +43,7 @@ class Draft:
         Raises:
             RecipeError: the teacher cannot be opened or inverted, or the budget has no room for a unit of each class.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "recipe.yaml"
-            path.write_text(self._text(TRIAL, []), encoding="utf-8")
-            speed = measure(str(path))
+        speed = measure(recipe_of(self._text(TRIAL, [])))
         groups = -(-self._classes // self._classes_per_unit)
         return self._text(sizes_for(budget, speed, groups=groups), [*self._speed(speed, budget)])
 
@@ -75,7 +74,11 @@ class Draft:
 
     @property
     def _is_generator(self) -> bool:
-        return self.method.startswith("renewed_generator")
+        return bool(self._synthesis_of_method["synthesizer"] == "generator")
+
+    @property
+    def _synthesis_of_method(self) -> Mapping[str, Any]:
+        return dict(method_data(self.method)["synthesis"])
 
     @property
     def _classes_per_unit(self) -> int:
@@ -169,8 +172,12 @@ class Draft:
             yield from _entry("batch_per_class", self._batch_per_class)
             return
         yield from _entry("batch_size", self._batch_per_class * self._classes_per_unit)
-        if self.method == "deepinversion" and (self.found.fixed_size or any(edge % 2 for edge in self._edges)):
-            yield from _entry("stages", [{"steps": 400}], "the network takes no images of half the size to begin with")
+        stages = self._synthesis_of_method["stages"]
+        if len(stages) > 1 and (self.found.fixed_size or any(edge % 2 for edge in self._edges)):
+            steps = sum(stage["steps"] for stage in stages)
+            yield from _entry(
+                "stages", [{"steps": steps}], "the network takes no images of half the size to begin with"
+            )
 
     def _numbers(self, sizes: Sizes) -> Iterator[str]:
         per_unit = sizes.batches_per_unit * self._batch_per_class
@@ -190,6 +197,18 @@ class Draft:
         yield from _entry("executor", sizes.executor, where)
         if sizes.executor == "ray":
             yield from _entry("workers", {"max": sizes.workers}, "and a core or GPU for the student")
+
+
+def recipe_of(page: str) -> Recipe:
+    """The recipe that a page of YAML is.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(page, encoding="utf-8")
+        return load_recipe(path)
 
 
 def _entry(key: str, value: Any, comment: str | None = None, *, indent: int = 2) -> Iterator[str]:

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from raydfkd.config.load import load_recipe
 from raydfkd.config.recipe import Recipe
 from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
 from raydfkd.errors import RecipeError
 from raydfkd.images.pixels import PixelRange
 from raydfkd.networks.build import build_network
 from raydfkd.networks.teacher import open_teacher
+from raydfkd.runner.suits import with_synthesis
 from raydfkd.synthesis.build import build_synthesizer
 
 RAY_SECONDS, LOCAL_SECONDS = 40.0, 5.0
@@ -66,31 +66,30 @@ class Sizes:
     executor: str
 
 
-def measure(path: str) -> Speed:
-    """Make a few steps of the recipe in a file: of its synthesis with one batch, and of its student.
+def measure(whole: Recipe) -> Speed:
+    """Make a few steps of a recipe: of its synthesis with one batch, and of its student.
 
     Raises:
         RecipeError: the recipe is wrong.
     """
-    whole = load_recipe(path)
-    options = whole.synthesis.options
-    if "stages" in options:
-        first = following = sum(stage["steps"] for stage in options["stages"])
-        changes: dict[str, object] = {"synthesis.stages": [{"steps": TRIAL_STEPS}]}
+    synthesis = whole.synthesis.model_dump(mode="json")
+    if "stages" in synthesis:
+        first = following = sum(stage["steps"] for stage in synthesis["stages"])
+        synthesis["stages"] = [{"steps": TRIAL_STEPS}]
     else:
-        first, following = options["steps"], options["renewal"]["steps"]
-        changes = {"synthesis.steps": TRIAL_STEPS, "synthesis.renewal.steps": TRIAL_STEPS}
-    recipe = load_recipe(path, overrides=changes)
+        first, following = synthesis["steps"], synthesis["renewal"]["steps"]
+        synthesis |= {"steps": TRIAL_STEPS, "renewal": {**synthesis["renewal"], "steps": TRIAL_STEPS}}
+    recipe = with_synthesis(whole, synthesis)
     device = pick_device(recipe.runtime.device)
     if device.type == "cpu":
         keep_freed_memory()
     teacher = open_teacher(recipe).module
     with cpu_threads(recipe.synthesis.threads):
-        synthesis = _synthesis_seconds(recipe, teacher, device) / TRIAL_STEPS
-        student = _student_seconds(recipe, teacher.to(device), device)
+        synthesis_seconds = _synthesis_seconds(recipe, teacher, device) / TRIAL_STEPS
+        student_seconds = _student_seconds(recipe, teacher.to(device), device)
     return Speed(
-        synthesis=synthesis,
-        student=student,
+        synthesis=synthesis_seconds,
+        student=student_seconds,
         first_batch=first,
         next_batch=following,
         device=device,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,14 +29,13 @@ def suits(recipe: Recipe, teacher: nn.Module | None = None) -> Iterator[tuple[st
     network = build_teacher(recipe) if teacher is None else teacher
     for method in packaged_methods():
         try:
-            build_synthesizer(with_method(recipe, method), network, torch.device("cpu"))
+            build_synthesizer(with_synthesis(recipe, method_data(method)["synthesis"]), network, torch.device("cpu"))
         except RecipeError as error:
             yield method, error.lines[0]
         else:
             yield method, ""
 
 
-def with_method(recipe: Recipe, method: str) -> Recipe:
-    """The recipe with the synthesis of a packaged method in place of its own."""
-    data = {**recipe.model_dump(mode="json"), "synthesis": method_data(method)["synthesis"]}
-    return Recipe.model_validate_json(json.dumps(data))
+def with_synthesis(recipe: Recipe, synthesis: Mapping[str, Any]) -> Recipe:
+    """The recipe with another section ``synthesis``."""
+    return Recipe.model_validate_json(json.dumps({**recipe.model_dump(mode="json"), "synthesis": dict(synthesis)}))

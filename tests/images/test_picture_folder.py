@@ -49,7 +49,7 @@ def test_digest_is_of_names_and_contents_and_not_of_the_place(tmp_path):
 def test_folder_is_decoded_once_and_again_where_a_file_is_another(tmp_path, monkeypatch):
     decoded = []
     original = pictures.read_picture
-    monkeypatch.setattr(pictures, "read_picture", lambda *given: decoded.append(given) or original(*given))
+    monkeypatch.setattr(picture_folder, "read_picture", lambda *given: decoded.append(given) or original(*given))
     save_pictures(tmp_path, 3)
     assert read(tmp_path) is read(tmp_path)
     assert len(decoded) == 3

@@ -63,7 +63,6 @@ def plan_entrypoint(  # noqa: PLR0913 - one option each
         source = _inside(working_dir, source)
         needs.append(source)
     needs += [os.path.normpath(path) for path in _files_of(recipe, working_dir) if not _is_elsewhere(path)]
-    needs += [os.path.normpath(folder) for folder in recipe.picture_folders.values() if not _is_elsewhere(folder)]
     arguments = ["run", source, "--json", *(("--run-dir", run_dir) if run_dir is not None else ())]
     for override in overrides:
         arguments += ["--set", override]
@@ -93,7 +92,8 @@ def _refuse_what_stays_behind(recipe: Recipe) -> None:
 
 
 def _files_of(recipe: Recipe, working_dir: Path) -> Iterator[str]:
-    """Files and folders that the networks are read from; those in ``working_dir`` relative to it."""
+    """Files and folders of networks and pictures that the run reads; networks in ``working_dir`` relative to it."""
+    yield from recipe.picture_folders.values()
     if is_file(recipe.teacher.weights):
         yield recipe.teacher.weights
     folder = Path(os.path.abspath(working_dir))
