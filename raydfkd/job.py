@@ -20,6 +20,7 @@ from raydfkd.data.transfer_set import TransferSet
 from raydfkd.images.picture_folder import pictures_of
 from raydfkd.losses.objective import needs_of
 from raydfkd.networks.build import build_network
+from raydfkd.networks.embeddings import digest_of_embeddings
 from raydfkd.networks.observed import Need
 from raydfkd.networks.teacher import Teacher, open_teacher
 from raydfkd.seeds import derive_seed
@@ -182,6 +183,9 @@ def dependencies_of(recipe: Recipe, teacher: Teacher) -> Mapping[str, object]:
         RecipeError: real pictures that it names are not there or not enough.
     """
     pictures = {key: folder.sha256 for key, folder in pictures_of(recipe).items()}
+    embeddings = digest_of_embeddings(recipe)
+    if embeddings is not None:
+        pictures["synthesis.embeddings"] = embeddings
     return recipe.made_of(teacher.sha256, is_against_student=asks_student(recipe), pictures=pictures)
 
 

@@ -22,7 +22,7 @@ from raydfkd.report.redaction import is_redacted, redacted_at, redacted_setting
 
 PLACES = (
     *("run_dir", "teacher.weights", "teacher.class_names", "transfer_set.uri"),
-    *("synthesis.start.images", "synthesis.statistics"),
+    *("synthesis.start.images", "synthesis.statistics", "synthesis.embeddings"),
 )
 """Keys of files and folders, beside options of real data.
 

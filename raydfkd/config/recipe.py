@@ -192,7 +192,8 @@ class Recipe(Spec):
     ) -> dict[str, Any]:
         """Everything that affects a unit's pixels, as plain data: seed, teacher and its weights, synthesis, unit size.
 
-        ``pictures`` holds the SHA-256 of what is in each of ``picture_folders``; that counts, not where they lie.
+        ``pictures`` holds the SHA-256 of what is in each of ``picture_folders``, and of the file of embeddings; that
+        counts, not where they lie.
 
         The number of images is not part of it: a longer plan begins with the units of a shorter one, so a set can be
         extended. One whose images are made against the student cannot, because its training depends on all of them;
@@ -218,7 +219,7 @@ class Recipe(Spec):
 
     def _synthesis_with(self, pictures: Mapping[str, str]) -> dict[str, Any]:
         """The section with contents instead of folders; without keys that are not given, as digests had them before."""
-        synthesis = self.synthesis.model_dump(mode="json", exclude={"start", "statistics"})
+        synthesis = self.synthesis.model_dump(mode="json", exclude={"start", "statistics", "embeddings"})
         if self.synthesis.start is not None:
             synthesis["start"] = {
                 "images": pictures["synthesis.start.images"],
@@ -226,6 +227,8 @@ class Recipe(Spec):
             }
         if self.synthesis.statistics is not None:
             synthesis["statistics"] = pictures["synthesis.statistics"]
+        if self.synthesis.embeddings is not None:
+            synthesis["embeddings"] = pictures["synthesis.embeddings"]
         return synthesis
 
     def trained_by(self) -> dict[str, Any]:
@@ -273,9 +276,11 @@ class Recipe(Spec):
 
     def _located_synthesis(self) -> SynthesisSpec:
         start, statistics = self.synthesis.start, self.synthesis.statistics
+        embeddings = self.synthesis.embeddings
         moved = {
             "start": start and start.model_copy(update={"images": _located(start.images)}),
             "statistics": statistics and _located(statistics),
+            "embeddings": embeddings and _located(embeddings),
         }
         return self.synthesis.model_copy(update=moved)
 

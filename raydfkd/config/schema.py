@@ -270,8 +270,8 @@ class SynthesisSpec(OpenSpec):
 
     synthesizer: str
     """Registered name of the synthesizer."""
-    objective: Annotated[tuple[TermSpec, ...], Field(min_length=1)]
-    """Weighted terms, added up."""
+    objective: tuple[TermSpec, ...] = ()
+    """Weighted terms, added up; none for a synthesizer that optimises nothing."""
     targets: Targets = PluginSpec(kind="balanced")
     """Labels that images are made for."""
     augment: tuple[Augmentation, ...] = ()
@@ -282,6 +282,10 @@ class SynthesisSpec(OpenSpec):
     """Folder of about 100 real pictures, on every machine that works: moments are compared with theirs instead of with
     those that BatchNorm stored, before norm layers of any kind, or where there is none behind convolutions and hidden
     linear layers."""
+    embeddings: Text | None = None
+    """File of a vector a class (.npy, .safetensors or .pt of [classes, width]), such as a text encoder's of their
+    names, which tells a conditional generator its class; one-hot vectors unless given. Outside knowledge, and said to
+    be that."""
     precision: Precision = "float32"
     """Arithmetic of the teacher's convolutions, `float32` or `bfloat16`, which is faster where the hardware has it;
     pixels, moments and optimiser stay float32."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
 
 from raydfkd.config.schema import Count, Positive
+from raydfkd.data.batches import SyntheticBatch
 from raydfkd.data.sources import SOURCES, Feed, StudentBatch
 from raydfkd.errors import RecipeError
 from raydfkd.seeds import derive_seed
@@ -25,6 +27,7 @@ class LiveSource:
     Args:
         generator_steps: steps of the generator before each run of student steps.
         student_steps: student steps in a row.
+        same_batch: make those steps on one batch, as Micaelli & Storkey 2019 (ZSKT) do, instead of on a new one each.
         keep: images that are drawn once the student is done and kept in the transfer set, to be looked at and judged
             on.
     """
@@ -32,13 +35,21 @@ class LiveSource:
     is_live: ClassVar[bool] = True
 
     def __init__(
-        self, feed: Feed, *, generator_steps: Positive = 1, student_steps: Positive = 5, keep: Count = 200
+        self,
+        feed: Feed,
+        *,
+        generator_steps: Positive = 1,
+        student_steps: Positive = 5,
+        same_batch: bool = False,
+        keep: Count = 200,
     ) -> None:
         if feed.generator is None:
             raise RecipeError("distill.source is live, but this synthesizer has no generator to train; use generator")
         self._generator = feed.generator(max(1, feed.steps * generator_steps // student_steps))
         self._feed = feed
         self._generator_steps, self._student_steps = generator_steps, student_steps
+        self._same_batch = same_batch
+        self._batch: SyntheticBatch | None = None
         self._keep = keep
         self._step = 0
 
@@ -52,7 +63,9 @@ class LiveSource:
                 for _ in range(self._generator_steps):
                     with torch.enable_grad():  # who asks for a batch may want no gradients of its own
                         self._generator.update()
-            batch = self._generator.sample(count)
+            if self._batch is None or not self._same_batch or self._step % self._student_steps == 0:
+                self._batch = self._generator.sample(count)
+            batch = self._batch
             self._step += 1
             yield StudentBatch(
                 images=batch.images,
@@ -64,12 +77,19 @@ class LiveSource:
 
     def state_dict(self) -> dict[str, Any]:
         """The generator, its optimiser and random numbers, and the step."""
-        return {"step": self._step, "generator": self._generator.state_dict()}
+        batch = self._batch if self._same_batch else None
+        return {
+            "step": self._step,
+            "generator": self._generator.state_dict(),
+            "batch": None if batch is None else {field.name: getattr(batch, field.name) for field in fields(batch)},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume from ``state``."""
         self._step = state["step"]
         self._generator.load_state_dict(state["generator"])
+        batch = state.get("batch")  # which earlier versions did not keep
+        self._batch = None if batch is None else SyntheticBatch(**batch)
 
     def start_over(self) -> None:
         """Do nothing, since every batch is new."""

@@ -146,6 +146,11 @@ class StudentTrainer:
         self._is_settled = False
         self.step = 0
 
+    @property
+    def place(self) -> int:
+        """How far the training is along its schedule; the number of its steps unless it has another pace."""
+        return int(self._schedule.last_epoch)
+
     def fit(self, source: BatchSource, *, steps: int, pace: Pace = by_steps) -> None:
         """Make steps until ``pace`` is at ``steps``; the set may grow meanwhile, so there are no epochs.
 
@@ -154,10 +159,10 @@ class StudentTrainer:
         """
         if self.step == 0:
             self._hooks.on_publish(0)
-        if self.step < steps:
+        if self.place < steps:
             self._student.train()
             self._make_steps(iter(source), steps, pace)
-        elif self.step >= self._spec.steps and not self._is_settled:  # interrupted between the two
+        elif self.place >= self._spec.steps and not self._is_settled:  # interrupted between the two
             self._student.train()
             self._settle(iter(source))
             self._save(is_last=True)

@@ -128,7 +128,7 @@ class StudentTraining:
         self._student.load_state_dict(state["student"])
         self.trainer.load_state_dict(state["trainer"])
         self._source.load_state_dict(state["source"])
-        if self.trainer.step in self._phase_ends:
+        if self.trainer.place in self._phase_ends:
             self._source.start_over()
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from raydfkd.config.recipe import Recipe
+from raydfkd.data.student_versions import State
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
 from raydfkd.distillation.trainer import TrainingHooks, ignore
@@ -19,8 +21,9 @@ from raydfkd.errors import RecipeError
 from raydfkd.job import Job, open_job
 from raydfkd.networks.teacher import Teacher, open_teacher
 from raydfkd.runner.run import save_student
-from raydfkd.synthesis.build import build_synthesizer, is_live
+from raydfkd.synthesis.build import build_student, build_synthesizer, generator_maker, is_live
 from raydfkd.synthesis.judge import ObjectiveNotFiniteError
+from raydfkd.synthesis.student_feed import StoredStudentFeed
 from raydfkd.synthesis.synthesizer import Synthesizer
 from raydfkd.units import Phase, WorkUnit
 
@@ -62,79 +65,165 @@ def device_clock(device: torch.device) -> Clock:
     return clock
 
 
-def run_within(recipe: Recipe, seconds: float) -> Outcome:
+def run_within(recipe: Recipe, seconds: float, *, synthesizer: Synthesizer | None = None) -> Outcome:
     """Synthesize in this process for the recipe's ``synthesis_share`` of ``seconds``, distil for the rest.
 
-    The set ends with the piece whose end is nearest to that share; a piece is a batch where a unit holds all classes,
-    so that units are cut short, else a round of units. The learning rate follows the clock, so that its schedule ends
-    when the time is over, however fast the steps are. At least one piece and one step are made, however short the
-    budget.
+    With rounds both share out their time evenly among them, and each but the first synthesizes against the student of
+    the round before. A live source has all of the time, since its generator is trained between the student's steps.
+
+    The set of a round ends with the piece whose end is nearest to its share; a piece is a batch where a unit holds all
+    classes, so that units are cut short, else a round of units. The learning rate follows the clock, so that its
+    schedule ends when the time is over, however fast the steps are. At least one piece and one step are made in each
+    round, however short the budget.
+
+    Args:
+        recipe: what is run; the number of its images and of its steps do not count.
+        seconds: device-seconds, start of the networks included.
+        synthesizer: makes the images instead of the recipe's own; for control arms.
 
     Raises:
-        RecipeError: the recipe has rounds, so there is more than one synthesis and training.
+        RecipeError: a unit comes to nothing, or the student is asked before it is trained.
     """
-    if recipe.rounds > 1:
-        raise RecipeError(f"rounds is {recipe.rounds}, but a budget is for one synthesis and one training; use 1")
-    if is_live(recipe):
-        raise RecipeError(
-            "distill.source is live, but a budget is for a synthesis and a training after it; use snapshot"
-        )
     device = pick_device(recipe.runtime.device)
     if device.type == "cpu":
         keep_freed_memory()
     clock, began_at = device_clock(device), time.monotonic()
     began = clock()
     teacher = open_teacher(recipe)
-    job = _synthesize(recipe, teacher, device, clock, until=began + seconds * recipe.budget.synthesis_share)
-    synthesized = clock()
-    training = StudentTraining(job, teacher, job.phases[-1], hooks=TrainingHooks(on_log=ignore))
-    end = synthesized + (began + seconds - synthesized) * (1 - MARGIN)
-    state = training.run(pace=_pace(clock, until=end, steps=recipe.distill.steps))
-    distill = recipe.distill.model_copy(update={"steps": training.trainer.step})
-    job = replace(job, recipe=job.recipe.model_copy(update={"distill": distill}))
+    rounds = _Rounds(open_job(recipe, teacher), teacher, device, clock, synthesizer)
+    state = rounds.run(until=began + seconds)
+    steps = rounds.steps
+    distill = recipe.distill.model_copy(update={"steps": steps})
+    job = replace(rounds.job, recipe=rounds.job.recipe.model_copy(update={"distill": distill}))
     student = save_student(job, state)
     return Outcome(
         recipe=job.recipe,
         student=student,
-        images=job.planned_images,
-        student_steps=training.trainer.step,
-        synthesis_seconds=synthesized - began,
+        images=job.planned_images or steps * distill.batch_size,
+        student_steps=steps,
+        synthesis_seconds=rounds.synthesis_seconds,
         seconds=clock() - began,
         wall_seconds=time.monotonic() - began_at,
     )
 
 
-def _pace(clock: Clock, *, until: float, steps: int) -> Callable[[int], int]:
-    """The place in a schedule of ``steps`` of a training that begins now and is to end at ``until``."""
+class _Rounds:
+    """Synthesis and training in turn, by the clock; a single round of each where the recipe has no more."""
+
+    def __init__(
+        self, job: Job, teacher: Teacher, device: torch.device, clock: Clock, synthesizer: Synthesizer | None
+    ) -> None:
+        self.job = job
+        """The job as far as it has come: its last phase has the units that were made."""
+        self.synthesis_seconds = 0.0
+        """Device-seconds of all syntheses; those of a live source are part of the training."""
+        self.steps = 0
+        """Steps that the student has made."""
+        self._teacher, self._device, self._clock = teacher, device, clock
+        self._plan = _endless_plan(job.recipe)
+        self._units: tuple[WorkUnit, ...] = ()
+        self._student = _StudentOfBefore()
+        self._feed: StoredStudentFeed | None = None
+        self._synthesizer = synthesizer
+        if synthesizer is None and not is_live(job.recipe):
+            self._feed = build_student(_in_one_process(job.recipe), self._student, device)
+            if self._feed is not None:
+                self._feed.follow(None)
+            self._synthesizer = build_synthesizer(job.recipe, teacher.module, device, self._feed)
+        job.transfer_set.create()
+
+    def run(self, *, until: float) -> Mapping[str, Tensor]:
+        """Make all rounds, the last of which ends at ``until``; returns the student's weights."""
+        recipe = self.job.recipe
+        rounds = recipe.rounds
+        training, state = None, None
+        for number in range(rounds):
+            now = self._clock()
+            left = (until - now) / (rounds - number)
+            if self._synthesizer is not None:
+                self._synthesize(self._synthesizer, until=now + left * recipe.budget.synthesis_share)
+            self.synthesis_seconds += self._clock() - now if self._synthesizer is not None else 0.0
+            training, state = self._train(training, number, until=now + left, is_last=number == rounds - 1)
+        assert state is not None, "there is at least one round"
+        return state
+
+    def _train(
+        self, before: StudentTraining | None, number: int, *, until: float, is_last: bool
+    ) -> tuple[StudentTraining, Mapping[str, Tensor]]:
+        """Train in round ``number`` from where the round before ended, along that part of the schedule."""
+        recipe = self.job.recipe
+        ends = [recipe.distill.steps * (done + 1) // recipe.rounds for done in range(recipe.rounds)]
+        phases = tuple(Phase(units=self._units, until_step=end) for end in ends)
+        self.job = replace(self.job, phases=phases)
+        training = StudentTraining(
+            self.job,
+            self._teacher,
+            phases[number],
+            hooks=TrainingHooks(on_log=ignore),
+            generator=generator_maker(recipe, self._teacher.module),
+        )
+        if before is not None:
+            training.load_state_dict(before.state_dict())
+        now = self._clock()
+        margin = MARGIN if is_last else 0.0
+        start = ends[number - 1] if number else 0
+        pace = _pace(self._clock, until=now + (until - now) * (1 - margin), start=start, end=ends[number])
+        state = training.run(pace=pace)
+        self.steps = training.trainer.step
+        if self._feed is not None:
+            self._student.take(self.steps, state)
+            self._feed.follow(self._student)
+            self._feed.refresh()
+        return training, state
+
+    def _synthesize(self, synthesizer: Synthesizer, *, until: float) -> None:
+        """Make the images that there is time for, at least a piece, and close the set for those that there are."""
+        recipe, transfer_set = self.job.recipe, self.job.transfer_set
+        is_last_piece = _piece_timer(self._clock, until)
+        is_over = False
+        with cpu_threads(recipe.synthesis.threads):
+            for unit in self._plan:
+                is_round = unit.request.classes == recipe.classes
+                made, is_over = _make(unit, synthesizer, transfer_set, is_last_piece if is_round else lambda: False)
+                self._units += (made,)
+                ends_round = not is_round and unit.request.classes[-1] == recipe.classes[-1]
+                if is_over or (ends_round and is_last_piece()):
+                    break
+        images_per_class = sum(unit.request.count for unit in self._units) // len(recipe.classes)
+        spec = recipe.transfer_set.model_copy(update={"images_per_class": images_per_class})
+        self.job = replace(self.job, recipe=recipe.model_copy(update={"transfer_set": spec}))
+        transfer_set.close(Phase(units=self._units, until_step=recipe.distill.steps).plan)
+
+
+def _in_one_process(recipe: Recipe) -> Recipe:
+    """The recipe as this process runs it, where nobody trains the student beside the synthesis."""
+    return recipe.model_copy(update={"runtime": recipe.runtime.model_copy(update={"executor": "local"})})
+
+
+class _StudentOfBefore:
+    """The student that the round before has trained, as a source of versions."""
+
+    def __init__(self) -> None:
+        self._newest: tuple[int, State] | None = None
+
+    def take(self, version: int, state: State) -> None:
+        """Hold a copy of ``state``."""
+        self._newest = (version, {name: tensor.detach().clone() for name, tensor in state.items()})
+
+    def __call__(self, than: int) -> tuple[int, State] | None:
+        """The newest version, where it is newer than ``than``."""
+        return self._newest if self._newest is not None and self._newest[0] > than else None
+
+
+def _pace(clock: Clock, *, until: float, start: int, end: int) -> Callable[[int], int]:
+    """The place in a schedule, from ``start`` to ``end``, of a training that begins now and is to end at ``until``."""
     began = clock()
 
     def pace(_: int) -> int:
         now = clock()
-        return steps if now >= until else int(steps * (now - began) / (until - began))
+        return end if now >= until else start + int((end - start) * (now - began) / (until - began))
 
     return pace
-
-
-def _synthesize(recipe: Recipe, teacher: Teacher, device: torch.device, clock: Clock, *, until: float) -> Job:
-    """Make the images that there is time for; returns the job, whose set is closed."""
-    job = open_job(recipe, teacher)
-    synthesizer = build_synthesizer(recipe, teacher.module, device)
-    job.transfer_set.create()
-    is_last_piece = _piece_timer(clock, until)
-    units: list[WorkUnit] = []
-    is_over = False
-    with cpu_threads(recipe.synthesis.threads):
-        for unit in _endless_plan(recipe):
-            is_round = unit.request.classes == recipe.classes
-            made, is_over = _make(unit, synthesizer, job.transfer_set, is_last_piece if is_round else lambda: False)
-            units.append(made)
-            if is_over or (not is_round and unit.request.classes[-1] == recipe.classes[-1] and is_last_piece()):
-                break
-    images_per_class = sum(unit.request.count for unit in units) // len(recipe.classes)
-    transfer_set = recipe.transfer_set.model_copy(update={"images_per_class": images_per_class})
-    phase = Phase(units=tuple(units), until_step=recipe.distill.steps)
-    job.transfer_set.close(phase.plan)
-    return replace(job, phases=(phase,), recipe=recipe.model_copy(update={"transfer_set": transfer_set}))
 
 
 def _piece_timer(clock: Clock, until: float) -> Callable[[], bool]:

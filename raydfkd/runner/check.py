@@ -18,6 +18,7 @@ from raydfkd.images.picture_folder import PictureFolder, not_data_free, pictures
 from raydfkd.images.real_data import RealData
 from raydfkd.job import dependencies_of, transfer_set_of
 from raydfkd.networks.build import build_network
+from raydfkd.networks.embeddings import outside_knowledge
 from raydfkd.networks.probe import probe_student, probe_teacher
 from raydfkd.networks.teacher import Teacher, build_teacher, open_teacher
 from raydfkd.networks.weights import weights_exist
@@ -100,7 +101,7 @@ def check(recipe: Recipe, *, writes_run: bool = True, writes_set: bool = True) -
         teacher=teacher,
         data=data,
         notes=(*notes, *(note for key, found in pictures.items() for note in found.notes(key))),
-        not_data_free=not_data_free(pictures),
+        not_data_free=" and ".join(filter(None, (not_data_free(pictures), outside_knowledge(recipe)))) or None,
     )
 
 

@@ -18,6 +18,7 @@ from raydfkd.images.pixels import PixelRange
 from raydfkd.job import asks_student
 from raydfkd.losses.objective import Objective, build_objective, terms_that_need
 from raydfkd.networks.build import build_network
+from raydfkd.networks.embeddings import embeddings_of
 from raydfkd.networks.observed import Need, ObservedNetwork
 from raydfkd.seeds import derive_seed
 from raydfkd.synthesis.generator_training import GeneratorTraining
@@ -28,6 +29,7 @@ from raydfkd.synthesis.synthesizer import (
     SYNTHESIZERS,
     Setting,
     Synthesizer,
+    is_optimised,
     not_offered,
     offers_of,
     starts_from_pictures,
@@ -102,6 +104,7 @@ def build_synthesizer(
             "labels, such as balanced"
         )
     _refuse_idle_pictures(recipe, objective)
+    _refuse_idle_objective(recipe)
     label_reader = None if objective.label_reader is None else f"the term {objective.label_reader}"
     observed = ObservedNetwork(
         teacher,
@@ -124,6 +127,7 @@ def build_synthesizer(
         targets=targets,
         augment=build_augmentations(spec.augment, where="synthesis.augment", label_reader=label_reader),
         device=device,
+        embeddings=embeddings_of(recipe),
         start=None
         if spec.start is None
         else PictureStart(images=pictures["synthesis.start.images"].images, noise=spec.start.noise),
@@ -143,6 +147,23 @@ def _refuse_idle_pictures(recipe: Recipe, objective: Objective) -> None:
         raise RecipeError(
             f"synthesis.statistics is {spec.statistics!r}, but no term of synthesis.objective compares moments; add "
             "bn_moments or drop statistics"
+        )
+
+
+def _refuse_idle_objective(recipe: Recipe) -> None:
+    """Refuse an objective that nothing minimises, and a synthesizer that has none to minimise."""
+    spec = recipe.synthesis
+    optimises = is_optimised(spec.synthesizer, where="synthesis")
+    if optimises and not spec.objective:
+        raise RecipeError(f"synthesis.objective is empty, but {spec.synthesizer} minimises it; give terms")
+    if not optimises and spec.objective:
+        raise RecipeError(
+            f"synthesis.objective has {spec.objective[0].name}, but {spec.synthesizer} optimises nothing; drop it"
+        )
+    if spec.embeddings is not None and not spec.options.get("conditional"):
+        raise RecipeError(
+            f"synthesis.embeddings is {spec.embeddings!r}, but no generator is told its class; use synthesizer "
+            "generator with conditional: true, or drop it"
         )
 
 

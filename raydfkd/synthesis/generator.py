@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import model_validator
 from torch import nn
 
 from raydfkd.config.schema import BelowOne, Fraction, Generator, PluginSpec, Positive, PositiveFloat, Spec
@@ -17,6 +18,7 @@ from raydfkd.networks.generators import StackedGenerators, StackForm
 from raydfkd.networks.observed import Need
 from raydfkd.synthesis.checkpoint import NO_HOOK, StepHook
 from raydfkd.synthesis.generator_training import GeneratorDesign, GeneratorTraining
+from raydfkd.synthesis.meta import MetaSpec
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Log, Progress, Setting
 from raydfkd.units import Request
 
@@ -29,10 +31,26 @@ class Renewal(Spec):
     steps: Positive
     """Training steps after each renewal, before the next images."""
     keep: Fraction = 0.6
-    """Share of the old weights; the rest comes from a fresh generator."""
+    """Share of the old weights; the rest comes from a fresh generator. 0 begins each batch with one, as CMI does."""
     latent_lr: PositiveFloat | None = None
     """Train the latents too, with this rate of Adam; the images are then those of the trained latents (Fang et al.
     2021, CMI)."""
+    meta: MetaSpec | None = None
+    """Begin each batch with weights that are learned over the batches, {lr: 0.01}, instead of with a share of the last
+    ones (Fang et al. 2022, FastDFKD)."""
+    noisy_layers: bool = False
+    """Make latents of class embeddings, by linear layers that are drawn anew for each batch and trained with the
+    generator (Tran et al. 2024, NAYER); for `conditional`."""
+    life: Positive | None = None
+    """Batches after which a fresh generator takes over, whatever ``keep`` is; unless given, none does."""
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Renewal:
+        if self.meta is not None and "keep" in self.model_fields_set:
+            raise ValueError(f"keep is {self.keep:g}, but meta says what a batch begins with; drop either")
+        if self.meta is not None and self.life is not None:
+            raise ValueError(f"life is {self.life}, but meta-learned weights go on; drop either")
+        return self
 
 
 @SYNTHESIZERS.register("generator")
@@ -48,7 +66,8 @@ class GeneratorSynthesizer:
         steps: training steps of the generators; with ``renewal`` those before the first images.
         batch_per_class: images of each class in a training step.
         generator: architecture and its options.
-        conditional: one generator for the unit, told the class by one-hot inputs beside the latents.
+        conditional: one generator for the unit, told the class beside the latents, by one-hot inputs or by
+            `synthesis.embeddings`.
         lr: Adam's learning rate.
         betas: Adam's.
         emissions: times at which images are drawn, evenly spaced from the middle of training to its end.
@@ -78,6 +97,8 @@ class GeneratorSynthesizer:
             )
         if renewal is not None and emissions > 1:
             raise ValueError(f"emissions is {emissions}, but with renewal images are drawn after each one; drop either")
+        if renewal is not None and renewal.noisy_layers and not conditional:
+            raise ValueError("renewal.noisy_layers makes latents of what tells the class; use conditional: true")
         if conditional and not setting.targets.is_conditional:
             raise ValueError("conditional tells the generator its class, but targets are none; drop either")
         self._setting = setting
@@ -90,7 +111,9 @@ class GeneratorSynthesizer:
             batch_per_class=batch_per_class,
             lr=lr,
             betas=betas,
+            latents=_latents_of(renewal),
             latent_lr=None if renewal is None else renewal.latent_lr,
+            meta=None if renewal is None else renewal.meta,
             form=form,
         )
         StackedGenerators([self._design.build(setting)], form=form)
@@ -161,7 +184,14 @@ class GeneratorSynthesizer:
             for start in range(0, count, size):
                 yield training.sample(training.groups * min(size, count - start))
             if count and self._renewal is not None and training.step < last:
-                training.renew(self._renewal.keep)
+                training.renew(self._kept_after(draws, training.step))
+
+    def _kept_after(self, draws: Mapping[int, int], step: int) -> float:
+        """Share of the weights that the batch after ``step`` begins with."""
+        assert self._renewal is not None, "weights are renewed"
+        batches = sum(drawn <= step for drawn in draws)
+        is_over = self._renewal.life is not None and batches % self._renewal.life == 0
+        return 0.0 if is_over else self._renewal.keep
 
     def _draws(self, request: Request, size: int) -> dict[int, int]:
         """After which steps how many images of each class are drawn, ``size`` at a time."""
@@ -178,3 +208,11 @@ class GeneratorSynthesizer:
             - count * index // times
             for index in range(times)
         }
+
+
+def _latents_of(renewal: Renewal | None) -> Literal["drawn", "trained", "noisy_layers"]:
+    if renewal is None:
+        return "drawn"
+    if renewal.noisy_layers:
+        return "noisy_layers"
+    return "drawn" if renewal.latent_lr is None else "trained"

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from raydfkd.config.schema import PluginSpec
 from raydfkd.data.batches import SyntheticBatch
@@ -18,6 +19,8 @@ from raydfkd.losses.objective import ObjectiveValue
 from raydfkd.networks.generators import GENERATORS, StackedGenerators, StackForm
 from raydfkd.seeds import derive_seed, rng_from, seeded
 from raydfkd.synthesis.judge import AskStudent
+from raydfkd.synthesis.latents import DrawnLatents, Latents, NoisyLayers, TrainedLatents
+from raydfkd.synthesis.meta import MetaSpec, MetaWeights
 from raydfkd.synthesis.synthesizer import Setting
 from raydfkd.units import Request
 
@@ -36,8 +39,12 @@ class GeneratorDesign:
     """Adam's learning rate."""
     betas: tuple[float, float]
     """Adam's."""
+    latents: Literal["drawn", "trained", "noisy_layers"] = "drawn"
+    """What generators are given for an image; see ``synthesis.latents``."""
     latent_lr: float | None = None
-    """Adam's learning rate of the latents, where those are trained."""
+    """Adam's learning rate of latents that are trained; that of the generators unless given."""
+    meta: MetaSpec | None = None
+    """How the weights are learned that each batch begins with; None where the last batch's go on."""
     form: StackForm = "auto"
     """How the stack is executed."""
 
@@ -88,14 +95,9 @@ class GeneratorTraining:
         self.step = 0
         """Steps that were made."""
         seeds = request.class_seeds if is_conditional and not design.conditional else request.class_seeds[:1]
-        self._codes: Tensor | None = None  # [1, images, classes]: what a conditional generator is told of each image
-        self._latent = cast("int", design.build(setting).latent)
-        if design.conditional:
-            # As long as a latent vector is on average, so that neither drowns the other.
-            codes = torch.eye(len(request.classes)) * math.sqrt(self._latent)
-            self._codes = codes.repeat_interleave(self.batch_per_class, 0).unsqueeze(0).to(setting.device)
         # Not from the seeds of the weights, or the first latents would be functions of the first layer's weights.
         self._rngs = [rng_from(derive_seed(seed, "latents", rank)) for seed in seeds]
+        self._latents = self._latents_of(cast("int", design.build(setting).latent))
         self._augmenting = rng_from(derive_seed(request.seed, "augment", rank))
         self._seed, self._rank = request.seed, rank
         self._targets = self._targets_of(self.batch_per_class)
@@ -104,7 +106,7 @@ class GeneratorTraining:
         self._objective = torch.zeros(())
         self._student: AskStudent | None = None
         self._turn = 0  # the class that is next to have an image less than others
-        self._trained: Tensor | None = None  # latents [P, N, Z] of the images to come, where those are trained
+        self._meta = None if design.meta is None else MetaWeights(list(self._stack.parameters()), design.meta)
         self._restart()
         setting.judge.objective.begin()
 
@@ -129,6 +131,8 @@ class GeneratorTraining:
             self._optimizer.zero_grad()
             # Terms are means over images; the sum over classes keeps a class's gradient free of its neighbours.
             (value.total * self.groups).backward()
+        if self._meta is not None:
+            self._meta.note_gradients()
         self._optimizer.step()
         self._objective = value.total.detach()
         self.step += 1
@@ -165,10 +169,16 @@ class GeneratorTraining:
 
     @torch.no_grad()
     def renew(self, keep: float) -> None:
-        """Shrink and perturb: keep that share of the weights, with a new optimiser and, where trained, new latents."""
-        fresh = self._fresh_stack([int(torch.randint(1 << 62, (), generator=rng)) for rng in self._rngs])
-        for weights, others in zip(self._stack.parameters(), fresh.parameters(), strict=True):
-            weights.lerp_(others, 1 - keep)
+        """Shrink and perturb: keep that share of the weights, with a new optimiser and, where trained, new latents.
+
+        Weights that are meta-learned go back to those instead, once these have learned from the batch.
+        """
+        if self._meta is not None:
+            self._meta.learn()
+        elif keep < 1:
+            fresh = self._fresh_stack([int(torch.randint(1 << 62, (), generator=rng)) for rng in self._rngs])
+            for weights, others in zip(self._stack.parameters(), fresh.parameters(), strict=True):
+                weights.lerp_(others, 1 - keep)
         self._restart()
 
     def state_dict(self) -> dict[str, Any]:
@@ -178,7 +188,8 @@ class GeneratorTraining:
             "optimizer": self._optimizer.state_dict(),
             "rngs": [rng.get_state() for rng in self._rngs],
             "augmenting": self._augmenting.get_state(),
-            "trained": None if self._trained is None else self._trained.detach(),
+            "latents": self._latents.state_dict(),
+            "meta": None if self._meta is None else self._meta.state_dict(),
             "step": self.step,
             "turn": self._turn,
             "objective": self._objective,
@@ -189,9 +200,9 @@ class GeneratorTraining:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``, that of a training of the same request and design."""
         self._stack.load_state_dict(state["stack"])
-        if self._trained is not None:
-            with torch.no_grad():
-                self._trained.copy_(state["trained"])
+        self._latents.load_state_dict(state["latents"])
+        if self._meta is not None:
+            self._meta.load_state_dict(state["meta"])
         self._optimizer.load_state_dict(state["optimizer"])
         for rng, position in zip(self._rngs, state["rngs"], strict=True):
             rng.set_state(position)
@@ -207,31 +218,37 @@ class GeneratorTraining:
     def _restart(self) -> None:
         """A new optimiser, and new latents where they are trained."""
         groups: list[dict[str, Any]] = [{"params": list(self._stack.parameters())}]
-        if self._design.latent_lr is not None:
-            self._trained = self._noise().requires_grad_()
-            groups.append({"params": [self._trained], "lr": self._design.latent_lr})
+        self._latents.renew()
+        if self._latents.trained:
+            lr = self._design.lr if self._design.latent_lr is None else self._design.latent_lr
+            groups.append({"params": list(self._latents.trained), "lr": lr})
         self._optimizer = torch.optim.Adam(groups, lr=self._design.lr, betas=self._design.betas, fused=True)
 
     def _fresh_stack(self, seeds: Sequence[int]) -> StackedGenerators:
-        beside = {} if self._codes is None else {"latent": self._latent + self._codes.shape[2]}
-        generators = [self._design.build(self._setting, seed, **beside) for seed in seeds]
+        given = {"latent": self._latents.width} if self._design.conditional else {}
+        generators = [self._design.build(self._setting, seed, **given) for seed in seeds]
         return StackedGenerators(generators, form=self._design.form).to(self._setting.device)
 
     def _targets_of(self, images_per_class: int) -> Tensor | None:
         targets = self._setting.targets(self._classes, images_per_class)
         return None if targets is None else targets.to(self._setting.device)
 
-    def _latents(self) -> Tensor:
-        """Latents [P, N, Z] of a step's images, codes beside them; trained ones where there are."""
-        noise = self._trained if self._trained is not None else self._noise()
-        return noise if self._codes is None else torch.cat([noise, self._codes], 2)
-
-    def _noise(self) -> Tensor:
-        """Standard normal numbers [P, N, Z], each generator's from its own."""
-        count = self.batch_per_class if self._codes is None else self._codes.shape[1]
-        return torch.stack([torch.randn(count, self._latent, generator=rng) for rng in self._rngs]).to(
-            self._setting.device
-        )
+    def _latents_of(self, latent: int) -> Latents:
+        """The latents of the design, where generators draw ``latent`` numbers for an image."""
+        design, device = self._design, self._setting.device
+        if not design.conditional:
+            make = DrawnLatents if design.latents == "drawn" else TrainedLatents
+            return make(self._rngs, count=self.batch_per_class, latent=latent, codes=None, device=device)
+        embeddings = self._setting.embeddings
+        known = torch.eye(len(self._classes)) if embeddings is None else embeddings[list(self._classes)]
+        # As long as a latent vector is on average, so that neither drowns the other.
+        codes = F.normalize(known) * math.sqrt(latent)
+        codes = codes.repeat_interleave(self.batch_per_class, 0)
+        if design.latents == "noisy_layers":
+            [rng] = self._rngs
+            return NoisyLayers(rng, codes=codes, classes=len(self._classes), latent=latent, device=device)
+        make = DrawnLatents if design.latents == "drawn" else TrainedLatents
+        return make(self._rngs, count=len(codes), latent=latent, codes=codes, device=device)
 
     def _images(self, stack: nn.Module, latents: Tensor) -> Tensor:
         """Nominal images [P * N, C, H, W], made in the arithmetic of the teacher."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from raydfkd.config.registry import Registry
 from raydfkd.config.schema import ImageSpace
@@ -38,6 +39,8 @@ class Setting:
     device: torch.device
     start: PictureStart | None = None
     """Real pictures to begin with instead of noise; for those that say ``starts_from_pictures``."""
+    embeddings: Tensor | None = None
+    """A vector of each class [K, D], which tells a conditional generator more than a number does."""
 
     def groups(self, request: Request) -> int:
         """Equal, contiguous parts of a batch for ``request``: one a class, where images have a class."""
@@ -65,7 +68,9 @@ class Synthesizer(Protocol):
 
 
 SYNTHESIZERS: Registry[Synthesizer] = Registry(
-    "synthesizer", ["raydfkd.synthesis.pixels", "raydfkd.synthesis.generator"], member="produce"
+    "synthesizer",
+    ["raydfkd.synthesis.pixels", "raydfkd.synthesis.generator", "raydfkd.synthesis.noise"],
+    member="produce",
 )
 
 
@@ -78,6 +83,11 @@ def offers_of(synthesizer: str, *, where: str) -> frozenset[Need]:
 def starts_from_pictures(synthesizer: str, *, where: str) -> bool:
     """Whether the synthesizer called so says that it begins with images, which may be real ones."""
     return bool(getattr(SYNTHESIZERS.get(synthesizer, where=where), "starts_from_pictures", False))
+
+
+def is_optimised(synthesizer: str, *, where: str) -> bool:
+    """Whether the synthesizer called so minimises an objective, as all do that do not say ``is_optimised = False``."""
+    return bool(getattr(SYNTHESIZERS.get(synthesizer, where=where), "is_optimised", True))
 
 
 def num_steps_of(synthesizer: Synthesizer, request: Request) -> int:

@@ -8,6 +8,7 @@ from toy import toy_recipe
 import raydfkd.runner.budget
 from raydfkd.errors import RecipeError
 from raydfkd.runner.budget import run_within
+from raydfkd.synthesis.student_feed import StoredStudentFeed
 
 
 @pytest.fixture
@@ -62,9 +63,43 @@ def test_a_budget_is_kept_by_the_real_clock(tmp_path):
     assert outcome.wall_seconds > 0
 
 
-def test_a_recipe_of_several_rounds_has_no_budget(tmp_path):
-    with pytest.raises(RecipeError, match="rounds is 2"):
-        run_within(toy_recipe(tmp_path).model_copy(update={"rounds": 2}), 2.0)
+LIVE = (
+    "distill.source={kind: live, generator_steps: 1, student_steps: 3, keep: 10}",
+    "synthesis.objective=[one_hot, logit_gap]",
+    "synthesis.targets=none",
+    "transfer_set.images_per_class=0",
+)
+AGAINST_STUDENT = "synthesis.objective=[cross_entropy, {term: competition, weight: 5}]"
+
+
+def test_rounds_share_out_a_budget_and_the_second_asks_the_student_of_the_first(tmp_path, ticks, monkeypatch):
+    asked = []
+    followed = StoredStudentFeed.follow
+
+    def follow(feed, source):
+        asked.append(None if source is None else source(-1)[0])
+        followed(feed, source)
+
+    monkeypatch.setattr(StoredStudentFeed, "follow", follow)
+    settings = [*WHOLE, "rounds=2", "transfer_set.images_per_class=12", AGAINST_STUDENT, "distill.steps=7"]
+    outcome = run_within(toy_recipe(tmp_path, settings, synthesizer="generator"), 60.0)
+    assert asked[0] is None
+    assert 7 < asked[1] < asked[2] == outcome.student_steps, "more steps than the schedule has places"
+    assert 4 < outcome.synthesis_seconds < outcome.seconds
+    assert outcome.seconds == pytest.approx(60, abs=2)
+
+
+def test_a_live_source_has_all_of_the_budget(tmp_path, ticks):
+    settings = [*LIVE, "distill.steps=5", "distill.batch_size=8"]
+    outcome = run_within(toy_recipe(tmp_path, settings, synthesizer="generator"), 40.0)
+    assert outcome.synthesis_seconds == 0
+    assert outcome.student_steps > 5
+    assert outcome.images == 8 * outcome.student_steps
+
+
+def test_a_student_that_nobody_trains_in_time_is_refused(tmp_path):
+    with pytest.raises(RecipeError, match="trained after the synthesis; use rounds: 2"):
+        run_within(toy_recipe(tmp_path, [*WHOLE, AGAINST_STUDENT], synthesizer="generator"), 2.0)
 
 
 def test_a_synthesis_that_comes_to_nothing_is_told_in_a_line(tmp_path):

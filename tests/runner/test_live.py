@@ -17,7 +17,6 @@ from raydfkd.errors import RecipeError
 from raydfkd.job import open_job
 from raydfkd.networks.teacher import open_teacher
 from raydfkd.report.metrics import read_metrics
-from raydfkd.runner.budget import run_within
 from raydfkd.runner.check import check
 from raydfkd.runner.run import run
 from raydfkd.synthesis.build import generator_maker
@@ -225,8 +224,3 @@ def test_images_of_a_live_source_are_not_synthesized_by_themselves(tmp_path):
     with pytest.raises(RecipeError, match="use run"):
         raydfkd.synthesize(live_recipe(tmp_path))
     assert not (tmp_path / "run").exists()
-
-
-def test_budget_is_refused_to_a_live_source(tmp_path):
-    with pytest.raises(RecipeError, match="distill.source is live, but a budget"):
-        run_within(live_recipe(tmp_path), 5.0)

@@ -22,12 +22,18 @@ from raydfkd.synthesis.generator_training import GeneratorTraining
 from raydfkd.synthesis.judge import ObjectiveNotFiniteError
 
 RENEWED = ("synthesis.emissions=1", "synthesis.conditional=true", "synthesis.renewal={steps: 2, latent_lr: 0.1}")
+META = (*RENEWED[:2], "synthesis.renewal={steps: 2, latent_lr: 0.1, meta: {lr: 0.05}}")
+NOISY = (*RENEWED[:2], "synthesis.renewal={steps: 2, noisy_layers: true, keep: 1, life: 2}")
+NOISE = "synthesis={synthesizer: noise, targets: none, batch_size: 2}"
 VARIANTS = {
     "pixels": ("pixels", []),
     "pixels, stages": ("pixels", ["synthesis.stages=[{steps: 3, pool: 2}, {steps: 2}]"]),
     "generator": ("generator", []),
     "generator, emissions": ("generator", ["synthesis.steps=6", "synthesis.emissions=3"]),
     "generator, renewed": ("generator", RENEWED),
+    "generator, meta-learned": ("generator", META),
+    "generator, noisy layers": ("generator", NOISY),
+    "noise": ("pixels", [NOISE]),
 }
 MANY_IMAGES = ("transfer_set.images_per_class=5", "transfer_set.unit.images_per_class=5")
 

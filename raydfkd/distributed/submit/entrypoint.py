@@ -96,6 +96,8 @@ def _files_of(recipe: Recipe, working_dir: Path) -> Iterator[str]:
     yield from recipe.picture_folders.values()
     if is_file(recipe.teacher.weights):
         yield recipe.teacher.weights
+    if recipe.synthesis.embeddings is not None:
+        yield recipe.synthesis.embeddings
     folder = Path(os.path.abspath(working_dir))
     for network in (recipe.teacher.network, recipe.student.network):
         path = Path(network.partition(":")[2])
