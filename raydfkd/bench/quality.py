@@ -10,14 +10,16 @@ import shlex
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
+from raydfkd.bench.controls import REAL, RealImages
 from raydfkd.bench.engine import engine
 from raydfkd.config.families import family
-from raydfkd.config.load import load_recipe
+from raydfkd.config.load import load_recipe, load_with_method
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.registry import import_callable
 from raydfkd.config.schema import LIBRARIES, is_file
@@ -39,12 +41,35 @@ class Cell:
 
     recipe: str
     """A file, or the name of a packaged recipe."""
+    method: str | None = None
+    """Method that stands in for the recipe's own, see ``load_with_method``; ``bench.methods.REAL`` for real images."""
     budget_s: float
     """Device-seconds for synthesis and student training together."""
     seed: int
     split: Split
     """Real images that judge: validation while choosing, test once at the end."""
     overrides: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """Recipe, and method where it is another."""
+        return Path(self.recipe).stem + (f"-{Path(self.method).stem}" if self.method else "")
+
+    @property
+    def command(self) -> str:
+        """Command that repeats this cell alone."""
+        sets = "".join(f" --set {shlex.quote(redacted_setting(override))}" for override in self.overrides)
+        how = f"--seed {self.seed} --split {self.split}{sets}"
+        if self.method is None:
+            return f"raydfkd bench quality {self.recipe} --budget {self.budget_s:g} {how}"
+        return f"raydfkd bench methods {self.method} --teacher {self.recipe} --budget {self.budget_s:g}s --full {how}"
+
+    def load(self) -> Recipe:
+        """The cell's recipe with its own seed."""
+        if self.method is None:
+            return load_recipe(self.recipe, list(self.overrides), run_dir=_NOWHERE)
+        method = "noise" if self.method == REAL else self.method
+        return load_with_method(self.recipe, method, list(self.overrides), run_dir=_NOWHERE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +86,7 @@ class Plan:
     def file(self) -> str:
         """Name of the result's file; results of other figures have another."""
         cell = self.cell
-        return f"{Path(cell.recipe).stem}-{self.digest}-{cell.budget_s:g}s-seed{cell.seed}-{cell.split}.json"
+        return f"{cell.title}-{self.digest}-{cell.budget_s:g}s-seed{cell.seed}-{cell.split}.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,21 +113,35 @@ class Result:
     versions: dict[str, str]
     command: str
     """Command that repeats this cell alone."""
+    method: str | None = None
+    """Method that stood in for the recipe's own."""
 
 
-def bench_quality(cells: Sequence[Cell], folder: Path, *, at_once: int = 1) -> Iterator[Result]:
+OnError = Callable[[Cell, Exception], None]
+"""Receives a cell that came to nothing."""
+
+
+def fail(_: Cell, error: Exception) -> None:
+    """Let a cell that comes to nothing end the benchmark."""
+    raise error
+
+
+def bench_quality(
+    cells: Sequence[Cell], folder: Path, *, at_once: int = 1, on_error: OnError = fail
+) -> Iterator[Result]:
     """Run the cells that ``folder`` has no result of yet, each in a fresh process of one CPU thread; yield all.
 
     Args:
         cells: the cells to measure.
         folder: results, and the teachers that the recipes train; the same folder resumes where it was stopped.
         at_once: processes; more than one only where each has a core of its own.
+        on_error: told of a cell that comes to nothing, of which no result is yielded.
     """
     store = Store(str(folder))
     waiting, teaching = [], {}
-    known: dict[tuple[str, tuple[str, ...]], tuple[Recipe, str]] = {}
+    known: dict[tuple[str, str | None, tuple[str, ...]], tuple[Recipe, str]] = {}
     for cell in cells:
-        key = (cell.recipe, cell.overrides)
+        key = (cell.recipe, cell.method, cell.overrides)
         if key not in known:
             known[key] = _opened(cell, folder)
         unseeded, digest = known[key]
@@ -121,26 +160,31 @@ def bench_quality(cells: Sequence[Cell], folder: Path, *, at_once: int = 1) -> I
     with ProcessPoolExecutor(at_once, mp_context=context, max_tasks_per_child=1) as pool:
         running = {pool.submit(measure, plan): plan for plan in waiting}
         for done in as_completed(running):
-            result = done.result()
+            try:
+                result = done.result()
+            except Exception as error:
+                on_error(running[done].cell, error)
+                continue
             store.put(running[done].file, json.dumps(asdict(result), indent=1).encode())
             yield result
 
 
 def _opened(cell: Cell, folder: Path) -> tuple[Recipe, str]:
     """The cell's recipe with its own seed and a teacher that its cells share, and the digest of them all."""
-    recipe = load_recipe(cell.recipe, list(cell.overrides), run_dir=_NOWHERE)
+    recipe = cell.load()
     if recipe.real_data is None:
         raise RecipeError(f"{cell.recipe}: real_data is missing, on which the student is judged; give it or use `run`")
     if recipe.teacher.train is not None:
         recipe = _with_weights(recipe, folder / "teachers" / _teacher_file(recipe))
-    return recipe, digest_of(recipe)
+    return recipe, digest_of(recipe, is_control=cell.method == REAL)
 
 
-def digest_of(recipe: Recipe) -> str:
+def digest_of(recipe: Recipe, *, is_control: bool = False) -> str:
     """A digest of all that a cell's figures depend on beside its seed, budget and split.
 
     That is the recipe with its overrides, the engine and torch, the device, the teacher, and the user's own modules
-    that the recipe names (not what those import). Storage and workers are not part of it.
+    that the recipe names (not what those import). Storage and workers are not part of it. ``is_control`` says that its
+    images are real ones.
     """
     weights = recipe.teacher.weights
     payload = {
@@ -160,7 +204,7 @@ def digest_of(recipe: Recipe) -> str:
         "teacher": Path(weights).name if recipe.teacher.train is not None else _digest_of_weights(weights),
         "own code": {name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in _own_modules(recipe)},
     }
-    return _short_digest(payload)
+    return _short_digest(payload | ({"control": REAL} if is_control else {}))
 
 
 def _teacher_file(recipe: Recipe) -> str:
@@ -224,10 +268,10 @@ def measure(plan: Plan) -> Result:
         transfer_set = plan.recipe.transfer_set.model_copy(update={"uri": f"{scratch}/transfer_set"})
         recipe = plan.recipe.model_copy(update={"run_dir": scratch, "transfer_set": transfer_set})
         prepared = check(recipe)
-        outcome = run_within(recipe, cell.budget_s)
+        control = partial(RealImages, recipe=recipe) if cell.method == REAL else None
+        outcome = run_within(recipe, cell.budget_s, synthesizer=control)
         # Of the recipe whose plan is whole; that of the outcome was cut.
         judged = judge_saved(prepared, str(outcome.student), split=cell.split)
-    sets = "".join(f" --set {shlex.quote(redacted_setting(override))}" for override in cell.overrides)
     return Result(
         recipe=cell.recipe,
         digest=plan.digest,
@@ -244,8 +288,8 @@ def measure(plan: Plan) -> Result:
         student_steps=outcome.student_steps,
         device=device_name(pick_device(recipe.runtime.device)),
         versions=engine(),
-        command=f"raydfkd bench quality {cell.recipe} --budget {cell.budget_s:g} --seed {cell.seed} "
-        f"--split {cell.split}{sets}",
+        command=cell.command,
+        method=cell.method,
     )
 
 
@@ -262,7 +306,7 @@ def markdown(results: Sequence[Result]) -> str:
     for recipe, digest in dict.fromkeys((result.recipe, result.digest) for result in results):
         rows = [result for result in results if (result.recipe, result.digest) == (recipe, digest)]
         columns = [[row for row in rows if row.budget_s == budget] for budget in budgets]
-        top1 = [_spread([100 * row.student_top1 for row in column], ".1f") for column in columns]
+        top1 = [spread([100 * row.student_top1 for row in column], ".1f") for column in columns]
         lines.append(f"| {Path(recipe).stem} ({digest}) | {100 * rows[0].teacher_top1:.1f} | {' | '.join(top1)} |")
         lines.append(f"| images, steps, wall s | | {' | '.join(map(_bought, columns))} |")
     return "\n".join(lines)
@@ -270,14 +314,15 @@ def markdown(results: Sequence[Result]) -> str:
 
 def _bought(column: Sequence[Result]) -> str:
     spreads = [
-        _spread([row.images for row in column], ",.0f"),
-        _spread([row.student_steps for row in column], ",.0f"),
-        _spread([row.wall_seconds for row in column], ",.0f"),
+        spread([row.images for row in column], ",.0f"),
+        spread([row.student_steps for row in column], ",.0f"),
+        spread([row.wall_seconds for row in column], ",.0f"),
     ]
     return "; ".join(spreads) if column else "-"
 
 
-def _spread(values: Sequence[float], form: str) -> str:
+def spread(values: Sequence[float], form: str) -> str:
+    """Mean and range of values in a form such as .1f; a dash where there are none."""
     if not values:
         return "-"
     mean, low, high = (format(value, form) for value in (statistics.mean(values), min(values), max(values)))

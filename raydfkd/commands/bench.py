@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from raydfkd.commands.options import AsJson, Overrides, load
+from raydfkd.commands.options import AsJson, Overrides, load, seconds_of
 from raydfkd.commands.output import DONE, Commands
 
 if TYPE_CHECKING:
+    from raydfkd.bench.quality import Result
     from raydfkd.bench.table import Row
 
 bench = typer.Typer(
@@ -127,6 +128,53 @@ def bench_quality(  # noqa: PLR0913 - one option each
         typer.echo(line, err=not as_json)
     if not as_json:
         typer.echo(f"{measured_with('auto')}\n\n{markdown(found)}")
+    return DONE
+
+
+@bench.command("methods")
+def bench_methods(  # noqa: PLR0913, PLR0917 - one option each
+    methods: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[METHOD]...", help="Packaged methods, or recipes of which the method counts [all]."),
+    ] = None,
+    teacher: Annotated[str, typer.Option(help="Recipe whose teacher, student and real data are taken.")] = ...,  # type: ignore[assignment]  # typer's form of a required option
+    budget: Annotated[str, typer.Option(help="Device-seconds for synthesis and student: 360s, 6m, 1h.")] = "360s",
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of each method.")] = 1,
+    seed: Annotated[list[int] | None, typer.Option(help="These seeds instead; repeatable.")] = None,
+    split: Annotated[
+        Literal["validation", "test"], typer.Option(help="validation to choose by, test to judge once.")
+    ] = "validation",
+    full: Annotated[bool, typer.Option("--full", help="The whole budget only, not a quarter and half of it.")] = False,
+    out: Annotated[Path, typer.Option(help="Results and teachers; the same folder resumes.")] = Path("runs/methods"),
+    at_once: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = 1,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> int:
+    """Methods side by side on one teacher, for equal device-seconds, between two controls.
+
+    The controls are noise and random real images, both with the teacher's answers. A quarter and half of the budget
+    are runs of their own.
+    """
+    from raydfkd.bench.engine import measured_with
+    from raydfkd.bench.methods import SHARES, Comparison, methods_named
+    from raydfkd.bench.methods import bench_methods as measure
+
+    load(teacher, overrides, None)
+    comparison = Comparison(
+        recipe=teacher,
+        methods=methods_named(methods or []),
+        budget_s=seconds_of(budget, "--budget"),
+        seeds=tuple(seed or range(seeds)),
+        split=split,
+        shares=(1.0,) if full else SHARES,
+        overrides=tuple(overrides or ()),
+    )
+
+    def told(result: Result) -> None:
+        typer.echo(f"{result.student_top1:.1%}   {result.digest}   {result.command}", err=True)
+
+    found = measure(comparison, out.expanduser(), at_once=at_once, told=told)
+    typer.echo(found.to_json() if as_json else f"{measured_with('auto')}\n\n{found.markdown()}")
     return DONE
 
 

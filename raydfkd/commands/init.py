@@ -11,12 +11,10 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from raydfkd.commands.options import allow_code
+from raydfkd.commands.options import allow_code, seconds_of
 from raydfkd.commands.output import DONE
 from raydfkd.config.load import expand_home
 from raydfkd.errors import RecipeError
-
-_UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
 
 
 def init(  # noqa: PLR0913, PLR0917 - one option each
@@ -45,7 +43,7 @@ def init(  # noqa: PLR0913, PLR0917 - one option each
     ] = False,
 ) -> int:
     """Look at a teacher and write a commented recipe for it, which `run` takes as it is."""
-    seconds = _seconds(budget)
+    seconds = seconds_of(budget, "--budget")
     given = _given(size, mean, std)
     given |= {"classes": classes} if classes is not None else {}
     given |= {"allow_code": True} if code else {}
@@ -80,13 +78,6 @@ def init(  # noqa: PLR0913, PLR0917 - one option each
         typer.echo(f"note      {note}")
     typer.echo(f"recipe    {path}   look at it, then: raydfkd run {path}")
     return DONE
-
-
-def _seconds(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|m|min|h|)", text)
-    if match is None or not float(match[1]):
-        raise RecipeError(f"--budget is {text!r}; write it as 90s, 30m or 2h")
-    return float(match[1]) * _UNITS[match[2]]
 
 
 def _given(size: str | None, mean: str | None, std: str | None) -> dict[str, Any]:

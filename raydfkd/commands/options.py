@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -66,3 +67,18 @@ def read(
     if on is not None:
         given.append(f"runtime.executor={on}")
     return load_recipe(source, given, run_dir, is_trusted=is_trusted)
+
+
+_UNITS = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600}
+
+
+def seconds_of(text: str, option: str) -> float:
+    """Seconds of a time such as 90s, 30m or 2h, given as ``option``.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|m|min|h|)", text)
+    if match is None or not float(match[1]):
+        raise RecipeError(f"{option} is {text!r}; write it as 90s, 30m or 2h")
+    return float(match[1]) * _UNITS[match[2]]

@@ -29,8 +29,11 @@ PLACES = (
 A local one is kept as a path, which means the same to driver, workers and libraries.
 """
 RECIPES = Path(__file__).parents[1] / "recipes"
-"""Recipes that come with raydfkd; in ``jobs`` those that also say where they run, in ``methods`` those for any teacher.
+"""Recipes that come with raydfkd; in ``jobs`` those that also say where they run, in ``methods`` those for any teacher,
+in ``parts`` what several of them have in common.
 """
+COMMON = "student"
+"""Name of the part that all methods have in common: how a student is trained."""
 
 
 def packaged_recipes() -> list[str]:
@@ -53,9 +56,52 @@ def method_data(name: str) -> dict[str, Any]:
     return _read(RECIPES / "methods" / f"{name}.yaml", name, seen=())
 
 
+def method_of(source: str) -> dict[str, Any]:
+    """The sections of a packaged method, a recipe or a file that say how images are made and learned from.
+
+    Of a packaged method without those that all methods have in common.
+    """
+    data = _read(_locate(source, packaged_methods()), source, seen=(), without=COMMON)
+    return {key: data[key] for key in ("synthesis", "distill", "rounds", "transfer_set", "budget") if key in data}
+
+
+def load_with_method(
+    source: str, method: str, overrides: Sequence[str] = (), run_dir: str | Path | None = None
+) -> Recipe:
+    """The recipe ``source`` with another method in the place of its own, on equal terms.
+
+    Teacher, student, real data and the numbers of images and steps are the recipe's, and so are arithmetic, optimiser,
+    batch size and augmentation of the student; the method's are synthesis, criterion, source of batches and rounds, and
+    whatever else it says by itself.
+
+    Args:
+        source: recipe, a file or the name of a packaged one.
+        method: name of a packaged method, or a recipe of which only the method counts.
+        overrides: changes to the whole, as ``load_recipe`` has them.
+        run_dir: replaces the recipe's.
+
+    Raises:
+        RecipeError: as ``load_recipe``.
+    """
+    base, own = _read(_locate(source), source, seen=()), method_of(method)
+    common = _read(RECIPES / "parts" / f"{COMMON}.yaml", COMMON, seen=())
+    how = {key: value for key, value in base.get("synthesis", {}).items() if key in ("precision", "compile", "threads")}
+    learns = {key: value for key, value in base.get("distill", {}).items() if key not in ("criterion", "source")}
+    distill = _merge(_merge(common["distill"], learns), own.get("distill", {}))
+    data: dict[str, Any] = {
+        **{key: value for key, value in base.items() if key not in ("rounds", "budget")},
+        "name": f"{base.get('name', 'recipe')}-{Path(method).stem}",
+        "synthesis": {**how, **own.get("synthesis", {})},
+        "distill": distill,
+        "transfer_set": _merge(base.get("transfer_set", {}), own.get("transfer_set", {})),
+        **{key: own[key] for key in ("rounds", "budget") if key in own},
+    }
+    return _resolved(data, f"{source} with {method}", overrides, run_dir, is_trusted=True)
+
+
 def packaged_path(name: str) -> Path | None:
     """The file of a packaged recipe, job or method; None where there is none of that name."""
-    paths = (RECIPES / f"{name}.yaml", *(RECIPES / group / f"{name}.yaml" for group in ("jobs", "methods")))
+    paths = (RECIPES / f"{name}.yaml", *(RECIPES / group / f"{name}.yaml" for group in ("jobs", "methods", "parts")))
     return next((path for path in paths if re.fullmatch(r"[\w.-]+", name) and path.is_file()), None)
 
 
@@ -88,6 +134,18 @@ def load_recipe(
             f"{source} is a method, for any teacher; `raydfkd init` writes a recipe for yours, or begin one with "
             f"`recipe: {source}`"
         )
+    return _resolved(data, str(source), overrides, run_dir, is_trusted=is_trusted)
+
+
+def _resolved(
+    data: dict[str, Any],
+    source: str,
+    overrides: Sequence[str] | Mapping[str, Any],
+    run_dir: str | Path | None,
+    *,
+    is_trusted: bool,
+) -> Recipe:
+    """The recipe that ``data`` are, with changes to them and what libraries know filled in."""
     for path, value, said in _changes(overrides):
         _override(data, path, value, said)
     if run_dir is not None:
@@ -119,14 +177,15 @@ def expand_home(path: str) -> str:
     return (scheme[0] if scheme else "") + os.path.expanduser(rest)
 
 
-def _locate(source: str) -> Path:
+def _locate(source: str, others: Sequence[str] = ()) -> Path:
+    """The file of a recipe, by its path or its name, which may be one of ``others`` too."""
     path = Path(expand_home(source))
     if path.is_file():
         return path
     packaged = packaged_path(source)
     if packaged is not None:
         return packaged
-    names = [*packaged_recipes(), *packaged_jobs()]
+    names = [*packaged_recipes(), *packaged_jobs(), *others]
     if path.suffix in (".yaml", ".yml") or "/" in source:
         if path.stem in names:
             raise RecipeError(f"{source}: no such file; `{path.stem}` alone is the one that comes with raydfkd")
@@ -134,7 +193,8 @@ def _locate(source: str) -> Path:
     raise RecipeError(f"{source}: no such recipe; {did_you_mean(source, names)}")
 
 
-def _read(path: Path, source: str, seen: tuple[str, ...]) -> dict[str, Any]:
+def _read(path: Path, source: str, seen: tuple[str, ...], without: str | None = None) -> dict[str, Any]:
+    """The data of a recipe with those of the recipes that it starts from, but for the one called ``without``."""
     if source in seen:
         raise RecipeError(f"recipe: {' -> '.join((*seen, source))} goes in a circle; name another base")
     try:
@@ -144,13 +204,13 @@ def _read(path: Path, source: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise RecipeError(f"{source} is not a recipe: the top of the file must be keys like `teacher:`")
     base = data.pop("recipe", None)
-    if base is None:
+    if base is None or base == without:
         return data
     beside = path.parent / expand_home(str(base))
     packaged = packaged_path(str(base)) if RECIPES in path.parents else None
     if beside.is_file():
-        return _merge(_read(beside, str(beside), (*seen, source)), data)
-    return _merge(_read(packaged or _locate(str(base)), str(base), (*seen, source)), data)
+        return _merge(_read(beside, str(beside), (*seen, source), without), data)
+    return _merge(_read(packaged or _locate(str(base)), str(base), (*seen, source), without), data)
 
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

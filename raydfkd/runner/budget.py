@@ -21,10 +21,10 @@ from raydfkd.errors import RecipeError
 from raydfkd.job import Job, open_job
 from raydfkd.networks.teacher import Teacher, open_teacher
 from raydfkd.runner.run import save_student
-from raydfkd.synthesis.build import build_student, build_synthesizer, generator_maker, is_live
+from raydfkd.synthesis.build import build_setting, build_student, build_synthesizer, generator_maker, is_live
 from raydfkd.synthesis.judge import ObjectiveNotFiniteError
 from raydfkd.synthesis.student_feed import StoredStudentFeed
-from raydfkd.synthesis.synthesizer import Synthesizer
+from raydfkd.synthesis.synthesizer import Setting, Synthesizer
 from raydfkd.units import Phase, WorkUnit
 
 Clock = Callable[[], float]
@@ -65,7 +65,11 @@ def device_clock(device: torch.device) -> Clock:
     return clock
 
 
-def run_within(recipe: Recipe, seconds: float, *, synthesizer: Synthesizer | None = None) -> Outcome:
+MakeSynthesizer = Callable[[Setting], Synthesizer]
+"""Makes a synthesizer that takes the place of a recipe's own."""
+
+
+def run_within(recipe: Recipe, seconds: float, *, synthesizer: MakeSynthesizer | None = None) -> Outcome:
     """Synthesize in this process for the recipe's ``synthesis_share`` of ``seconds``, distil for the rest.
 
     With rounds both share out their time evenly among them, and each but the first synthesizes against the student of
@@ -79,7 +83,7 @@ def run_within(recipe: Recipe, seconds: float, *, synthesizer: Synthesizer | Non
     Args:
         recipe: what is run; the number of its images and of its steps do not count.
         seconds: device-seconds, start of the networks included.
-        synthesizer: makes the images instead of the recipe's own; for control arms.
+        synthesizer: makes one that stands in for the recipe's own; for control arms.
 
     Raises:
         RecipeError: a unit comes to nothing, or the student is asked before it is trained.
@@ -111,7 +115,7 @@ class _Rounds:
     """Synthesis and training in turn, by the clock; a single round of each where the recipe has no more."""
 
     def __init__(
-        self, job: Job, teacher: Teacher, device: torch.device, clock: Clock, synthesizer: Synthesizer | None
+        self, job: Job, teacher: Teacher, device: torch.device, clock: Clock, synthesizer: MakeSynthesizer | None
     ) -> None:
         self.job = job
         """The job as far as it has come: its last phase has the units that were made."""
@@ -124,8 +128,10 @@ class _Rounds:
         self._units: tuple[WorkUnit, ...] = ()
         self._student = _StudentOfBefore()
         self._feed: StoredStudentFeed | None = None
-        self._synthesizer = synthesizer
-        if synthesizer is None and not is_live(job.recipe):
+        self._synthesizer: Synthesizer | None = None
+        if synthesizer is not None:
+            self._synthesizer = synthesizer(build_setting(job.recipe, teacher.module, device))
+        elif not is_live(job.recipe):
             self._feed = build_student(_in_one_process(job.recipe), self._student, device)
             if self._feed is not None:
                 self._feed.follow(None)

@@ -80,7 +80,7 @@ def check(recipe: Recipe, *, writes_run: bool = True, writes_set: bool = True) -
     _check_places(recipe, mistakes, writes_run=writes_run, writes_set=writes_set)
     if network is not None and student is not None:
         with mistakes.gathered():
-            _check_synthesis(recipe, network, student)
+            check_synthesis(recipe, network, student)
     if network is not None:
         with mistakes.gathered():
             if recipe.teacher.train is None or weights_exist(recipe.teacher.weights, where="teacher.weights"):
@@ -114,7 +114,12 @@ def _check_places(recipe: Recipe, mistakes: Mistakes, *, writes_run: bool, write
             transfer_set_of(recipe, {}).store.probe()
 
 
-def _check_synthesis(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> None:
+def check_synthesis(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> None:
+    """Build the recipe's synthesis once, on the CPU, as it will be in the run.
+
+    Raises:
+        RecipeError: it is mistaken, or does not suit the teacher.
+    """
     cpu = torch.device("cpu")
     if is_live(recipe):
         _check_source(recipe, lambda steps: live_generator(recipe, teacher, student, cpu, steps=steps, is_trial=True))

@@ -6,14 +6,14 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from raydfkd.config.load import method_data, packaged_methods
 from raydfkd.config.recipe import Recipe
 from raydfkd.errors import RecipeError
+from raydfkd.networks.build import build_network
 from raydfkd.networks.teacher import build_teacher
-from raydfkd.synthesis.build import build_synthesizer
+from raydfkd.runner.check import check_synthesis
 
 
 def suits(recipe: Recipe, teacher: nn.Module | None = None) -> Iterator[tuple[str, str]]:
@@ -28,14 +28,33 @@ def suits(recipe: Recipe, teacher: nn.Module | None = None) -> Iterator[tuple[st
     """
     network = build_teacher(recipe) if teacher is None else teacher
     for method in packaged_methods():
-        try:
-            build_synthesizer(with_synthesis(recipe, method_data(method)["synthesis"]), network, torch.device("cpu"))
-        except RecipeError as error:
-            yield method, error.lines[0]
-        else:
-            yield method, ""
+        yield method, why_not(with_method(recipe, method_data(method)), network)
+
+
+def why_not(recipe: Recipe, teacher: nn.Module | None = None) -> str:
+    """Why the recipe's method does not suit its teacher, built here unless given; nothing where it does."""
+    network = build_teacher(recipe) if teacher is None else teacher
+    try:
+        check_synthesis(recipe, network, build_network(recipe.student, recipe.teacher, where="student", seed=0))
+    except RecipeError as error:
+        return error.lines[0]
+    return ""
 
 
 def with_synthesis(recipe: Recipe, synthesis: Mapping[str, Any]) -> Recipe:
     """The recipe with another section ``synthesis``."""
     return Recipe.model_validate_json(json.dumps({**recipe.model_dump(mode="json"), "synthesis": dict(synthesis)}))
+
+
+def with_method(recipe: Recipe, method: Mapping[str, Any]) -> Recipe:
+    """The recipe with another method's synthesis, source and rounds, in one process."""
+    data = recipe.model_dump(mode="json")
+    source = method.get("distill", {}).get("source", "growing")
+    is_live = "live" in (source, source.get("kind") if isinstance(source, dict) else None)
+    rounds = method.get("rounds", 1)
+    spec = data["transfer_set"]
+    spec["images_per_class"] = 0 if is_live else rounds * spec["unit"]["images_per_class"]
+    data |= {"synthesis": dict(method["synthesis"]), "rounds": rounds}
+    data["distill"] = {**data["distill"], "source": source, "steps": max(rounds, data["distill"]["steps"])}
+    data["runtime"]["executor"] = "local"
+    return Recipe.model_validate_json(json.dumps(data))

@@ -86,6 +86,20 @@ def build_synthesizer(
         RecipeError: anything in ``synthesis`` that is unknown, of the wrong type or does not suit the teacher.
     """
     spec = recipe.synthesis
+    setting = build_setting(recipe, teacher, device, student, is_trial=is_trial)
+    return SYNTHESIZERS.build(spec.synthesizer, spec.options, setting, where="synthesis")
+
+
+def build_setting(
+    recipe: Recipe,
+    teacher: nn.Module,
+    device: torch.device,
+    student: StudentFeed | None = None,
+    *,
+    is_trial: bool = False,
+) -> Setting:
+    """Everything that the recipe's synthesizer is supplied with; arguments and errors of ``build_synthesizer``."""
+    spec = recipe.synthesis
     pictures = pictures_of(recipe)
     targets = TARGETS.build(spec.targets.kind, spec.targets.options, where="synthesis.targets")
     objective = build_objective(
@@ -121,7 +135,7 @@ def build_synthesizer(
         batches = images[: 2 if is_trial else None].split(MEASURED_AT_ONCE)
         with cpu_threads(spec.threads):
             observed.measure(pixels.from_uint8(batch.to(device)) for batch in batches)
-    setting = Setting(
+    return Setting(
         judge=Judge(teacher=observed, objective=objective, pixels=pixels, student=student),
         space=recipe.teacher.image_space,
         targets=targets,
@@ -132,7 +146,6 @@ def build_synthesizer(
         if spec.start is None
         else PictureStart(images=pictures["synthesis.start.images"].images, noise=spec.start.noise),
     )
-    return SYNTHESIZERS.build(spec.synthesizer, spec.options, setting, where="synthesis")
 
 
 def _refuse_idle_pictures(recipe: Recipe, objective: Objective) -> None:
