@@ -5,18 +5,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from toy import batchnorm_teacher, plain_teacher, shipped, toy_images
+from toy import batchnorm_teacher, plain_teacher, toy_images
 
 from raydfkd.config.schema import TermSpec
 from raydfkd.errors import RecipeError
-from raydfkd.losses.objective import TERMS, View, build_objective
+from raydfkd.losses.objective import TERMS, View, build_objective, terms_that_need
 from raydfkd.networks.observed import Need, Observation, ObservedNetwork
 
 TEACHER = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0], [-2.0, 0.0, 0.3], [1.0, 1.5, -1.0]])
 STUDENT = torch.tensor([[1.0, 0.0, 0.5], [2.0, 0.5, 1.0], [-1.0, -1.5, 0.2], [2.0, 3.0, 0.0]])
 ALIKE = [0, 2, 3]
 """Rows that both decide alike."""
-DISAGREEMENT = [name for name in shipped(TERMS) if Need.STUDENT in TERMS.build(name, {}, where="test").taps]
+DISAGREEMENT = terms_that_need(Need.STUDENT)
 
 
 def value(name, student, teacher, **options):

@@ -34,7 +34,9 @@ def layer(seed, *, groups, channels):
 
 def value_of(layers, **options):
     seen = Observation(logits=torch.zeros(4, 3), moments=tuple(layers))
-    view = View(images=torch.zeros(4, 1, 2, 2), targets=None, teacher=seen, observe=lambda _: seen)
+    groups = len(layers[0].mean)
+    images = torch.zeros(groups, 1, 2, 2)
+    view = View(images=images, targets=None, teacher=seen, observe=lambda _: seen, groups=groups)
     return term(**options)(view).item()
 
 
@@ -117,7 +119,7 @@ def test_layer_that_is_matched_exactly_does_not_spoil_the_gradient_of_another(op
         replace(other, mean=mean[None, 5:]),
     )
     seen = Observation(logits=torch.zeros(4, 3), moments=moments)
-    view = View(images=torch.zeros(4, 1, 2, 2), targets=None, teacher=seen, observe=lambda _: seen)
+    view = View(images=torch.zeros(1, 1, 2, 2), targets=None, teacher=seen, observe=lambda _: seen)
     (gradient,) = torch.autograd.grad(term(**options)(view), mean)
     torch.testing.assert_close(gradient[:5], torch.zeros(5), rtol=0, atol=1e-6)
     assert gradient[5:].isfinite().all()
@@ -206,24 +208,27 @@ def reference(teacher, images, groups, *, form, statistic, scope):
         hook.remove()
     distances = []
     for norm, x in zip(norms, inputs, strict=True):
-        for part in x.chunk(groups) if scope == "class" else [x]:
+        for part in [x] if scope == "batch" else x.chunk(groups):
             var, mean = torch.var_mean(part, (0, 2, 3), correction=0)
             stored = norm.running_var
-            if form == "kl":
+            if form in {"kl", "reverse_kl"}:
                 floor = 1e-3 * stored.median()
-                batch, trained = Normal(mean, (var + floor).sqrt()), Normal(norm.running_mean, (stored + floor).sqrt())
-                distances.append(kl_divergence(batch, trained).mean() / len(norms))
+                pair = [Normal(mean, (var + floor).sqrt()), Normal(norm.running_mean, (stored + floor).sqrt())]
+                divergence = kl_divergence(*(pair if form == "kl" else pair[::-1]))
+                distances.append(divergence.mean() / len(norms))
                 continue
             if statistic == "std":
                 var, stored = var.sqrt(), stored.sqrt()
             pair = (mean - norm.running_mean, var - stored)
             distances.append(sum(one.norm() if form == "norm" else one.square().mean() for one in pair))
-    return torch.stack(distances).sum() / (groups if scope == "class" else 1)
+    return torch.stack(distances).sum() / (1 if scope == "batch" else groups)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options.values()))
 def test_value_and_gradient_agree_with_autograd_in_float64(options):
     teacher, images, groups = batchnorm_teacher(), toy_images(6), 2
+    if options["scope"] == "image":
+        groups = len(images)
     view = toy_view(images, teacher=teacher, groups=groups)
     value = term(**options)(view)
     (gradient,) = torch.autograd.grad(value, images)
