@@ -63,9 +63,9 @@ class LogitGap(Term):
     large the logits are, and no difference of scale alone.
 
     Args:
-        log: see above.
-        standardize: see above.
-        easy_first: a gap beyond which an image counts for nothing, such as {from: 0.5, to: 5, until: 0.8}: self-paced
+        log: the mean over images of -log(1 + gap) instead.
+        standardize: logits with mean 0 and deviation 1 over the classes instead.
+        easy_first: gap beyond which an image counts for nothing, such as {from: 0.5, to: 5, until: 0.8}: self-paced
             (Kumar et al. 2010; CuDFKD), so that what is far from the student comes later. In units of what is averaged,
             so of the logarithm with ``log``.
     """
@@ -98,7 +98,7 @@ class DecisionGap(Term):
     Args:
         where: alike, or everywhere.
         temperature: divides both logits; the divergence is not multiplied by its square.
-        easy_first: a divergence beyond which an image counts for nothing, as of logit_gap.
+        easy_first: divergence beyond which an image counts for nothing, as of logit_gap.
     """
 
     needs = frozenset({Need.STUDENT})

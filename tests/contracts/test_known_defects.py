@@ -49,7 +49,7 @@ def test_norm_is_not_taken_over_the_whole_batch(term):
 
 
 def test_divergence_of_student_and_teacher_is_to_their_mixture_and_not_from_it():
-    """Adaptive DeepInversion's code exchanges the arguments of both divergences, which opposite answers make infinite."""
+    """Adaptive DeepInversion's code exchanges the arguments of both divergences: opposite answers make it infinite."""
     student, teacher = torch.tensor([[3.0, 0.0, -1.0]]), torch.tensor([[-1.0, 2.0, 0.5]])
     one, other = (logits.double().softmax(1) for logits in (student, teacher))
     mixture = (one + other) / 2

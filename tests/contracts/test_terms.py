@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from toy import (
     BATCHNORM_TAPS,
     REQUIRED,
@@ -239,3 +242,14 @@ def test_term_declares_everything_it_reads(case):
 def test_option_that_makes_no_sense_is_refused_with_its_key(name, options, reason):
     with pytest.raises(RecipeError, match=reason):
         build(name, options)
+
+
+def test_every_term_that_the_page_on_recipes_shows_can_be_built():
+    page = (Path(__file__).parents[2] / "docs/recipes.md").read_text()
+    section = page.partition("## Terms of an objective")[2].partition("\n## ")[0]
+    shown = re.findall(r"`(\{term: .*?\})`", section)
+    assert len(shown) >= 9
+    specs = [TermSpec.model_validate({"name": str(place), **yaml.safe_load(text)}) for place, text in enumerate(shown)]
+    build_objective(specs, has_targets=True, offers=frozenset(Need))
+    named = re.findall(r"`([a-z_0-9]+)`", section.partition("| for |")[2].partition("\n\n")[0])
+    assert {name for name in named if name != "image_space"} <= {*shipped(TERMS)}
