@@ -47,7 +47,7 @@ def distance(one, other):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("precision", "within"), [(torch.float32, 2e-3), (torch.bfloat16, 5e-2)])
-@pytest.mark.parametrize(("need", "groups"), [(Need.MOMENTS, 1), (Need.CLASS_MOMENTS, 4)])
+@pytest.mark.parametrize(("need", "groups"), [(Need.MOMENTS, 1), (Need.CLASS_MOMENTS, 4), (Need.IMAGE_MOMENTS, 64)])
 def test_observed_network_says_on_cuda_what_it_says_on_cpu(caplog, compiled, precision, within, need, groups):
     images = toy_images(64)
     taps = frozenset({Need.FEATURES, need})

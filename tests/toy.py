@@ -23,6 +23,7 @@ from raydfkd.data.shards import encode_rows, write_part
 from raydfkd.distillation.trainer import TrainingHooks
 from raydfkd.distillation.training import StudentTraining
 from raydfkd.errors import RecipeError
+from raydfkd.images.pixels import PixelRange
 from raydfkd.job import Job, SynthesisOutcome
 from raydfkd.losses.objective import View
 from raydfkd.networks.observed import Need, Observation, ObservedNetwork
@@ -181,6 +182,8 @@ def toy_view(
         observe=observed,
         student=Observation(logits=plain_teacher(seed=1)(images)),
         latents=images.flatten(1)[:, :5],
+        seen=PixelRange(SPACE).from_nominal(images),
+        groups=groups,
     )
 
 
@@ -253,13 +256,17 @@ def shipped(registry: Registry[Any]) -> list[str]:
     return [name for name in registry.names() if registry.get(name, where="test").__module__.startswith("raydfkd.")]
 
 
+REQUIRED: dict[str, dict[str, Any]] = {"exponential_increment": {"of": "one_hot"}}
+"""Options that plug-ins have no default for."""
+
+
 def variants(registry: Registry[Any], name: str, *supplied: Any) -> Iterator[dict[str, Any]]:
     """Options of plug-in ``name``: every combination of its closed choices that it accepts."""
     factory = registry.get(name, where="test")
     hints = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)  # type: ignore[misc]
     choices = {option: get_args(hint) for option, hint in hints.items() if get_origin(hint) is Literal}
     for values in itertools.product(*choices.values()):
-        options = dict(zip(choices, values, strict=True))
+        options = REQUIRED.get(name, {}) | dict(zip(choices, values, strict=True))
         try:
             registry.build(name, options, *supplied, where="test")
         except RecipeError:

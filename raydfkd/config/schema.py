@@ -59,6 +59,7 @@ class Family:
 Targets = Annotated[PluginSpec, Family("targets")]
 Augmentation = Annotated[PluginSpec, Family("augmentations")]
 Criterion = Annotated[PluginSpec, Family("criteria")]
+LossTerm = Annotated[PluginSpec, Family("terms")]
 Generator = Annotated[PluginSpec, Family("generators")]
 Source = Annotated[PluginSpec, Family("sources")]
 RealDataSet = Annotated[PluginSpec, Family("real_data")]

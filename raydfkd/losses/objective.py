@@ -36,6 +36,10 @@ class View:
     """The student's answer, where a term needs it and there is a student."""
     latents: Tensor | None = None
     """[N, Z], where the images were generated."""
+    seen: Tensor | None = None
+    """The images as the teacher takes them, in its units."""
+    groups: int = 1
+    """Equal, contiguous parts of the batch: one a class, where images have a class."""
     progress: float = 1.0
     """Share of the optimisation's steps that are made, from 0 to 1."""
     compiled: bool = False
@@ -53,13 +57,18 @@ class Term(nn.Module):
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
-    needs_targets: ClassVar[bool] = False
-    is_per_image: ClassVar[bool] = True
+    needs_targets: bool = False
+    is_per_image: bool = True
 
     @property
     def taps(self) -> frozenset[Tap]:
         """Reads of this instance; narrower or other than ``needs`` where options decide, such as a ``Layer``."""
         return self.needs
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it wants to be told of batches that are kept."""
+        return type(self).commit is not Term.commit
 
     def forward(self, view: View) -> Tensor:
         """The loss, a scalar."""
@@ -74,7 +83,14 @@ class Term(nn.Module):
 
 TERMS: Registry[Term] = Registry(
     "term",
-    ["raydfkd.losses.outputs", "raydfkd.losses.moments", "raydfkd.losses.priors", "raydfkd.losses.disagreement"],
+    [
+        "raydfkd.losses.outputs",
+        "raydfkd.losses.moments",
+        "raydfkd.losses.priors",
+        "raydfkd.losses.diversity",
+        "raydfkd.losses.disagreement",
+        "raydfkd.losses.increment",
+    ],
     member="needs_targets",
 )
 
@@ -148,7 +164,7 @@ class Objective(nn.Module):
     @property
     def remembers(self) -> bool:
         """Whether a term wants to be told of batches that are kept."""
-        return any(type(term).commit is not Term.commit for term in self.terms.values())
+        return any(term.remembers for term in self.terms.values())
 
     def commit(self, view: View) -> None:
         """Tell every term that the batch of ``view`` was kept."""

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from raydfkd.losses.objective import TERMS, Term, View
-from raydfkd.networks.observed import Need
+from raydfkd.networks.observed import Layer, Need, Tap
 
 
 @TERMS.register("cross_entropy")
@@ -69,12 +69,25 @@ class ClassBalance(Term):
 class Activation(Term):
     """Negative mean absolute feature: low where the last linear layer's input is strongly excited.
 
-    Units of the features, mean over images and features [N, D]; in (-inf, 0]. Source: Chen et al. 2019 (DAFL).
+    Units of the features, mean over images and features [N, D]; in (-inf, 0]. Source: Chen et al. 2019 (DAFL). With
+    ``layer`` the mean is over all numbers of that layer's output: Wang 2021 excites the first convolution, where the
+    sum over an image's numbers is taken, so that the weight there is ours divided by their number.
+
+    Args:
+        layer: path of a layer of the teacher, or first_convolution; null for the last linear layer's input.
     """
 
-    needs = frozenset({Need.FEATURES})
+    def __init__(self, *, layer: str | None = None) -> None:
+        super().__init__()
+        self._layer = layer
+
+    @property
+    def taps(self) -> frozenset[Tap]:
+        """The features, or the layer's output."""
+        return frozenset({Need.FEATURES if self._layer is None else Layer(self._layer)})
 
     @override
     def forward(self, view: View) -> Tensor:
-        assert view.teacher.features is not None, "activation needs features"
-        return -view.teacher.features.abs().mean()
+        found = view.teacher.features if self._layer is None else view.teacher.layers[self._layer]
+        assert found is not None, "activation needs features"
+        return -found.abs().mean()

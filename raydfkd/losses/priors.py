@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from typing_extensions import override
 
+from raydfkd.config.schema import PositiveFloat
 from raydfkd.losses.objective import TERMS, Term, View
 from raydfkd.networks.compiled import Compiled
+
+_REACH = 2
+"""Pixels that a blur reaches to each side."""
 
 
 @TERMS.register("total_variation")
@@ -50,6 +56,58 @@ class ImageL2(Term):
         size = _COMPILED_SIZE if view.compiled else _size
         value: Tensor = size(view.images)
         return value
+
+
+@TERMS.register("smoothness")
+class Smoothness(Term):
+    """Mean squared difference between the images and themselves blurred: low where they have no fine detail.
+
+    In nominal units squared (``images.pixels``), a mean over images, channels and pixels; in [0, inf). The blur is a
+    Gaussian over 5x5 pixels, at whose edge the image's last pixel is repeated. Source: Smith et al. 2021 (Always Be
+    Dreaming), where the edge is mirrored and a ``sigma`` of 1 is one of 1.414 here, because the released code takes its
+    exponent's half twice.
+
+    Args:
+        sigma: standard deviation of the blur, in pixels.
+    """
+
+    def __init__(self, *, sigma: PositiveFloat = 1.0) -> None:
+        super().__init__()
+        row = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-_REACH, _REACH + 1)]
+        self._row = [value / sum(row) for value in row]
+
+    @override
+    def forward(self, view: View) -> Tensor:
+        images = view.images
+        row = images.new_tensor(self._row)
+        maps = F.pad(images.flatten(0, 1).unsqueeze(1), (_REACH,) * 4, mode="replicate")
+        blurred = F.conv2d(F.conv2d(maps, row.view(1, 1, 1, -1)), row.view(1, 1, -1, 1))
+        return F.mse_loss(blurred.view_as(images), images)
+
+
+@TERMS.register("pixel_moments")
+class PixelMoments(Term):
+    """Squared distance of the pixels' mean and standard deviation, in the teacher's units, from 0 and 1.
+
+    Those are the moments that the teacher's normalisation says of its training data, so this is what a teacher without
+    BatchNorm knows of them. It holds where the constants of ``image_space`` were measured; those of a teacher that
+    takes pixels from -1 to 1 are a mere convention. A scalar in [0, inf): the mean over channels of the sum of both
+    squares. Source: Cai et al. 2020 (ZeroQ), the term of the input; its sum over channels is a mean here.
+
+    Args:
+        scope: moments of each image over its pixels, the value being a mean over images, or of the whole batch.
+    """
+
+    def __init__(self, *, scope: Literal["image", "batch"] = "image") -> None:
+        super().__init__()
+        self._dims = (2, 3) if scope == "image" else (0, 2, 3)
+        self.is_per_image = scope == "image"
+
+    @override
+    def forward(self, view: View) -> Tensor:
+        assert view.seen is not None, "pixel_moments needs the images in the teacher's units"
+        var, mean = torch.var_mean(view.seen, self._dims, correction=0)
+        return (mean.square() + ((var + 1e-8).sqrt() - 1).square()).mean()
 
 
 def _variation(images: Tensor, norm: str) -> Tensor:

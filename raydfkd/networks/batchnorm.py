@@ -32,12 +32,13 @@ class LayerMoments:
     layer: str = ""
     """Path of the layer in its network."""
 
-    def pooled(self) -> LayerMoments:
-        """The moments of all groups together, exactly (groups are of one size): mean and var are [1, C]."""
-        if len(self.mean) == 1:
+    def pooled(self, groups: int = 1) -> LayerMoments:
+        """Moments [groups, C] of larger parts of the batch, exactly: each is of equally many of these groups."""
+        if len(self.mean) == groups:
             return self
-        mean = self.mean.mean(0, keepdim=True)
-        var = self.var.mean(0, keepdim=True) + self.mean.var(0, correction=0, keepdim=True)
+        means, variances = (moment.unflatten(0, (groups, -1)) for moment in (self.mean, self.var))
+        mean = means.mean(1)
+        var = variances.mean(1) + means.var(1, correction=0)
         return replace(self, mean=mean, var=var)
 
 
@@ -76,8 +77,8 @@ class MomentsTrace:
         """Refuse to take moments of each group in a layer that gets ``rows`` which cannot be shared out."""
         if rows % self.groups:
             raise RecipeError(
-                f"moments are wanted of each of {self.groups} classes, but the layer {layer} gets {rows} rows; take "
-                "those of the whole batch (scope: batch)"
+                f"moments are wanted of each of {self.groups} parts of a batch, but the layer {layer} gets {rows} "
+                "rows; take those of the whole batch (scope: batch)"
             )
 
 

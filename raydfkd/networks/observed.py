@@ -36,10 +36,16 @@ class Need(Enum):
     """BatchNorm statistics of the whole batch beside those that training stored."""
     CLASS_MOMENTS = "class_moments"
     """The same, for each class of the batch by itself."""
+    IMAGE_MOMENTS = "image_moments"
+    """The same, for each image by itself, over its positions."""
     STUDENT = "student"
     """The student's logits."""
     LATENTS = "latents"
     """Latents that a generator made the images from."""
+
+
+MOMENTS = (Need.IMAGE_MOMENTS, Need.CLASS_MOMENTS, Need.MOMENTS)
+"""Needs of moments, the finest first: of those of parts, those of larger ones follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,7 @@ class Layer:
     """The output of one layer of the network: a need that names it by its path."""
 
     path: str
-    """As ``named_modules`` has it, such as ``body.2.1``."""
+    """As ``named_modules`` has it, such as ``body.2.1``, or ``taps.FIRST_CONVOLUTION``."""
 
 
 Tap = Need | Layer
@@ -119,7 +125,7 @@ class ObservedNetwork:
         self._batchnorm = batchnorm
         self._precision = precision
         self._name = name
-        self._moments_tap = next((tap for tap in (Need.CLASS_MOMENTS, Need.MOMENTS) if tap in self._taps), None)
+        self._moments_tap = next((tap for tap in MOMENTS if tap in self._taps), None)
         assert frozen or self._moments_tap is None, "moments are taken of a frozen network"
         self._is_measured = statistics == "measured"
         self._measured: tuple[LayerMoments, ...] = ()
@@ -299,7 +305,7 @@ class ObservedNetwork:
                 "otherwise while they are taken; drop it"
             )
         self._refuse_without_gradient(found)
-        if self._moments_tap is Need.CLASS_MOMENTS:
+        if self._moments_tap is not Need.MOMENTS:
             self._refuse_mixed_rows(images)
 
     def _watched(self, images: Tensor) -> list[Watched]:
@@ -343,7 +349,7 @@ class ObservedNetwork:
             )
 
     def _refuse_mixed_rows(self, images: Tensor) -> None:
-        """Refuse a network in which the moments of a class would be those of several.
+        """Refuse a network in which the moments of a class or an image would be those of several.
 
         Where rows are in the order of the images, two images that change places take their moments along, and these
         are not alike.
@@ -355,8 +361,9 @@ class ObservedNetwork:
             is_dead = not first.var.any()
             is_swapped = _is_close(first.mean.flip(0), second.mean) and _is_close(first.var.flip(0), second.var)
             if not is_swapped or (is_blended and not is_dead):
+                part = "image" if self._moments_tap is Need.IMAGE_MOMENTS else "class"
                 raise RecipeError(
-                    f"{self._who(Need.CLASS_MOMENTS)} needs moments of each class, but the rows that the "
+                    f"{self._who(self._moments_tap)} needs moments of each {part}, but the rows that the "
                     f"{self._name}'s layer {first.layer} gets are not in the order of the images; take those of the "
                     "whole batch (scope: batch)"
                 )

@@ -9,9 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from raydfkd.errors import RecipeError
 from raydfkd.networks.answers import logits_of
+
+FIRST_CONVOLUTION = "first_convolution"
+"""Stands for the path of a network's first convolution, the one that was registered first."""
 
 
 def wrapped(network: nn.Module) -> nn.Module:
@@ -23,12 +27,17 @@ def wrapped(network: nn.Module) -> nn.Module:
 
 
 def layer_at(network: nn.Module, path: str, *, name: str, who: str) -> nn.Module:
-    """The layer of ``network`` at ``path``.
+    """The layer of ``network`` at ``path``, or its first convolution.
 
     Raises:
         RecipeError: there is none; it says which have a similar path.
     """
     layers: dict[str, nn.Module] = dict(wrapped(network).named_modules())
+    if path == FIRST_CONVOLUTION and path not in layers:
+        first = next((layer for layer in layers.values() if isinstance(layer, _ConvNd)), None)
+        if first is None:
+            raise RecipeError(f"{who} names the first convolution, but the {name} has none; name a layer by its path")
+        return first
     if path not in layers or not path:
         close = difflib.get_close_matches(path, [known for known in layers if known], n=3, cutoff=0.3)
         remedy = f"the nearest are {', '.join(close)}" if close else f"its first are {', '.join([*layers][1:4])}"

@@ -19,7 +19,7 @@ from raydfkd.job import asks_student
 from raydfkd.losses.objective import Objective, build_objective, terms_that_need
 from raydfkd.networks.build import build_network
 from raydfkd.networks.embeddings import embeddings_of
-from raydfkd.networks.observed import Need, ObservedNetwork
+from raydfkd.networks.observed import MOMENTS, Need, ObservedNetwork
 from raydfkd.seeds import derive_seed
 from raydfkd.synthesis.generator_training import GeneratorTraining
 from raydfkd.synthesis.judge import Judge, StudentFeed
@@ -156,7 +156,7 @@ def _refuse_idle_pictures(recipe: Recipe, objective: Objective) -> None:
             f"synthesis.start.images is {spec.start.images!r}, but the synthesizer {spec.synthesizer} does not begin "
             "with images; use pixels or drop start"
         )
-    if spec.statistics is not None and not objective.needs & {Need.MOMENTS, Need.CLASS_MOMENTS}:
+    if spec.statistics is not None and not objective.needs.intersection(MOMENTS):
         raise RecipeError(
             f"synthesis.statistics is {spec.statistics!r}, but no term of synthesis.objective compares moments; add "
             "bn_moments or drop statistics"

@@ -58,10 +58,9 @@ class Judge:
         own unless given.
         """
         ask = self.asked(student)
-        by_class = Need.CLASS_MOMENTS in self.objective.needs
 
         def ask_teacher(batch: Tensor) -> Observation:
-            return self.teacher(batch, groups=groups if by_class else 1)
+            return self.teacher(batch, groups=self._parts(len(batch), groups))
 
         seen = self.pixels.from_nominal(images)
 
@@ -72,6 +71,8 @@ class Judge:
             observe=lambda batch: ask_teacher(self.pixels.from_nominal(batch)),
             student=None if ask is None else ask(seen),
             latents=latents,
+            seen=seen,
+            groups=groups,
             progress=progress,
             compiled=self.teacher.is_compiled,
         )
@@ -80,6 +81,12 @@ class Judge:
     def asked(self, student: AskStudent | None = None) -> AskStudent | None:
         """The student that terms ask, the judge's own unless given; None where no term does."""
         return (student or self.student) if Need.STUDENT in self.objective.needs else None
+
+    def _parts(self, images: int, classes: int) -> int:
+        """Parts of a batch of each of which moments are taken: the smallest that a term asks for."""
+        if Need.IMAGE_MOMENTS in self.objective.needs:
+            return images
+        return classes if Need.CLASS_MOMENTS in self.objective.needs else 1
 
     @torch.no_grad()
     def keep(
@@ -114,6 +121,7 @@ class Judge:
                 observe=lambda batch: self.teacher(self.pixels.from_nominal(batch)),
                 student=None if ask is None else ask(seen),
                 latents=latents,
+                seen=seen,
             )
             self.objective.commit(view)
         labels = targets if targets is not None and targets.ndim == 1 else logits.argmax(1)

@@ -5,21 +5,23 @@ import math
 import numpy as np
 import pytest
 import torch
-from toy import batchnorm_teacher, plain_teacher, shipped, toy_images
+from toy import batchnorm_teacher, plain_teacher, toy_images
 
 from raydfkd.config.schema import TermSpec
 from raydfkd.errors import RecipeError
-from raydfkd.losses.objective import TERMS, View, build_objective
+from raydfkd.losses.objective import TERMS, View, build_objective, terms_that_need
 from raydfkd.networks.observed import Need, Observation, ObservedNetwork
 
 TEACHER = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, 1.0], [-2.0, 0.0, 0.3], [1.0, 1.5, -1.0]])
 STUDENT = torch.tensor([[1.0, 0.0, 0.5], [2.0, 0.5, 1.0], [-1.0, -1.5, 0.2], [2.0, 3.0, 0.0]])
+SHIFT = torch.tensor([0.1, -0.2, 0.3])
+"""Keeps a student's answer from being the teacher's but for scale."""
 ALIKE = [0, 2, 3]
 """Rows that both decide alike."""
-DISAGREEMENT = [name for name in shipped(TERMS) if Need.STUDENT in TERMS.build(name, {}, where="test").taps]
+DISAGREEMENT = terms_that_need(Need.STUDENT)
 
 
-def value(name, student, teacher, **options):
+def value(name, student, teacher, progress=1.0, **options):
     """Of answers [N, K], as a tensor."""
     seen = Observation(logits=teacher)
     view = View(
@@ -28,6 +30,7 @@ def value(name, student, teacher, **options):
         teacher=seen,
         observe=lambda _: seen,
         student=Observation(logits=student),
+        progress=progress,
     )
     return TERMS.build(name, options, where="test")(view)
 
@@ -151,3 +154,88 @@ def test_term_is_refused_in_one_line_where_no_student_is_trained(name):
         RecipeError, match=rf"synthesis.objective\[0\]: {name} needs the student, but .*; drop the term"
     ):
         build_objective(specs, has_targets=True, absent={Need.STUDENT: "but nobody trains one; drop the term"})
+
+
+def test_logit_gap_by_logarithm_is_the_mean_over_images_of_the_log_of_one_plus_each_gap():
+    gaps = np.abs(STUDENT.numpy() - TEACHER.numpy()).mean(1)
+    assert value("logit_gap", STUDENT, TEACHER, log=True).item() == pytest.approx(-np.log(1 + gaps).mean())
+
+
+def standardized(logits):
+    return (logits - logits.mean(1, keepdims=True)) / logits.std(1, keepdims=True)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_standardized_logit_gap_compares_logits_without_their_mean_and_spread(log):
+    gaps = np.abs(standardized(STUDENT.numpy()) - standardized(TEACHER.numpy())).mean(1)
+    expected = -(np.log(1 + gaps) if log else gaps).mean()
+    assert value("logit_gap", STUDENT, TEACHER, standardize=True, log=log).item() == pytest.approx(expected)
+
+
+def test_standardized_logit_gap_says_nothing_of_scale_and_is_at_most_two():
+    found = value("logit_gap", STUDENT, TEACHER, standardize=True)
+    scaled = value("logit_gap", 30 * STUDENT + 7, 0.1 * TEACHER - 2, standardize=True)
+    torch.testing.assert_close(scaled, found, rtol=1e-5, atol=0)
+    answers = torch.tensor([[50.0, -50.0], [-3.0, 3.0]])
+    assert value("logit_gap", -answers, answers, standardize=True).item() == pytest.approx(-2)
+    flat = torch.zeros(4, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(value("logit_gap", flat, TEACHER, standardize=True), flat)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 5.0])
+def test_decision_gap_everywhere_is_minus_the_mean_divergence_of_all_softened_answers(temperature):
+    student, teacher = (softmax(logits.numpy() / temperature) for logits in (STUDENT, TEACHER))
+    found = value("decision_gap", STUDENT, TEACHER, where="everywhere", temperature=temperature)
+    assert found.item() == pytest.approx(-divergence(teacher, student).mean(), rel=1e-5)
+
+
+def test_decision_gap_softens_where_both_decide_alike_too():
+    student, teacher = (softmax(logits.numpy() / 5) for logits in (STUDENT, TEACHER))
+    found = value("decision_gap", STUDENT, TEACHER, temperature=5.0)
+    assert found.item() == pytest.approx(-divergence(teacher, student)[ALIKE].sum() / len(TEACHER), rel=1e-5)
+
+
+GAPS = {
+    "logit_gap": lambda: np.abs(STUDENT.numpy() - TEACHER.numpy()).mean(1),
+    "decision_gap": lambda: divergence(softmax(TEACHER.numpy()), softmax(STUDENT.numpy())),
+}
+
+
+@pytest.mark.parametrize("name", GAPS)
+def test_easy_first_leaves_images_out_whose_gap_is_beyond_the_threshold_of_this_progress(name):
+    gaps = np.sort(GAPS[name]())
+    assert len(np.unique(gaps.round(3))) > 2
+    low, high = float(gaps[0] + gaps[1]) / 2, float(gaps[-1]) * 1.01
+    options = {"easy_first": {"from": low, "to": high, "until": 0.5}} | (
+        {"where": "everywhere"} if name == "decision_gap" else {}
+    )
+    for progress in (0.0, 0.25, 0.5, 1.0):
+        threshold = low + (high - low) * min(1.0, progress / 0.5)
+        expected = -gaps[gaps <= threshold].sum() / len(gaps)
+        found = value(name, STUDENT, TEACHER, progress=progress, **options)
+        assert found.item() == pytest.approx(expected, rel=1e-5), progress
+    student = STUDENT.clone().requires_grad_()
+    value(name, student, TEACHER, progress=0.0, **options).backward()
+    moved = student.grad.abs().amax(1).nonzero().flatten().tolist()
+    assert moved == np.flatnonzero(GAPS[name]() <= low).tolist()
+
+
+def test_threshold_of_easy_images_is_in_logarithms_where_the_gap_is():
+    gaps = np.sort(np.log(1 + GAPS["logit_gap"]()))
+    threshold = float(gaps[1] + gaps[2]) / 2
+    found = value("logit_gap", STUDENT, TEACHER, log=True, easy_first={"from": threshold, "to": threshold})
+    assert found.item() == pytest.approx(-gaps[:2].sum() / len(gaps))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("logit_gap", {"log": True, "standardize": True}),
+        ("logit_gap", {"easy_first": {"from": 1, "to": 2}}),
+        ("decision_gap", {"where": "everywhere", "temperature": 4.0}),
+    ],
+)
+def test_gradient_of_each_form_agrees_with_finite_differences(name, options):
+    answers = ((STUDENT + SHIFT).double().requires_grad_(), TEACHER.double().requires_grad_())
+    assert torch.autograd.gradcheck(lambda student, teacher: value(name, student, teacher, **options), answers)

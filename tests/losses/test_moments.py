@@ -9,12 +9,24 @@ import pytest
 import torch
 from torch import nn
 from torch.distributions import Normal, kl_divergence
-from toy import batchnorm_teacher, toy_images, toy_view, variants
+from toy import (
+    batches_of,
+    batchnorm_teacher,
+    toy_images,
+    toy_recipe,
+    toy_view,
+    unit_of,
+    variants,
+    worker_of,
+)
 
-from raydfkd.losses.objective import TERMS, View
+from raydfkd.job import open_job
+from raydfkd.losses.objective import TERMS, Objective, View
 from raydfkd.networks.batchnorm import LayerMoments
 from raydfkd.networks.observed import Observation
+from raydfkd.synthesis.checkpoint import Interrupted
 
+_INCREMENT = "{term: exponential_increment, of: {kind: bn_moments, form: kl, momentum: 0.5}, refresh: 3}"
 OPTIONS = list(variants(TERMS, "bn_moments"))
 
 
@@ -34,7 +46,9 @@ def layer(seed, *, groups, channels):
 
 def value_of(layers, **options):
     seen = Observation(logits=torch.zeros(4, 3), moments=tuple(layers))
-    view = View(images=torch.zeros(4, 1, 2, 2), targets=None, teacher=seen, observe=lambda _: seen)
+    groups = len(layers[0].mean)
+    images = torch.zeros(groups, 1, 2, 2)
+    view = View(images=images, targets=None, teacher=seen, observe=lambda _: seen, groups=groups)
     return term(**options)(view).item()
 
 
@@ -117,7 +131,7 @@ def test_layer_that_is_matched_exactly_does_not_spoil_the_gradient_of_another(op
         replace(other, mean=mean[None, 5:]),
     )
     seen = Observation(logits=torch.zeros(4, 3), moments=moments)
-    view = View(images=torch.zeros(4, 1, 2, 2), targets=None, teacher=seen, observe=lambda _: seen)
+    view = View(images=torch.zeros(1, 1, 2, 2), targets=None, teacher=seen, observe=lambda _: seen)
     (gradient,) = torch.autograd.grad(term(**options)(view), mean)
     torch.testing.assert_close(gradient[:5], torch.zeros(5), rtol=0, atol=1e-6)
     assert gradient[5:].isfinite().all()
@@ -206,24 +220,27 @@ def reference(teacher, images, groups, *, form, statistic, scope):
         hook.remove()
     distances = []
     for norm, x in zip(norms, inputs, strict=True):
-        for part in x.chunk(groups) if scope == "class" else [x]:
+        for part in [x] if scope == "batch" else x.chunk(groups):
             var, mean = torch.var_mean(part, (0, 2, 3), correction=0)
             stored = norm.running_var
-            if form == "kl":
+            if form in {"kl", "reverse_kl"}:
                 floor = 1e-3 * stored.median()
-                batch, trained = Normal(mean, (var + floor).sqrt()), Normal(norm.running_mean, (stored + floor).sqrt())
-                distances.append(kl_divergence(batch, trained).mean() / len(norms))
+                pair = [Normal(mean, (var + floor).sqrt()), Normal(norm.running_mean, (stored + floor).sqrt())]
+                divergence = kl_divergence(*(pair if form == "kl" else pair[::-1]))
+                distances.append(divergence.mean() / len(norms))
                 continue
             if statistic == "std":
                 var, stored = var.sqrt(), stored.sqrt()
             pair = (mean - norm.running_mean, var - stored)
             distances.append(sum(one.norm() if form == "norm" else one.square().mean() for one in pair))
-    return torch.stack(distances).sum() / (groups if scope == "class" else 1)
+    return torch.stack(distances).sum() / (1 if scope == "batch" else groups)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options.values()))
 def test_value_and_gradient_agree_with_autograd_in_float64(options):
     teacher, images, groups = batchnorm_teacher(), toy_images(6), 2
+    if options["scope"] == "image":
+        groups = len(images)
     view = toy_view(images, teacher=teacher, groups=groups)
     value = term(**options)(view)
     (gradient,) = torch.autograd.grad(value, images)
@@ -234,3 +251,131 @@ def test_value_and_gradient_agree_with_autograd_in_float64(options):
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
     error = (gradient - expected_gradient).norm() / expected_gradient.norm()
     assert error < 1e-5
+
+
+def test_reverse_kl_is_the_gaussian_divergence_of_stored_from_batch_averaged_over_channels_and_layers():
+    layers = [layer(0, groups=1, channels=5), layer(1, groups=1, channels=3)]
+    divergences = []
+    for one in layers:
+        floor = 1e-3 * one.running_var.median()
+        batch = Normal(one.mean, (one.var + floor).sqrt())
+        stored = Normal(one.running_mean, (one.running_var + floor).sqrt())
+        divergences.append(kl_divergence(stored, batch).mean().item())
+    assert value_of(layers, form="reverse_kl") == pytest.approx(np.mean(divergences), rel=1e-5)
+
+
+def test_reverse_kl_punishes_a_collapsed_channel_more_than_kl_and_leaves_a_dead_one_alone():
+    running = torch.ones(9)
+    batch = running.clone()
+    batch[1] = 0
+    one = LayerMoments(mean=torch.zeros(1, 9), var=batch[None], running_mean=torch.zeros(9), running_var=running)
+    assert value_of([one], form="reverse_kl") > 50 * value_of([one], form="kl")
+    dead = replace(one, running_var=batch)
+    assert value_of([dead], form="reverse_kl") == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("form", ["norm", "squared", "kl", "reverse_kl"])
+def test_scope_image_is_the_mean_over_images_of_each_image_by_itself(form):
+    images = toy_images(4)
+    alone = [term(form=form)(toy_view(images[row : row + 1])) for row in range(4)]
+    found = term(form=form, scope="image")(toy_view(images, groups=4))
+    torch.testing.assert_close(found, torch.stack(alone).mean(), rtol=1e-5, atol=0)
+
+
+def pair_of(layers, groups=1):
+    """The view of images with these moments."""
+    seen = Observation(logits=torch.zeros(4, 3), moments=tuple(layers))
+    images = torch.zeros(4, 1, 2, 2)
+    return View(images=images, targets=None, teacher=seen, observe=lambda _: seen, groups=groups)
+
+
+def blend(first, second, share):
+    """Layers whose moments are those of ``first`` and a ``share`` of those of ``second``."""
+    return [
+        replace(one, mean=(1 - share) * one.mean + share * other.mean, var=(1 - share) * one.var + share * other.var)
+        for one, other in zip(first, second, strict=True)
+    ]
+
+
+def batches():
+    """Three batches of moments in the same two layers."""
+    stored = [layer(0, groups=1, channels=5), layer(1, groups=1, channels=3)]
+    others = [[layer(2 * seed, groups=1, channels=5), layer(2 * seed + 1, groups=1, channels=3)] for seed in (1, 2)]
+    return [
+        stored,
+        *(
+            [replace(one, mean=other.mean, var=other.var) for one, other in zip(stored, batch, strict=True)]
+            for batch in others
+        ),
+    ]
+
+
+@pytest.mark.parametrize("form", ["norm", "squared", "kl", "reverse_kl"])
+def test_momentum_compares_a_batch_together_with_the_running_average_of_kept_ones(form):
+    first, second, third = batches()
+    averaging = term(form=form, momentum=0.9)
+    plain = term(form=form)
+    torch.testing.assert_close(averaging(pair_of(first)), plain(pair_of(first)), rtol=0, atol=0)
+    averaging.commit(pair_of(first))
+    torch.testing.assert_close(averaging(pair_of(second)), plain(pair_of(blend(second, first, 0.9))))
+    averaging.commit(pair_of(second))
+    average = blend(second, first, 0.9)
+    torch.testing.assert_close(averaging(pair_of(third)), plain(pair_of(blend(third, average, 0.9))))
+
+
+def test_average_takes_no_gradient_and_that_of_the_batch_is_weakened_by_the_momentum():
+    teacher, images = batchnorm_teacher(), toy_images(4)
+    averaging = term(form="squared", momentum=0.75)
+    averaging.commit(toy_view(images, teacher=teacher))
+    (gradient,) = torch.autograd.grad(averaging(toy_view(images, teacher=teacher)), images)
+    (plain,) = torch.autograd.grad(term(form="squared")(toy_view(images, teacher=teacher)), images)
+    torch.testing.assert_close(gradient, 0.25 * plain, rtol=1e-4, atol=1e-6)
+
+
+def test_average_is_of_all_groups_together_and_survives_a_checkpoint():
+    both = [layer(0, groups=2, channels=5)]
+    averaging = term(momentum=0.9)
+    averaging.commit(pair_of(both, groups=2))
+    pooled = both[0].pooled()
+    torch.testing.assert_close(averaging.average, torch.cat([pooled.mean, pooled.var]))
+    objective, again = (Objective([("bn_moments", 1.0, one)]) for one in (averaging, term(momentum=0.9)))
+    again.resume(objective.state_dict(), torch.device("cpu"))
+    torch.testing.assert_close(again.terms["bn_moments"].average, averaging.average)
+
+
+def test_term_without_momentum_has_no_state_and_is_not_told_of_kept_batches():
+    assert not term().state_dict()
+    assert (term().remembers, term(momentum=0.9).remembers) == (False, True)
+
+
+@pytest.mark.parametrize(("synthesizer", "after"), [("pixels", 9), ("generator", 5)])
+@pytest.mark.parametrize("objective", ["{term: bn_moments, momentum: 0.9}", _INCREMENT])
+def test_what_a_term_knows_of_earlier_batches_survives_an_interruption(tmp_path, synthesizer, after, objective):
+    overrides = [
+        f"synthesis.objective=[cross_entropy, {objective}]",
+        "transfer_set.images_per_class=6",
+        "transfer_set.unit.images_per_class=6",
+    ]
+
+    def job_of(name):
+        job = open_job(toy_recipe(tmp_path / name, overrides, synthesizer=synthesizer))
+        job.transfer_set.create()
+        return job
+
+    undisturbed, job = job_of("undisturbed"), job_of("disturbed")
+    expected = worker_of(undisturbed).run(undisturbed.units[0])
+    asked = iter(range(1000))
+    worker = worker_of(job, should_stop=lambda: next(asked) >= after)
+    with pytest.raises(Interrupted):
+        worker.run(job.units[0])
+    assert worker_of(job).run(job.units[0]).content == expected.content
+
+
+def test_kept_batches_change_the_next_ones_of_a_unit(tmp_path):
+    def made(name, momentum):
+        objective = f"synthesis.objective=[{{term: bn_moments, form: kl, momentum: {momentum}}}]"
+        return batches_of(toy_recipe(tmp_path / name, [objective, "synthesis.batch_size=2"]), unit_of((0, 1), 3))
+
+    averaged, plain = made("averaged", 0.9), made("plain", 0.0)
+    assert torch.equal(averaged[0].images, plain[0].images)
+    assert not torch.equal(averaged[1].images, plain[1].images)

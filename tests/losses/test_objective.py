@@ -10,7 +10,7 @@ from toy import SPACE, PlainNet, batchnorm_teacher, toy_images, toy_recipe, toy_
 from raydfkd.config.schema import TermSpec
 from raydfkd.errors import RecipeError
 from raydfkd.images.pixels import PixelRange
-from raydfkd.losses.objective import Objective, Term, build_objective
+from raydfkd.losses.objective import TERMS, Objective, Term, build_objective
 from raydfkd.networks.observed import Need, ObservedNetwork
 from raydfkd.synthesis.judge import Judge, ObjectiveNotFiniteError
 
@@ -137,6 +137,58 @@ def test_batch_moments_are_the_same_beside_class_moments_as_alone():
     _, class_alone = judge(by_class)(images, targets, groups=2)
     torch.testing.assert_close(beside.parts["bn_moments"], alone.parts["bn_moments"], rtol=1e-5, atol=0)
     torch.testing.assert_close(beside.parts["by_class"], class_alone.parts["by_class"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scope", ["batch", "class"])
+def test_moments_of_larger_parts_are_the_same_beside_those_of_each_image_as_alone(scope):
+    larger = {"term": "bn_moments", "name": "larger", "scope": scope}
+    by_image = {"term": "bn_moments", "name": "by_image", "scope": "image"}
+    images, targets = toy_images(6), torch.tensor([0, 0, 0, 1, 1, 1])
+    _, alone = judge(larger)(images, targets, groups=2)
+    _, beside = judge(larger, by_image)(images, targets, groups=2)
+    _, image_alone = judge(by_image)(images, targets, groups=2)
+    torch.testing.assert_close(beside.parts["larger"], alone.parts["larger"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(beside.parts["by_image"], image_alone.parts["by_image"], rtol=0, atol=0)
+
+
+def test_moments_of_each_image_are_those_of_a_batch_of_it_alone():
+    by_image = {"term": "bn_moments", "name": "by_image", "scope": "image", "form": "squared", "statistic": "std"}
+    images, targets = toy_images(4), torch.tensor([0, 0, 1, 1])
+    _, found = judge(by_image)(images, targets, groups=2)
+    batch = judge({**by_image, "scope": "batch"})
+    singles = [batch(images[row : row + 1], targets[row : row + 1])[1].total for row in range(4)]
+    torch.testing.assert_close(found.total, torch.stack(singles).mean(), rtol=1e-5, atol=0)
+
+
+def test_term_that_asks_the_teacher_again_gets_as_many_moments(monkeypatch):
+    class Asks(Term):
+        needs = frozenset({Need.IMAGE_MOMENTS})
+
+        def forward(self, view):
+            assert [len(layer.mean) for layer in view.observe(view.images).moments] == [4, 4]
+            return view.images.mean()
+
+    monkeypatch.setitem(TERMS._factories, "asks", Asks)
+    assert judge("asks")(toy_images(4), None)[1].total.isfinite()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_terms_see_the_images_in_the_teacher_s_units_too(monkeypatch, kept):
+    views = []
+
+    class Sees(Term):
+        def forward(self, view):
+            views.append(view)
+            return view.images.mean()
+
+        def commit(self, view):
+            views.append(view)
+
+    monkeypatch.setitem(TERMS._factories, "sees", Sees)
+    asked = judge("sees")
+    asked.keep(toy_images(4).detach(), None, 0.0) if kept else asked(toy_images(4), None)
+    (view,) = views
+    torch.testing.assert_close(view.seen, (view.images * 0.225 + 0.5 - 0.4) / 0.3)
 
 
 def test_kept_logits_are_the_teacher_s_answer_to_exactly_the_stored_pixels():

@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from toy import batches_of, batchnorm_teacher, toy_images, toy_recipe, toy_view
 
+from raydfkd.errors import RecipeError
 from raydfkd.losses.objective import TERMS, View
 from raydfkd.networks.observed import Observation
 
@@ -82,3 +84,23 @@ def test_class_balance_gives_a_finite_gradient_where_a_class_never_occurs():
 def test_activation_is_minus_the_mean_absolute_feature():
     features = torch.tensor([[1.0, -2.0], [0.0, 4.0], [-1.0, 0.0], [3.0, 1.0]])
     assert value_of("activation", LOGITS, features=features) == pytest.approx(-12 / 8)
+
+
+def test_activation_of_a_layer_is_minus_the_mean_absolute_number_of_its_output():
+    output = torch.tensor([[[[1.0, -2.0]], [[0.0, 3.0]]], [[[-1.0, -1.0]], [[4.0, 0.0]]]])
+    seen = Observation(logits=LOGITS[:2], layers={"body.1": output})
+    view = View(images=torch.zeros(2, 1, 2, 2), targets=None, teacher=seen, observe=lambda _: seen)
+    assert TERMS.build("activation", {"layer": "body.1"}, where="test")(view).item() == pytest.approx(-12 / 8)
+
+
+def test_activation_of_the_first_convolution_is_found_in_any_teacher():
+    teacher, images = batchnorm_teacher(), toy_images(4)
+    convolution = next(layer for layer in teacher.modules() if isinstance(layer, torch.nn.Conv2d))
+    term = TERMS.build("activation", {"layer": "first_convolution"}, where="test")
+    found = term(toy_view(images, teacher=teacher, taps=term.taps))
+    torch.testing.assert_close(found, -convolution(images).abs().mean())
+
+
+def test_layer_that_the_teacher_has_not_is_refused_with_the_recipe_s_term(tmp_path):
+    with pytest.raises(RecipeError, match=r"synthesis.objective's activation names the layer 'body.9', which the teac"):
+        batches_of(toy_recipe(tmp_path, ["synthesis.objective=[{term: activation, layer: body.9}]"]))

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 
+from raydfkd.config.schema import ImageSpace
+from raydfkd.images.pixels import PixelRange
 from raydfkd.losses.objective import TERMS, View
 from raydfkd.networks.observed import Observation
 
@@ -66,3 +69,48 @@ def test_image_l2_is_the_mean_over_images_of_each_image_s_norm():
 def test_image_l2_does_not_grow_with_the_batch_as_a_norm_over_all_of_it_would():
     four = IMAGES[:1].repeat(4, 1, 1, 1)
     assert value_of("image_l2", four) == pytest.approx(value_of("image_l2", IMAGES[:1]), rel=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 1.414])
+def test_smoothness_is_the_mean_squared_difference_from_a_gaussian_blur_over_five_pixels(sigma):
+    blurred = scipy.ndimage.gaussian_filter(IMAGES.double().numpy(), (0, 0, sigma, sigma), mode="nearest", radius=2)
+    expected = np.square(IMAGES.double().numpy() - blurred).mean()
+    assert value_of("smoothness", IMAGES, sigma=sigma) == pytest.approx(expected, rel=1e-5)
+
+
+def test_smoothness_of_a_flat_image_is_zero_and_of_stripes_more_than_of_a_slope():
+    assert value_of("smoothness", torch.full((2, 3, 5, 6), 0.7)) == pytest.approx(0, abs=1e-12)
+    slope = torch.linspace(-1, 1, 8).expand(1, 1, 8, 8)
+    stripes = torch.tensor([-1.0, 1.0] * 4).expand(1, 1, 8, 8)
+    assert value_of("smoothness", stripes) > 20 * value_of("smoothness", slope) > 0
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3)])
+def test_smoothness_takes_images_smaller_than_its_blur(size):
+    assert np.isfinite(value_of("smoothness", torch.randn(2, 1, *size)))
+
+
+@pytest.mark.parametrize("scope", ["image", "batch"])
+def test_pixel_moments_are_compared_in_the_teacher_s_units_with_mean_0_and_deviation_1(scope):
+    space = ImageSpace(channels=3, size=(5, 6), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+    mean, std = (np.reshape(constants, (1, 3, 1, 1)) for constants in (space.mean, space.std))
+    seen = (IMAGES.numpy() * 0.225 + 0.5 - mean) / std
+    axes = (2, 3) if scope == "image" else (0, 2, 3)
+    expected = (np.square(seen.mean(axes)) + np.square(seen.std(axes) - 1)).mean()
+    teacher = Observation(logits=torch.zeros(4, 3))
+    view = View(
+        images=IMAGES,
+        targets=None,
+        teacher=teacher,
+        observe=lambda _: teacher,
+        seen=PixelRange(space).from_nominal(IMAGES),
+    )
+    found = TERMS.build("pixel_moments", {"scope": scope}, where="test")(view)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_pixel_moments_of_images_like_the_normalised_training_data_are_zero():
+    pixels = torch.tensor([-1.0, 1.0] * 8).view(1, 1, 4, 4)
+    seen = Observation(logits=torch.zeros(1, 3))
+    view = View(images=pixels, targets=None, teacher=seen, observe=lambda _: seen, seen=pixels)
+    assert TERMS.build("pixel_moments", {}, where="test")(view).item() == pytest.approx(0, abs=1e-12)

@@ -342,9 +342,10 @@ class SequenceFirst(Tokens):
 
 
 @pytest.mark.parametrize("network", [Mirrored(), MirroredAtOnce(), SequenceFirst()], ids=lambda one: type(one).__name__)
-def test_moments_by_class_are_refused_where_rows_are_not_in_the_order_of_the_images(network):
-    message = refusal(network.eval(), CLASS_MOMENTS)
-    assert message.startswith("the term needs moments of each class, but the rows that the teacher's layer ")
+@pytest.mark.parametrize(("need", "part"), [(Need.CLASS_MOMENTS, "class"), (Need.IMAGE_MOMENTS, "image")])
+def test_moments_of_parts_are_refused_where_rows_are_not_in_the_order_of_the_images(network, need, part):
+    message = refusal(network.eval(), {need: "the term"})
+    assert message.startswith(f"the term needs moments of each {part}, but the rows that the teacher's layer ")
     assert message.endswith("take those of the whole batch (scope: batch)")
     ObservedNetwork(network, taps=MOMENTS, frozen=True, image_shape=(1, 8, 8))
 

@@ -92,6 +92,14 @@ def test_pooled_moments_of_the_groups_are_those_of_the_whole_batch(teacher):
         torch.testing.assert_close(found.pooled().var, var[None], rtol=1e-4, atol=1e-6)
 
 
+def test_moments_of_images_pool_to_those_of_each_class(teacher):
+    observed, images = ObservedNetwork(teacher, taps=MOMENTS, frozen=True), toy_images(6)
+    by_image, by_class = observed(images, groups=6), observed(images, groups=2)
+    for found, expected in zip(by_image.moments, by_class.moments, strict=True):
+        torch.testing.assert_close(found.pooled(2).mean, expected.mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.pooled(2).var, expected.var, rtol=1e-4, atol=1e-6)
+
+
 def test_pooling_one_group_changes_nothing():
     one = LayerMoments(
         mean=torch.randn(1, 3), var=torch.rand(1, 3), running_mean=torch.zeros(3), running_var=torch.ones(3)

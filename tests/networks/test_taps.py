@@ -8,6 +8,7 @@ from toy import CLASSES, batchnorm_teacher, toy_images
 
 from raydfkd.errors import RecipeError
 from raydfkd.networks.observed import Layer, Need, ObservedNetwork
+from raydfkd.networks.taps import FIRST_CONVOLUTION, layer_at
 
 FEATURES = {Need.FEATURES: "the term"}
 
@@ -188,3 +189,21 @@ def test_network_that_leaves_its_input_alone_gets_the_images_themselves():
     observed, images = ObservedNetwork(network, frozen=True), toy_images(6)
     observed(images), observed(images)
     assert given[-1] is images
+
+
+@pytest.mark.parametrize("wrapper", [lambda network: network, nn.DataParallel])
+def test_first_convolution_needs_no_path(wrapper):
+    network = wrapper(batchnorm_teacher())
+    expected = next(layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
+    assert layer_at(network, FIRST_CONVOLUTION, name="teacher", who="the term") is expected
+
+
+def test_network_without_a_convolution_has_no_first_one():
+    with pytest.raises(RecipeError, match="the term names the first convolution, but the teacher has none; name a lay"):
+        layer_at(nn.Linear(2, 2), FIRST_CONVOLUTION, name="teacher", who="the term")
+
+
+def test_layer_that_is_called_first_convolution_is_meant_itself():
+    network = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Linear(8, 8))
+    network.add_module(FIRST_CONVOLUTION, nn.ReLU())
+    assert isinstance(layer_at(network, FIRST_CONVOLUTION, name="teacher", who="the term"), nn.ReLU)
