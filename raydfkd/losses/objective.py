@@ -74,7 +74,13 @@ class Term(nn.Module):
 
 TERMS: Registry[Term] = Registry(
     "term",
-    ["raydfkd.losses.outputs", "raydfkd.losses.moments", "raydfkd.losses.priors", "raydfkd.losses.disagreement"],
+    [
+        "raydfkd.losses.outputs",
+        "raydfkd.losses.moments",
+        "raydfkd.losses.priors",
+        "raydfkd.losses.disagreement",
+        "raydfkd.losses.attention",
+    ],
     member="needs_targets",
 )
 

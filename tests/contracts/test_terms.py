@@ -6,6 +6,7 @@ import pytest
 import torch
 from toy import (
     BATCHNORM_TAPS,
+    attention_teacher,
     batches_of,
     batchnorm_teacher,
     plain_teacher,
@@ -19,6 +20,7 @@ from toy import (
 from raydfkd.config.schema import TermSpec
 from raydfkd.errors import RecipeError
 from raydfkd.losses.objective import BESIDE_TEACHER, TERMS, Term, View, build_objective
+from raydfkd.networks.attention import Attention
 from raydfkd.networks.observed import Need, Observation, ObservedNetwork
 
 CASES = [(name, options) for name in shipped(TERMS) for options in variants(TERMS, name)]
@@ -38,9 +40,14 @@ def cases(*, where=lambda term: True):
     return pytest.mark.parametrize("case", [case for case in CASES if where(build(*case))], ids=label)
 
 
+def teacher_for(term):
+    return attention_teacher() if Need.ATTENTION in term.taps else batchnorm_teacher()
+
+
 def view_for(term, images=None, targets=None):
     groups = 2 if Need.CLASS_MOMENTS in term.taps else 1
-    view = toy_view(images, targets, taps=BATCHNORM_TAPS, groups=groups)
+    taps = term.taps if Need.ATTENTION in term.taps else BATCHNORM_TAPS
+    view = toy_view(images, targets, teacher=teacher_for(term), taps=taps, groups=groups)
     surer = Observation(logits=2 * view.teacher.logits)  # who decides alike, as some terms ask of an image
     return replace(view, student=surer)
 
@@ -98,6 +105,14 @@ def test_order_of_the_images_does_not_matter(case):
     )
 
 
+def attention_of(features):
+    """Self-attention of two heads over eight tokens of two numbers, in the precision of ``features`` [N, 16]."""
+    tokens = features.unflatten(1, (8, 2))
+    heads = tokens[:, None] * torch.tensor([1.0, -2.0]).view(1, 2, 1, 1)
+    maps = (heads @ heads.transpose(2, 3)).softmax(3)
+    return Attention(output=(maps @ heads).transpose(1, 2).flatten(2), weights=lambda: maps, patches=slice(1, 8))
+
+
 @cases(where=lambda term: not term.taps & MOMENTS)
 def test_gradient_agrees_with_finite_differences(case):
     term = build(*case)
@@ -106,7 +121,7 @@ def test_gradient_agrees_with_finite_differences(case):
 
     def value(images):
         features = images.flatten(1)
-        seen = Observation(logits=features @ weights, features=features)
+        seen = Observation(logits=features @ weights, features=features, attention=(attention_of(features),))
         student = Observation(logits=features @ (0.9 * weights + 0.1 * others))
         assert student.logits.argmax(1).equal(seen.logits.argmax(1))
         return term(View(images=images, targets=targets, teacher=seen, observe=lambda _: seen, student=student))
@@ -170,7 +185,7 @@ def test_term_that_needs_moments_is_refused_for_a_teacher_without_batchnorm(case
 def test_term_declares_everything_it_reads(case):
     """The observation holds no more than the declared taps, so an undeclared need would fail here."""
     term, images = build(*case), toy_images(6)
-    observed = ObservedNetwork(batchnorm_teacher(), taps=term.taps, frozen=True)
+    observed = ObservedNetwork(teacher_for(term), taps=term.taps, frozen=True)
     targets = torch.arange(6) % 4 if term.needs_targets else None
     groups = 2 if Need.CLASS_MOMENTS in term.taps else 1
     seen = observed(images, groups=groups)
@@ -187,6 +202,7 @@ def test_term_declares_everything_it_reads(case):
         ("bn_moments", {"form": "kl", "statistic": "std"}, "statistic is std"),
         ("bn_moments", {"form": "l3"}, "form"),
         ("total_variation", {"norm": "l3"}, "norm"),
+        ("patch_similarity_entropy", {"bandwidth": 0.0}, "bandwidth is 0.0; it must be from 0.005 to 1"),
     ],
 )
 def test_option_that_makes_no_sense_is_refused_with_its_key(name, options, reason):
