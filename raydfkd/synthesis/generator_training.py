@@ -105,8 +105,8 @@ class GeneratorTraining:
         self._student: AskStudent | None = None
         self._turn = 0  # the class that is next to have an image less than others
         self._trained: Tensor | None = None  # latents [P, N, Z] of the images to come, where those are trained
-        self._restart()
         setting.judge.objective.begin()
+        self._restart()
 
     def reseed(self, seed: int) -> None:
         """Draw latents and augmentations from ``seed`` on, so that a step follows from its number."""
@@ -205,11 +205,12 @@ class GeneratorTraining:
         return seeded(derive_seed(self._seed, purpose, self.step, self._rank), self._setting.device)
 
     def _restart(self) -> None:
-        """A new optimiser, and new latents where they are trained."""
+        """A new optimiser, of what terms train too, and new latents where they are trained."""
         groups: list[dict[str, Any]] = [{"params": list(self._stack.parameters())}]
         if self._design.latent_lr is not None:
             self._trained = self._noise().requires_grad_()
             groups.append({"params": [self._trained], "lr": self._design.latent_lr})
+        groups += self._setting.judge.objective.parameter_groups()
         self._optimizer = torch.optim.Adam(groups, lr=self._design.lr, betas=self._design.betas, fused=True)
 
     def _fresh_stack(self, seeds: Sequence[int]) -> StackedGenerators:

@@ -22,12 +22,15 @@ from raydfkd.synthesis.generator_training import GeneratorTraining
 from raydfkd.synthesis.judge import ObjectiveNotFiniteError
 
 RENEWED = ("synthesis.emissions=1", "synthesis.conditional=true", "synthesis.renewal={steps: 2, latent_lr: 0.1}")
+CONTRAST = "synthesis.objective=[cross_entropy, {term: contrast, width: 4, negatives: 3, bank: 7}]"
 VARIANTS = {
     "pixels": ("pixels", []),
     "pixels, stages": ("pixels", ["synthesis.stages=[{steps: 3, pool: 2}, {steps: 2}]"]),
     "generator": ("generator", []),
     "generator, emissions": ("generator", ["synthesis.steps=6", "synthesis.emissions=3"]),
     "generator, renewed": ("generator", RENEWED),
+    "generator, contrast": ("generator", [*RENEWED, CONTRAST]),
+    "pixels, contrast": ("pixels", [CONTRAST]),
 }
 MANY_IMAGES = ("transfer_set.images_per_class=5", "transfer_set.unit.images_per_class=5")
 
