@@ -119,3 +119,19 @@ def test_attention_entropy_is_that_of_a_gaussian_with_the_variance_of_the_rows_c
         variances = np.array([cosines(image).var() for image in rows])
         entropies.append(np.mean(0.5 * np.log(2 * np.pi * np.e * (variances + 1e-8))))
     assert value_of("attention_entropy", blocks) == pytest.approx(-np.mean(entropies), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["patch_similarity_entropy", "head_similarity", "attention_entropy"])
+def test_images_can_be_moved_to_lower_a_term_of_attention(name):
+    term = TERMS.build(name, {}, where="test")
+    observed = ObservedNetwork(attention_teacher(), taps={Need.ATTENTION}, frozen=True)
+    images = toy_images(2).detach().requires_grad_()
+    optimizer = torch.optim.Adam([images], lr=0.05)
+    values = []
+    for _ in range(25):
+        value = term(View(images=images, targets=None, teacher=observed(images), observe=observed))
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert values[-1] < values[0] - 0.05
