@@ -14,7 +14,7 @@ from typing_extensions import override
 from raydfkd.errors import RecipeError
 from raydfkd.losses.objective import TERMS, Term, View
 from raydfkd.networks.attention import Attention
-from raydfkd.networks.observed import Need
+from raydfkd.networks.observed import Need, Observation
 
 _LUMINANCE, _CONTRAST = 0.01**2, 0.03**2
 """Constants of SSIM for values in [0, 1]."""
@@ -74,13 +74,13 @@ class HeadSimilarity(Term):
     needs = frozenset({Need.ATTENTION})
 
     @override
+    def prepare(self, seen: Observation) -> None:
+        if not _with_heads(seen):
+            raise RecipeError("head_similarity compares heads, but each block of the teacher has a single one; drop it")
+
+    @override
     def forward(self, view: View) -> Tensor:
-        blocks = [block for block in view.teacher.attention if block.maps.shape[1] > 1]
-        if not blocks:
-            raise RecipeError(
-                "head_similarity compares heads, but every block of the teacher has a single one; drop it"
-            )
-        return 1 - _mean_over(blocks, lambda block: _head_ssim(block.patch_maps))
+        return 1 - _mean_over(_with_heads(view.teacher), lambda block: _head_ssim(block.patch_maps))
 
 
 @TERMS.register("attention_entropy")
@@ -105,6 +105,11 @@ class AttentionEntropy(Term):
 def _mean_over(blocks: Sequence[Attention], value: Callable[[Attention], Tensor]) -> Tensor:
     assert blocks, "attention is read where there is some"
     return torch.stack([value(block) for block in blocks]).mean()
+
+
+def _with_heads(seen: Observation) -> list[Attention]:
+    """The blocks that have several."""
+    return [block for block in seen.attention if block.maps.shape[1] > 1]
 
 
 def _shares(block: Attention) -> Tensor:

@@ -66,8 +66,11 @@ class Term(nn.Module):
     def prepare(self, seen: Observation) -> None:
         """Make parameters and buffers whose sizes follow from the teacher's; nothing by default.
 
-        ``seen`` is the teacher's answer to two random images; it comes once, before any other. Their first values must
+        ``seen`` is the teacher's answer to two random images; it comes once, before any other. The first values must
         not depend on it or on torch's global random numbers.
+
+        Raises:
+            RecipeError: the teacher has not what the term reads.
         """
 
     def forward(self, view: View) -> Tensor:

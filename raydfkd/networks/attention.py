@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from types import FunctionType
 from typing import Any
 
@@ -117,7 +117,7 @@ class AttentionTrace(TorchFunctionMode):
         result = func(*args, **named)
         if func in _FUSED:
             self._note_fused(result, *args, **named)
-        elif func in _SOFTMAX and _is_map(result, *args, **named):
+        elif func in _SOFTMAX and _is_map(result, args, named):
             self._map = result
         elif func in _PRODUCTS and len(args) > 1 and self._map is not None and _is_like(args[0], self._map):
             self._note_written_out(args[0].reshape(self._map.shape), args[1], result)
@@ -133,39 +133,36 @@ class AttentionTrace(TorchFunctionMode):
         self._note(output.reshape(*shape, -1), values.expand_as(output).reshape(*shape, -1), lambda: maps)
 
     def _note(self, output: Tensor, values: Tensor, weights: Callable[[], Tensor]) -> None:
-        by_head = self._by_head(output)
-        if by_head is None or self._notes is None:
+        images = self._images
+        by_head = _by_head(output, images)
+        if self._notes is None or not len(by_head) or len(by_head) % images:
             return
         tokens = by_head.shape[2]
         patches = self._extra[1] if self._extra is not None and self._extra[0] == tokens else slice(0, tokens)
         if self._values is not None:
-            found = self._by_head(values.detach().float())
-            self._values += [] if found is None else [found]
+            self._values.append(_by_head(values.detach().float(), self._images))
         if patches.stop - patches.start < MIN_PATCHES:
             return
         self._notes.append(
             Attention(
                 output=by_head.transpose(1, 2).flatten(2).float(),
-                weights=lambda: self._rows(weights().float()),
+                weights=lambda: _by_head(weights().float(), images),
                 patches=patches,
             )
         )
 
-    def _by_head(self, x: Tensor) -> Tensor | None:
-        """``x`` [..., T, D] as [R, H, T, D]; None where its rows are not those of the images."""
-        found = self._rows(x)
-        return found if len(found) and len(found) % self._images == 0 else None
 
-    def _rows(self, x: Tensor) -> Tensor:
-        if x.ndim > 3:
-            return x.reshape(-1, *x.shape[-3:])
-        return x.unflatten(0, (self._images, -1)) if x.ndim == 3 and len(x) % self._images == 0 else x[:0, None]
+def _by_head(x: Tensor, images: int) -> Tensor:
+    """``x`` [..., H, T, D], or [R * H, T, D] where R is the number of ``images``, as [R, H, T, D]; else no rows."""
+    if x.ndim == 3 and len(x) % images == 0:
+        return x.reshape(images, -1, *x.shape[1:])
+    return x.reshape(-1, *x.shape[-3:]) if x.ndim > 3 else x[:0, None]
 
 
-def _is_map(result: Tensor, x: Tensor, *args: Any, **named: Any) -> bool:
-    """Whether a softmax is over the columns of square maps."""
-    dim = named.get("dim", args[0] if args else None)
-    return x.ndim >= 3 and x.shape[-1] == x.shape[-2] and dim in (-1, x.ndim - 1)
+def _is_map(softmax: Tensor, args: Sequence[Any], named: Mapping[str, Any]) -> bool:
+    """Whether a softmax, called with these, is over the columns of square maps."""
+    dim = named.get("dim", args[1] if len(args) > 1 else None)
+    return softmax.ndim >= 3 and softmax.shape[-1] == softmax.shape[-2] and dim in (-1, softmax.ndim - 1)
 
 
 def _is_like(x: Any, known: Tensor) -> bool:
@@ -195,6 +192,7 @@ def _weights(  # noqa: PLR0913 - torch's signature
     return scores.softmax(-1)
 
 
+@cache
 def _transparent(function: Any) -> Any:
     """A function of torch's without its first step, which is to hand itself over to a mode as a whole."""
     names = function.__globals__ | {"has_torch_function": lambda _: False}

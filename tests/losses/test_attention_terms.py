@@ -98,13 +98,9 @@ def test_heads_that_look_at_the_same_patches_differ_by_nothing():
 
 
 def test_heads_cannot_be_compared_where_each_block_has_one():
-    images = toy_images(3)
-    seen = ObservedNetwork(attention_teacher(heads=1), taps={Need.ATTENTION}, frozen=True)(images)
-    view = View(images=images, targets=None, teacher=seen, observe=lambda _: seen)
-    with pytest.raises(
-        RecipeError, match="head_similarity compares heads, but every block of the teacher has a single"
-    ):
-        TERMS.build("head_similarity", {}, where="test")(view)
+    seen = ObservedNetwork(attention_teacher(heads=1), taps={Need.ATTENTION}, frozen=True)(toy_images(3))
+    with pytest.raises(RecipeError, match="head_similarity compares heads, but each block of the teacher has a single"):
+        TERMS.build("head_similarity", {}, where="test").prepare(seen)
 
 
 def test_blocks_with_a_single_head_say_nothing_of_how_alike_heads_are():

@@ -38,7 +38,7 @@ def unfused(network):
 
 
 def small_vit(**options):
-    return timm.create_model("test_vit", num_classes=4, img_size=32, patch_size=8, **options)
+    return timm.create_model("test_vit", **{"num_classes": 4, "img_size": 32, "patch_size": 8, **options})
 
 
 def torchvision_vit():
@@ -155,13 +155,16 @@ def test_attention_whose_heads_share_keys_is_read_with_them_repeated():
 def test_heads_that_lie_among_the_rows_are_told_apart():
     def attend(x):
         rows = x.flatten(0, 1)
-        return torch.bmm((rows @ rows.mT / 2).softmax(-1), rows).unflatten(0, (-1, 2))
+        return torch.bmm(F.softmax(input=rows @ rows.mT / 2, dim=-1), rows).unflatten(0, (-1, 2))
 
     def fused(x):
         return F.scaled_dot_product_attention(x, x, x)
 
     images = toy_images(3)
-    pair = [ObservedNetwork(Single(form), taps=ATTENTION, frozen=True)(images).attention[0] for form in (attend, fused)]
+    networks = [ObservedNetwork(Single(form), taps=ATTENTION, frozen=True) for form in (attend, fused)]
+    pair = [network(images).attention[0] for network in networks]
+    for network in networks:
+        network(toy_images(5))  # maps are computed when they are asked for, and those are of three images
     torch.testing.assert_close(pair[0].maps, pair[1].maps)
     torch.testing.assert_close(pair[0].output, pair[1].output)
 
@@ -214,6 +217,17 @@ def test_attention_under_no_grad_is_refused():
 
     with pytest.raises(RecipeError, match="needs the gradient of what"):
         ObservedNetwork(Single(attend), taps=ATTENTION, frozen=True, image_shape=(1, 8, 8))
+
+
+def test_attention_is_seen_where_torch_s_encoder_would_take_its_fast_path():
+    observed = ObservedNetwork(attention_teacher(), taps=ATTENTION, frozen=True)
+    with torch.no_grad():
+        assert len(observed(toy_images(3)).attention) == 2
+
+
+def test_blocks_of_fewer_than_three_patches_are_none():
+    with pytest.raises(RecipeError, match="needs self-attention over patches"):
+        ObservedNetwork(small_vit(patch_size=32), taps=ATTENTION, frozen=True, image_shape=SHAPE)
 
 
 def test_no_attention_is_kept_where_nobody_asks():
