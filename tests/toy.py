@@ -101,6 +101,38 @@ class PlainNet(nn.Module):
         return logits
 
 
+class TinyViT(nn.Module):
+    """A vision transformer of 16 patches and a class token, two blocks of two heads."""
+
+    def __init__(self, heads: int = 2) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(1, 8, 2, stride=2)
+        self.class_token = nn.Parameter(torch.randn(1, 1, 8))
+        self.position = nn.Parameter(torch.randn(1, 17, 8))
+        self.blocks = nn.Sequential(
+            *(nn.TransformerEncoderLayer(8, heads, 16, dropout=0, batch_first=True, norm_first=True) for _ in range(2))
+        )
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patch(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.class_token.expand(len(patches), -1, -1), patches], 1) + self.position
+        logits: Tensor = self.head(self.blocks(tokens)[:, 0])
+        return logits
+
+
+def attention_teacher(seed: int = 0, heads: int = 2) -> TinyViT:
+    """A teacher with self-attention, whose blocks look at patches as differently as trained ones do."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = TinyViT(heads)
+        with torch.no_grad():
+            for block in network.blocks:
+                assert isinstance(block, nn.TransformerEncoderLayer)
+                block.self_attn.in_proj_weight *= 4
+        return network.eval()
+
+
 def batchnorm_teacher(seed: int = 0) -> ConvNet:
     """A network whose BatchNorm layers have running statistics and affine weights unlike those of a fresh one."""
     with torch.random.fork_rng(devices=[]):

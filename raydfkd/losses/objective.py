@@ -54,6 +54,8 @@ class Term(nn.Module):
 
     A term may remember what was kept, see ``commit``. A unit begins with the term as it was built, so that its images
     follow from its request alone; buffers and extra state (``get_extra_state``) survive an interruption of the unit.
+
+    One that has parameters has them trained along with the images, to lower the objective; see ``prepare``.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset()
@@ -69,6 +71,16 @@ class Term(nn.Module):
     def remembers(self) -> bool:
         """Whether it wants to be told of batches that are kept."""
         return type(self).commit is not Term.commit
+
+    def prepare(self, seen: Observation) -> None:
+        """Make parameters and buffers whose sizes follow from the teacher's; nothing by default.
+
+        ``seen`` is the teacher's answer to two random images; it comes once, before any other. The first values must
+        not depend on it or on torch's global random numbers.
+
+        Raises:
+            RecipeError: the teacher has not what the term reads.
+        """
 
     def forward(self, view: View) -> Tensor:
         """The loss, a scalar."""
@@ -90,6 +102,8 @@ TERMS: Registry[Term] = Registry(
         "raydfkd.losses.diversity",
         "raydfkd.losses.disagreement",
         "raydfkd.losses.increment",
+        "raydfkd.losses.attention",
+        "raydfkd.losses.contrast",
     ],
     member="needs_targets",
 )
@@ -140,6 +154,21 @@ class Objective(nn.Module):
         }
         total = sum((weights[name] * part for name, part in parts.items()), start=view.images.new_zeros(()))
         return ObjectiveValue(total=total, parts={name: part.detach() for name, part in parts.items()})
+
+    @property
+    def looks_first(self) -> bool:
+        """Whether a term wants to see what the teacher answers before anything is made."""
+        return any(type(term).prepare is not Term.prepare for term in self.terms.values())
+
+    def prepare(self, seen: Observation) -> None:
+        """Show every term the teacher's answer to two random images."""
+        for term in self.terms.values():
+            term.prepare(seen)
+
+    def parameter_groups(self, **options: Any) -> list[dict[str, Any]]:
+        """What the terms have to train, as groups with ``options`` for an optimiser; none where there is nothing."""
+        parameters = list(self.parameters())
+        return [{"params": parameters, **options}] if parameters else []
 
     def begin(self) -> None:
         """Forget what the terms have noted: all of them are again as they were the first time."""

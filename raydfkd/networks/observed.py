@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from raydfkd.errors import RecipeError
 from raydfkd.networks.answers import logits_of
+from raydfkd.networks.attention import Attention, AttentionTrace
 from raydfkd.networks.batchnorm import LayerMoments, MomentsTrace, layers_with_statistics, normalize_by_kernel
 from raydfkd.networks.compiled import Compiled
 from raydfkd.networks.input_gradients import FastInputGradients
@@ -42,6 +43,8 @@ class Need(Enum):
     """The student's logits."""
     LATENTS = "latents"
     """Latents that a generator made the images from."""
+    ATTENTION = "attention"
+    """Maps and outputs of the self-attention of every block."""
 
 
 MOMENTS = (Need.IMAGE_MOMENTS, Need.CLASS_MOMENTS, Need.MOMENTS)
@@ -72,6 +75,8 @@ class Observation:
     """One entry a BatchNorm layer, in the order in which the forward pass meets them."""
     layers: Mapping[str, Tensor] = field(default_factory=dict)
     """Outputs of the layers asked for, by their paths."""
+    attention: tuple[Attention, ...] = ()
+    """One entry a block of self-attention, in the order in which the forward pass meets them."""
 
 
 class ObservedNetwork:
@@ -89,7 +94,8 @@ class ObservedNetwork:
     its input gets a copy of it.
 
     ``compiled`` makes one graph of the network and its taps wherever gradients are wanted, anew for each shape of
-    images and number of groups; where that fails it is logged once and the network goes on uncompiled.
+    images and number of groups; where that fails it is logged once and the network goes on uncompiled. One whose
+    attention is read is not compiled.
 
     Args:
         module: the network.
@@ -135,6 +141,7 @@ class ObservedNetwork:
                 f"{_why_none(self._module)}"
             )
         self._trace = MomentsTrace()
+        self._attention = AttentionTrace() if Need.ATTENTION in self._taps else None
         self._features: list[Tensor] = []
         self._features_call = -1
         self._layers: dict[str, Tensor] = {}
@@ -146,9 +153,11 @@ class ObservedNetwork:
         self._writes_to_input: bool | None = None if frozen else False
         self.is_compiled = compiled
         """Whether it is meant to be compiled, and what is computed along with it."""
-        self._network: Callable[[Tensor], Any] = (
-            Compiled(self._module, name=f"the {name}") if compiled else self._module
-        )
+        self._network: Callable[[Tensor], Any] = self._module
+        if compiled and self._attention is not None:
+            logger.warning("%s reads attention, so the %s is not compiled", self._who(Need.ATTENTION), name)
+        elif compiled:
+            self._network = Compiled(self._module, name=f"the {name}")
         if image_shape is not None:
             self._prepare(image_shape)
 
@@ -208,8 +217,13 @@ class ObservedNetwork:
         self._trace.groups, self._trace.notes = groups, notes
         self._features.clear()
         self._layers.clear()
+        trace = self._attention
+        noting: AbstractContextManager[list[Attention]] = (
+            nullcontext([]) if trace is None else trace.noting(len(images))
+        )
         try:
-            logits = logits_of(self._ask(network, images))
+            with noting as attention:
+                logits = logits_of(self._ask(network, images))
         finally:
             self._trace.notes = None
         observation = Observation(
@@ -217,6 +231,7 @@ class ObservedNetwork:
             features=self._features[self._features_call].flatten(1).float() if self._features else None,
             moments=self._beside_measured(notes),
             layers={path: output.float() for path, output in self._layers.items()},
+            attention=tuple(attention),
         )
         self._features.clear()
         self._layers.clear()
@@ -247,7 +262,7 @@ class ObservedNetwork:
     def _prepare(self, image_shape: tuple[int, ...] | torch.Size) -> None:
         """Find what the taps read by running the network on two random images, and install them."""
         self._is_prepared = True
-        if Need.FEATURES in self._taps or self._moments_tap is not None:
+        if Need.FEATURES in self._taps or self._moments_tap is not None or self._attention is not None:
             device = next((weight.device for weight in self._module.parameters()), torch.device("cpu"))
             images = torch.randn(2, *image_shape, generator=rng_from(0)).to(device)
             exact = _without_tf32() if device.type == "cuda" else nullcontext()
@@ -256,6 +271,8 @@ class ObservedNetwork:
                     self._tap_features(images)
                 if self._moments_tap is not None:
                     self._tap_moments(images)
+                if self._attention is not None:
+                    self._tap_attention(images, self._attention)
         if self._is_frozen:
             lay_channels_last(self._module)
 
@@ -269,6 +286,17 @@ class ObservedNetwork:
             )
         self._features_call = head.call
         tap_input(self._module.get_submodule(head.path), self._features)
+
+    def _tap_attention(self, images: Tensor, trace: AttentionTrace) -> None:
+        with trace.learning_patches():
+            self._try_out(images)
+        found = self._try_out(images.clone().requires_grad_())
+        if not found.attention:
+            raise RecipeError(
+                f"{self._who(Need.ATTENTION)} needs self-attention over patches, but the {self._name} has none that "
+                "can be seen (torch's scaled_dot_product_attention, or a softmax before a matmul); drop it"
+            )
+        self._refuse_without_gradient(found)
 
     def _tap_moments(self, images: Tensor) -> None:
         pair = images.clone().requires_grad_()
@@ -376,6 +404,8 @@ class ObservedNetwork:
                 raise RecipeError(f"{self._who(self._moments_tap)} {self._without_gradient(blind[0])}")
         if found.features is not None and not found.features.requires_grad:
             raise RecipeError(f"{self._who(Need.FEATURES)} {self._without_gradient('head')}")
+        if not all(block.output.requires_grad for block in found.attention):
+            raise RecipeError(f"{self._who(Need.ATTENTION)} {self._without_gradient('of attention')}")
         for path, output in found.layers.items():
             if not output.requires_grad:
                 raise RecipeError(f"{self._who(Layer(path))} {self._without_gradient(path)}")

@@ -20,7 +20,7 @@ from raydfkd.losses.objective import Objective, build_objective, terms_that_need
 from raydfkd.networks.build import build_network
 from raydfkd.networks.embeddings import embeddings_of
 from raydfkd.networks.observed import MOMENTS, Need, ObservedNetwork
-from raydfkd.seeds import derive_seed
+from raydfkd.seeds import derive_seed, rng_from
 from raydfkd.synthesis.generator_training import GeneratorTraining
 from raydfkd.synthesis.judge import Judge, StudentFeed
 from raydfkd.synthesis.start import PictureStart
@@ -129,6 +129,11 @@ def build_setting(
         precision=getattr(torch, spec.precision),
         compiled=_is_compiled(recipe, device),
     ).to(device)
+    if objective.looks_first:
+        with torch.no_grad(), cpu_threads(spec.threads):
+            images = torch.randn(2, *recipe.teacher.image_space.shape, generator=rng_from(0))
+            objective.prepare(observed(images.to(device)))
+        objective.to(device)
     pixels = PixelRange(recipe.teacher.image_space, device)
     if spec.statistics is not None:
         images = pictures["synthesis.statistics"].images

@@ -107,8 +107,8 @@ class GeneratorTraining:
         self._student: AskStudent | None = None
         self._turn = 0  # the class that is next to have an image less than others
         self._meta = None if design.meta is None else MetaWeights(list(self._stack.parameters()), design.meta)
-        self._restart()
         setting.judge.objective.begin()
+        self._restart()
 
     def reseed(self, seed: int) -> None:
         """Draw latents and augmentations from ``seed`` on, so that a step follows from its number."""
@@ -216,12 +216,13 @@ class GeneratorTraining:
         return seeded(derive_seed(self._seed, purpose, self.step, self._rank), self._setting.device)
 
     def _restart(self) -> None:
-        """A new optimiser, and new latents where they are trained."""
+        """A new optimiser, of what terms train too, and new latents where they are trained."""
         groups: list[dict[str, Any]] = [{"params": list(self._stack.parameters())}]
         self._latents.renew()
         if self._latents.trained:
             lr = self._design.lr if self._design.latent_lr is None else self._design.latent_lr
             groups.append({"params": list(self._latents.trained), "lr": lr})
+        groups += self._setting.judge.objective.parameter_groups()
         self._optimizer = torch.optim.Adam(groups, lr=self._design.lr, betas=self._design.betas, fused=True)
 
     def _fresh_stack(self, seeds: Sequence[int]) -> StackedGenerators:

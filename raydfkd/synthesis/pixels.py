@@ -29,6 +29,8 @@ from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Log, Progress, Setting
 from raydfkd.units import Request
 
 logger = logging.getLogger(__name__)
+TERMS_LR = 1e-3
+"""Adam's peak learning rate of what terms train; that of pixels is in units of pixels."""
 
 
 class Stage(Spec):
@@ -282,7 +284,9 @@ class PixelSynthesizer:
         judge, device = self._setting.judge, self._setting.device
         images, groups = course.images, course.waiting[-1].groups
         assert images is not None, "there is something to optimise"
-        optimizer = torch.optim.Adam([images], lr=self._lr, betas=self._betas, fused=True)
+        groups_of_parameters = [{"params": [images], "lr": self._lr}, *judge.objective.parameter_groups(lr=TERMS_LR)]
+        optimizer = torch.optim.Adam(groups_of_parameters, betas=self._betas, fused=True)
+        peaks = [group["lr"] for group in optimizer.param_groups]
         if course.step > first:
             assert course.optimizer is not None, "a state within a stage has the stage's optimiser"
             optimizer.load_state_dict(course.optimizer)
@@ -290,8 +294,8 @@ class PixelSynthesizer:
         total = torch.zeros(())
         for step in range(course.step - first, stage.steps):
             hook(partial(self._state_dict, course, optimizer))
-            for group in optimizer.param_groups:
-                group["lr"] = self._lr * warmup_cosine(step, steps=stage.steps, warmup=self._warmup)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * warmup_cosine(step, steps=stage.steps, warmup=self._warmup)
             seen = F.avg_pool2d(images, stage.pool) if stage.pool > 1 else images
             progress = course.step / self._steps
             with course.own_random_numbers("step", device):

@@ -11,6 +11,7 @@ from toy import (
     BATCHNORM_TAPS,
     REQUIRED,
     SPACE,
+    attention_teacher,
     batches_of,
     batchnorm_teacher,
     plain_teacher,
@@ -24,8 +25,10 @@ from toy import (
 from raydfkd.config.schema import TermSpec
 from raydfkd.errors import RecipeError
 from raydfkd.images.pixels import PixelRange
+from raydfkd.losses.contrast import Contrast
 from raydfkd.losses.diversity import ModeSeeking
 from raydfkd.losses.objective import BESIDE_TEACHER, TERMS, Term, View, build_objective
+from raydfkd.networks.attention import Attention
 from raydfkd.networks.observed import MOMENTS, Layer, Need, Observation, ObservedNetwork
 from raydfkd.networks.taps import FIRST_CONVOLUTION
 
@@ -45,7 +48,10 @@ TAPS = BATCHNORM_TAPS | {Layer(FIRST_CONVOLUTION)}
 
 
 def build(name, options=None):
-    return TERMS.build(name, REQUIRED.get(name, {}) if options is None else options, where="test")
+    term = TERMS.build(name, REQUIRED.get(name, {}) if options is None else options, where="test")
+    if type(term).prepare is not Term.prepare:
+        term.prepare(ObservedNetwork(teacher_for(term), taps=term.taps, frozen=True)(toy_images(2)))
+    return term
 
 
 def label(case):
@@ -63,9 +69,14 @@ def groups_for(term, images):
     return 2 if Need.CLASS_MOMENTS in term.taps else 1
 
 
+def teacher_for(term):
+    return attention_teacher() if Need.ATTENTION in term.taps else batchnorm_teacher()
+
+
 def view_for(term, images=None, targets=None):
     images = toy_images(6) if images is None else images
-    view = toy_view(images, targets, taps=TAPS, groups=groups_for(term, images))
+    taps = term.taps if Need.ATTENTION in term.taps else TAPS
+    view = toy_view(images, targets, teacher=teacher_for(term), taps=taps, groups=groups_for(term, images))
     logits = view.teacher.logits
     surer = Observation(logits=2 * logits + logits.tanh())  # who decides alike, as some terms ask of an image
     return replace(view, student=surer)
@@ -115,7 +126,7 @@ def test_per_image_term_is_the_mean_of_its_values_for_single_images(case):
     torch.testing.assert_close(term(view_for(term, images, targets)), torch.stack(singles).mean())
 
 
-@cases(where=lambda term: Need.CLASS_MOMENTS not in term.taps and not isinstance(term, ModeSeeking))
+@cases(where=lambda term: Need.CLASS_MOMENTS not in term.taps and not isinstance(term, (ModeSeeking, Contrast)))
 def test_order_of_the_images_does_not_matter(case):
     term, images = build(*case), toy_images(6)
     order = torch.tensor([4, 2, 0, 5, 1, 3])
@@ -124,7 +135,15 @@ def test_order_of_the_images_does_not_matter(case):
     torch.testing.assert_close(again, term(view_for(term, images, targets)))
 
 
-@cases(where=lambda term: not term.taps.intersection(MOMENTS))
+def attention_of(features):
+    """Self-attention of two heads over eight tokens of two numbers, in the precision of ``features`` [N, 16]."""
+    tokens = features.unflatten(1, (8, 2))
+    heads = tokens[:, None] * torch.tensor([1.0, -2.0]).view(1, 2, 1, 1)
+    maps = (heads @ heads.transpose(2, 3)).softmax(3)
+    return Attention(output=(maps @ heads).transpose(1, 2).flatten(2), weights=lambda: maps, patches=slice(1, 8))
+
+
+@cases(where=lambda term: not term.taps & MOMENTS and not isinstance(term, Contrast))
 def test_gradient_agrees_with_finite_differences(case):
     weights, others = torch.randn(2, 16, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     targets = torch.tensor([0, 1, 0])
@@ -132,7 +151,8 @@ def test_gradient_agrees_with_finite_differences(case):
     def value(images):
         features = images.flatten(1)
         layers = {FIRST_CONVOLUTION: images.sin()}
-        seen = Observation(logits=features @ weights, features=features, layers=layers)
+        maps = (attention_of(features),)
+        seen = Observation(logits=features @ weights, features=features, layers=layers, attention=maps)
         student = Observation(logits=features @ (0.9 * weights + 0.1 * others))
         assert student.logits.argmax(1).equal(seen.logits.argmax(1))
         view = View(
@@ -199,7 +219,7 @@ def test_term_that_needs_moments_is_refused_for_a_teacher_without_batchnorm(case
 def test_term_declares_everything_it_reads(case):
     """The observation holds no more than the declared taps, so an undeclared need would fail here."""
     term, images = build(*case), toy_images(6)
-    observed = ObservedNetwork(batchnorm_teacher(), taps=term.taps, frozen=True)
+    observed = ObservedNetwork(teacher_for(term), taps=term.taps, frozen=True)
     targets = torch.arange(6) % 4 if term.needs_targets else None
     groups = groups_for(term, images)
     teacher = observed(images, groups=groups)
@@ -237,6 +257,9 @@ def test_term_declares_everything_it_reads(case):
         ("feature_diversity", {"epsilon": 0.0}, "epsilon"),
         ("bn_moments", {"form": "l3"}, "form"),
         ("total_variation", {"norm": "l3"}, "norm"),
+        ("contrast", {"temperature": 0.0}, "temperature"),
+        ("contrast", {"crop": 0.0}, "crop is 0.0; it must be above 0"),
+        ("patch_similarity_entropy", {"bandwidth": 0.0}, "bandwidth is 0.0; it must be from 0.005 to 1"),
     ],
 )
 def test_option_that_makes_no_sense_is_refused_with_its_key(name, options, reason):

@@ -25,6 +25,7 @@ RENEWED = ("synthesis.emissions=1", "synthesis.conditional=true", "synthesis.ren
 META = (*RENEWED[:2], "synthesis.renewal={steps: 2, latent_lr: 0.1, meta: {lr: 0.05}}")
 NOISY = (*RENEWED[:2], "synthesis.renewal={steps: 2, noisy_layers: true, keep: 1, life: 2}")
 NOISE = "synthesis={synthesizer: noise, targets: none, batch_size: 2}"
+CONTRAST = "synthesis.objective=[cross_entropy, {term: contrast, width: 4, negatives: 3, bank: 7}]"
 VARIANTS = {
     "pixels": ("pixels", []),
     "pixels, stages": ("pixels", ["synthesis.stages=[{steps: 3, pool: 2}, {steps: 2}]"]),
@@ -34,6 +35,8 @@ VARIANTS = {
     "generator, meta-learned": ("generator", META),
     "generator, noisy layers": ("generator", NOISY),
     "noise": ("pixels", [NOISE]),
+    "generator, contrast": ("generator", [*RENEWED, CONTRAST]),
+    "pixels, contrast": ("pixels", [CONTRAST]),
 }
 MANY_IMAGES = ("transfer_set.images_per_class=5", "transfer_set.unit.images_per_class=5")
 
