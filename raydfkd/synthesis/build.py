@@ -102,7 +102,6 @@ def build_synthesizer(
             "labels, such as balanced"
         )
     _refuse_idle_pictures(recipe, objective)
-    label_reader = None if objective.label_reader is None else f"the term {objective.label_reader}"
     observed = ObservedNetwork(
         teacher,
         taps=objective.askers,
@@ -122,7 +121,13 @@ def build_synthesizer(
         judge=Judge(teacher=observed, objective=objective, pixels=pixels, student=student),
         space=recipe.teacher.image_space,
         targets=targets,
-        augment=build_augmentations(spec.augment, where="synthesis.augment", label_reader=label_reader),
+        classes=recipe.teacher.classes,
+        augment=build_augmentations(
+            spec.augment,
+            where="synthesis.augment",
+            label_reader=objective.label_reader(takes_mixed=False),
+            mixed_label_reader=objective.label_reader(takes_mixed=True),
+        ),
         device=device,
         start=None
         if spec.start is None
