@@ -211,7 +211,7 @@ class Recipe(Spec):
         if is_against_student:
             payload["against"] = {
                 "student": _portable(self.student.model_dump(mode="json")),
-                "distill": self.distill.model_dump(mode="json", exclude={"log_every", "checkpoint_every"}),
+                "distill": self._distill_without({"log_every", "checkpoint_every"}),
                 "images_per_class": self.transfer_set.images_per_class,
                 "rounds": self.rounds,
             }
@@ -238,7 +238,7 @@ class Recipe(Spec):
         are not part of it: a training resumes after a change of those.
         """
         how_only = {"log_every", "checkpoint_every", "publish_every", "threads"}
-        distill = self.distill.model_dump(mode="json", exclude=how_only)
+        distill = self._distill_without(how_only)
         distill["source"].pop("window_rows", None)
         payload = {
             "classes": list(self.classes),
@@ -248,6 +248,16 @@ class Recipe(Spec):
             "distill": distill,
         }
         return dict(redacted_data(payload))
+
+    def _distill_without(self, keys: set[str]) -> dict[str, Any]:
+        """The section without some keys, and without later ones that are not given, as digests had it before."""
+        spec = self.distill
+        fields = type(spec).model_fields
+        not_given = {key for key in ("clip_norm", "accumulate", "ema") if getattr(spec, key) == fields[key].default}
+        distill = spec.model_dump(mode="json", exclude=keys | not_given)
+        if not spec.optimizer.warmup:
+            del distill["optimizer"]["warmup"]
+        return distill
 
     def located(self) -> Recipe:
         """The same recipe with absolute local paths, for processes that stand in another folder."""

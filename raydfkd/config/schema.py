@@ -364,6 +364,47 @@ class TransferSetSpec(Spec):
         return self
 
 
+class CriterionSpec(PluginSpec):
+    """One of several criteria that a student's loss is the weighted sum of."""
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    weight: Weight = 1.0
+    """Factor in the loss; {from: 1, to: 0, until: 0.5} lets it fade over the first half of the steps."""
+    since: BelowOne = Field(0.0, alias="from")
+    """Share of the steps from which on it counts."""
+    until: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the steps from which on it counts no longer."""
+    name: str
+    """Name in the learning curve, unique among the criteria; the criterion's own name unless given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_after_kind(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"kind": value}
+        return {"name": value["kind"], **value} if isinstance(value, dict) and "kind" in value else value
+
+    @model_validator(mode="after")
+    def _counts_at_some_step(self) -> CriterionSpec:
+        if self.since >= self.until:
+            raise ValueError(
+                f"{self.kind} counts from {self.since:g} until {self.until:g}, which is never; give a later until"
+            )
+        return self
+
+    def counts_at(self, progress: float) -> bool:
+        """Whether it counts in the step before which the share ``progress`` of the steps is made."""
+        return self.since <= progress and (progress < self.until or self.until == 1)
+
+
+Criteria = Annotated[
+    Annotated[Criterion, Tag("tagged-criterion")]
+    | Annotated[tuple[Annotated[CriterionSpec, Family("criteria")], ...], Field(min_length=1), Tag("tagged-criteria")],
+    Discriminator(lambda value: "tagged-criteria" if isinstance(value, list | tuple) else "tagged-criterion"),
+]
+
+
 class OptimizerSpec(Spec):
     """The student's optimiser."""
 
@@ -379,6 +420,17 @@ class OptimizerSpec(Spec):
     schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
     """Learning rate over the steps: `one_cycle` rises to the peak and falls to nearly zero, `cosine` falls from the
     peak to zero, `constant` stays there."""
+    warmup: BelowOne = 0.0
+    """Share of the steps over which the rate first rises from nearly zero to its peak; not for `one_cycle`, which has a
+    rise of its own."""
+
+    @model_validator(mode="after")
+    def _one_rise(self) -> OptimizerSpec:
+        if self.warmup and self.schedule == "one_cycle":
+            raise ValueError(
+                f"warmup is {self.warmup:g}, but one_cycle rises by itself; drop it, or use schedule cosine or constant"
+            )
+        return self
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> OptimizerSpec:
@@ -394,10 +446,21 @@ class DistillSpec(Spec):
     """Optimiser steps."""
     batch_size: Positive = 128
     """Images per step over all train workers at most; a little fewer where a buffer does not divide evenly."""
-    criterion: Criterion
-    """Distance between student and teacher."""
+    criterion: Criteria
+    """Distance between student and teacher: a criterion, or a list of them, of which each may have a `weight` and count
+    `from` one share of the steps `until` another: [{kind: activation_boundary, ..., until: 0.3}, {kind: soft_kl, from:
+    0.3}]."""
     optimizer: OptimizerSpec
     """Optimiser and schedule."""
+    clip_norm: PositiveFloat | None = None
+    """Norm of the gradient of all weights together, down to which a larger one is scaled; as large as it is unless
+    given."""
+    accumulate: Positive = 1
+    """Parts of equal size in which the images of a step go through the networks, one after the other, to save memory.
+    Their gradients make one step; BatchNorm normalises each part by itself."""
+    ema: BelowOne = 0.0
+    """Share that the average of the student's weights and statistics over the steps keeps of itself in a step, such as
+    0.999; in the first steps less. The average is then the student that is judged, published and saved."""
     source: Source = PluginSpec(kind="growing")
     """Source of its images: growing, snapshot or live."""
     holdout: BelowOne = 0.1
@@ -423,6 +486,34 @@ class DistillSpec(Spec):
     def _stored_logits_fit_the_image(self) -> DistillSpec:
         if self.teacher_logits == "stored" and self.augment:
             raise ValueError('teacher_logits "stored" belongs to the bare image; use "live" or drop augment')
+        return self
+
+    @model_validator(mode="after")
+    def _images_in_each_part(self) -> DistillSpec:
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate is {self.accumulate}, but a step has only {self.batch_size} images; use at most that"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _criteria_of_all_steps(self) -> DistillSpec:
+        if not isinstance(self.criterion, tuple):
+            return self
+        names = [one.name for one in self.criterion]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two criteria are called {twice}; give one of them another `name:`")
+        reached = 0.0
+        for one in sorted(self.criterion, key=lambda one: one.since):
+            if one.since > reached:
+                break
+            reached = max(reached, one.until)
+        if reached < 1:
+            raise ValueError(
+                f"no criterion counts from {reached:g} of the steps on; let one begin there, with `from: {reached:g}`, "
+                "or another end later"
+            )
         return self
 
 

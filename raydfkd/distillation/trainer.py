@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +15,15 @@ from torch import Tensor, nn
 
 from raydfkd.config.schema import DistillSpec
 from raydfkd.data.sources import BatchSource, StudentBatch
+from raydfkd.distillation.average import WeightAverage
 from raydfkd.distillation.batchnorm import answers_in_both_modes, reestimate
-from raydfkd.distillation.criteria import CRITERIA
 from raydfkd.distillation.evaluate import top1
+from raydfkd.distillation.loss import LossValue, StudentLoss, connect
 from raydfkd.errors import StudentDivergedError
 from raydfkd.images.augment import build_augmentations
 from raydfkd.images.pixels import PixelRange, nominal_from_uint8
 from raydfkd.networks.observed import Observation, ObservedNetwork
 from raydfkd.networks.optimizers import build_optimizer
-from raydfkd.networks.taps import wrapped
 from raydfkd.seeds import derive_seed, rng_from
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,13 @@ class _Step:
     teacher: Tensor
     """The teacher's logits of them [N, K]."""
     loss: Tensor
+    parts: Mapping[str, Tensor]
+    """Values of the criteria by name, where there are several."""
+
+
+def _joined(values: Sequence[tuple[float, Tensor]]) -> Tensor:
+    """A mean over the images of several parts, of which each has a share."""
+    return torch.stack([share * value for share, value in values]).sum()
 
 
 def ignore(*_: object) -> None:
@@ -62,7 +70,8 @@ class StepHooks:
 
     on_log: Callable[[Mapping[str, float]], None]
     """Receives step, loss, agreement, images_seen and snapshot_images every ``log_every`` steps; agreement is that of
-    the student in eval mode, as it will be used, on the images of the step."""
+    the student in eval mode, as it will be used, on the images of the step. Of several criteria it also receives
+    loss.NAME of each that counts there, without its weight."""
     on_checkpoint: Callable[[int], None] = ignore
     """Called every ``checkpoint_every`` steps and after the last."""
     on_publish: Callable[[int], None] = ignore
@@ -86,13 +95,17 @@ class TrainingHooks:
     wants_checkpoint: Callable[[], bool] = lambda: False
     """Asked after each step whether to make a checkpoint out of turn; all ranks answer alike."""
 
-    def of_student(self, student: nn.Module, state: Callable[[], dict[str, Any]], *, is_first: bool) -> StepHooks:
-        """The same for its trainer, whose steps are turned into states."""
+    def of_student(
+        self, student: Callable[[], nn.Module], state: Callable[[], dict[str, Any]], *, is_first: bool
+    ) -> StepHooks:
+        """The same for its trainer, whose steps are turned into states; ``student`` is the one to publish."""
         publish = self.on_publish
         return StepHooks(
             on_log=self.on_log,
             on_checkpoint=lambda _: self.on_checkpoint(state()),
-            on_publish=ignore if publish is None or not is_first else lambda step: publish(step, student.state_dict()),
+            on_publish=ignore
+            if publish is None or not is_first
+            else lambda step: publish(step, student().state_dict()),
             wants_checkpoint=self.wants_checkpoint,
         )
 
@@ -101,21 +114,25 @@ class StudentTrainer:
     """Trains ``student`` against ``teacher`` on the batches of a source.
 
     Random numbers of a step follow from seed, step and rank, so a resumed training makes the same steps. After the last
-    one the student's BatchNorm statistics are estimated again, over the batches that would have come next, augmented
-    as those before: without augmentation, digits-generators lost two points of accuracy.
+    one the BatchNorm statistics of the student in use are estimated again, over the batches that would have come next,
+    augmented as those before: without augmentation, digits-generators lost two points of accuracy.
+
+    Connectors between layers that criteria compare are trained along; they are no part of the student.
 
     Args:
-        student: in its place on the device, wrapped for data parallelism where there are several ranks.
-        teacher: frozen; answers for augmented images unless the recipe uses stored logits.
-        spec: criterion, optimiser, steps, augmentations.
+        student: in its place on the device.
+        teacher: frozen; answers for augmented images unless the recipe uses stored logits, and tells the layers that
+            the criteria read.
+        spec: criteria, optimiser, steps, augmentations.
         pixels: from stored pixels to what the networks see.
         device: of both networks.
         seed: of the augmentations.
         rank: of this process.
         hooks: functions that are told of the steps.
+        parallel: wraps what is trained for data parallelism, where there are several ranks.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - one value for each sentence above
         self,
         student: nn.Module,
         teacher: ObservedNetwork,
@@ -126,20 +143,31 @@ class StudentTrainer:
         seed: int,
         rank: int = 0,
         hooks: StepHooks,
+        parallel: Callable[[nn.Module], nn.Module] = lambda module: module,
     ) -> None:
-        self._student = student
-        self._network = wrapped(student)
+        self._network = student
+        self._average = WeightAverage(student, spec.ema) if spec.ema else None
+        self._student = parallel(student)
+        self._loss = StudentLoss(spec)
         precision: torch.dtype = getattr(torch, spec.precision)
-        self._observed = ObservedNetwork(student, frozen=False, batchnorm="batch", precision=precision).to(device)
-        self._in_use = ObservedNetwork(self._network, frozen=False, precision=precision).to(device)
+        self._observed = ObservedNetwork(
+            self._student,
+            taps=self._loss.student_taps,
+            frozen=False,
+            batchnorm="batch",
+            precision=precision,
+            name="student",
+        ).to(device)
+        self._in_use = ObservedNetwork(self.student, frozen=False, precision=precision).to(device)
         self._teacher = teacher
         self._spec = spec
         self._pixels = pixels
         self._device = device
         self._seed, self._rank = seed, rank
-        self._criterion = CRITERIA.build(spec.criterion.kind, spec.criterion.options, where="distill.criterion")
         self._augment = build_augmentations(spec.augment, where="distill.augment")
-        self._optimizer, self._schedule = build_optimizer(student, spec.optimizer, steps=spec.steps)
+        self._connect(parallel)
+        self._trained = nn.ModuleList([self._student, self._loss.connectors])
+        self._optimizer, self._schedule = build_optimizer(self._trained, spec.optimizer, steps=spec.steps)
         self._hooks = hooks
         self._images_seen = 0
         self._snapshot_images = self._wanted_images = 0
@@ -151,6 +179,32 @@ class StudentTrainer:
         """How far the training is along its schedule; the number of its steps unless it has another pace."""
         return int(self._schedule.last_epoch)
 
+    @property
+    def student(self) -> nn.Module:
+        """The student as it is judged, published and saved: the average over the steps where the recipe wants one."""
+        return self._network if self._average is None else self._average.network
+
+    def _connect(self, parallel: Callable[[nn.Module], nn.Module]) -> None:
+        if not self._loss.student_taps:
+            return
+        is_training = self._student.training
+        self._student.eval()
+        connect(
+            self._loss,
+            self._observed,
+            self._teacher,
+            self._pixels.shape,
+            device=self._device,
+            seed=self._seed,
+            parallel=parallel,
+        )
+        self._student.train(is_training)
+
+    @property
+    def _progress(self) -> float:
+        """Share of the steps that are made, by their places in the schedule."""
+        return min(1.0, self.place / self._spec.steps)
+
     def fit(self, source: BatchSource, *, steps: int, pace: Pace = by_steps) -> None:
         """Make steps until ``pace`` is at ``steps``; the set may grow meanwhile, so there are no epochs.
 
@@ -160,12 +214,16 @@ class StudentTrainer:
         if self.step == 0:
             self._hooks.on_publish(0)
         if self.place < steps:
-            self._student.train()
+            self._train_mode()
             self._make_steps(iter(source), steps, pace)
         elif self.place >= self._spec.steps and not self._is_settled:  # interrupted between the two
-            self._student.train()
+            self._train_mode()
             self._settle(iter(source))
             self._save(is_last=True)
+
+    def _train_mode(self) -> None:
+        self._student.train()
+        self.student.train()
 
     def _make_steps(self, batches: Iterator[StudentBatch], steps: int, pace: Pace) -> None:
         for batch in batches:
@@ -198,6 +256,7 @@ class StudentTrainer:
                 "agreement": top1(student, made.teacher.argmax(1)),
                 "images_seen": self._images_seen,
                 "snapshot_images": batch.snapshot_images,
+                **{f"loss.{name}": value.item() for name, value in made.parts.items()},
             }
         )
 
@@ -226,25 +285,62 @@ class StudentTrainer:
 
     def _train_step(self, batch: StudentBatch) -> _Step:
         torch.manual_seed(derive_seed(self._seed, "student", self.step, self._rank))  # what a student's dropout draws
-        images = self._augmented(batch, self.step)
-        teacher = self._ask_teacher(images, batch)
-        student = self._observed(images)
-        loss = self._criterion(student, teacher, batch.labels.to(self._device))
+        images, labels = self._augmented(batch, self.step)
+        count = min(self._spec.accumulate, len(images))
+        parts = zip(*(rows.tensor_split(count) for rows in (images, labels, batch.teacher_logits)), strict=True)
+        answers, values = [], []
         self._optimizer.zero_grad()
-        (loss * batch.share).backward()
+        for number, part in enumerate(parts, start=1):
+            share = len(part[0]) / len(images)
+            with nullcontext() if number == count else self._without_averaging():
+                teacher, value = self._learn(*part, share=share * batch.share)
+            answers.append(teacher)
+            values.append((share, value))
+        if self._spec.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._trained.parameters(), self._spec.clip_norm)
         self._optimizer.step()
-        return _Step(images=images, teacher=teacher.logits, loss=loss.detach())
+        if self._average is not None:
+            self._average.update(self.step + 1)
+        return _Step(
+            images=images,
+            teacher=torch.cat(answers),
+            loss=_joined([(share, value.total.detach()) for share, value in values]),
+            parts={
+                name: _joined([(share, value.parts[name]) for share, value in values]) for name in values[0][1].parts
+            },
+        )
 
-    def _augmented(self, batch: StudentBatch, step: int) -> Tensor:
+    def _learn(self, images: Tensor, labels: Tensor, stored: Tensor, *, share: float) -> tuple[Tensor, LossValue]:
+        """Add the gradients of a part of a step's images; returns the teacher's logits of them, and their loss."""
+        teacher = self._ask_teacher(images, stored)
+        value = self._loss(self._observed(images), teacher, labels, progress=self._progress)
+        (value.total * share).backward()
+        return teacher.logits, value
+
+    @contextmanager
+    def _without_averaging(self) -> Iterator[None]:
+        """Gradients stay on each rank, to be averaged with those of the step's last part, which are as many there."""
+        with ExitStack() as stack:
+            for module in (self._student, *self._loss.connectors.values()):
+                if isinstance(module, nn.parallel.DistributedDataParallel):
+                    stack.enter_context(module.no_sync())
+            yield
+
+    def _augmented(self, batch: StudentBatch, step: int) -> tuple[Tensor, Tensor]:
+        """Images as the networks see them, and their labels: numbers [N], or shares of classes [N, K] where mixed."""
         rng = rng_from(derive_seed(self._seed, "augment", step, self._rank))
         bare = nominal_from_uint8(batch.images.to(self._device, non_blocking=True))
-        return self._pixels.from_nominal(self._augment(bare, rng, progress=min(1.0, step / self._spec.steps)))
+        labels = batch.labels.to(self._device)
+        images, labels = self._augment.with_labels(
+            bare, labels, rng, classes=batch.teacher_logits.shape[1], progress=self._progress
+        )
+        return self._pixels.from_nominal(images), labels
 
     @torch.no_grad()
-    def _ask_teacher(self, images: Tensor, batch: StudentBatch) -> Observation:
+    def _ask_teacher(self, images: Tensor, stored: Tensor) -> Observation:
         if self._spec.teacher_logits == "live":
             return self._teacher(images)
-        return Observation(logits=batch.teacher_logits.to(self._device, torch.float32))
+        return Observation(logits=stored.to(self._device, torch.float32))
 
     def _settle(self, batches: Iterator[StudentBatch]) -> None:
         """Make the BatchNorm statistics those of the finished weights, and warn where they do not suit the student."""
@@ -253,11 +349,11 @@ class StudentTrainer:
 
         def seen() -> Iterator[Tensor]:
             for number, batch in enumerate(itertools.islice(batches, count)):
-                images = self._augmented(batch, self.step + number)
+                images, _ = self._augmented(batch, self.step + number)
                 compared.extend([(images, batch)] if number < COMPARED_BATCHES else [])
                 yield images
 
-        reestimate(self._network, seen())  # which asks for no batch where no layer follows them
+        reestimate(self.student, seen())  # which asks for no batch where no layer follows them
         if compared and self._rank == 0:
             self._compare_modes(compared)
         self._is_settled = True
@@ -266,8 +362,8 @@ class StudentTrainer:
         """Warn where the student in eval mode, as it will be used, agrees far less than it did in training mode."""
         shares = torch.zeros(2)
         for images, batch in shown:
-            teacher = self._ask_teacher(images, batch).logits.argmax(1)
-            shares += torch.tensor([top1(answer, teacher) for answer in answers_in_both_modes(self._network, images)])
+            teacher = self._ask_teacher(images, batch.teacher_logits).logits.argmax(1)
+            shares += torch.tensor([top1(answer, teacher) for answer in answers_in_both_modes(self.student, images)])
         in_training, in_use = (shares / len(shown)).tolist()
         if in_training - in_use > WORTH_SAYING:
             logger.warning(
@@ -278,8 +374,12 @@ class StudentTrainer:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a training resumes from, but for the student itself and its source."""
+        """Everything that a training resumes from, but for ``student`` and the source."""
+        weights = {} if self._average is None else {"weights": self._network.state_dict()}
+        connectors = self._loss.state_dict()
         return {
+            **weights,
+            **({"connectors": connectors} if connectors else {}),
             "step": self.step,
             "images_seen": self._images_seen,
             "snapshot_images": self._snapshot_images,
@@ -290,7 +390,10 @@ class StudentTrainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from ``state``."""
+        """Resume from ``state``, once ``student`` has."""
+        if self._average is not None:
+            self._network.load_state_dict(state["weights"])
+        self._loss.load_state_dict(state.get("connectors", {}))
         self.step, self._images_seen = state["step"], state["images_seen"]
         self._snapshot_images = state.get("snapshot_images", 0)  # which earlier versions did not keep
         self._wanted_images = state.get("wanted_images", 0)

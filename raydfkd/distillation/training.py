@@ -17,6 +17,7 @@ from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
 from raydfkd.data.epochs import EpochLog
 from raydfkd.data.sources import SOURCES, Feed, LiveGenerator, Ranks
 from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
+from raydfkd.distillation.loss import StudentLoss
 from raydfkd.distillation.trainer import Pace, StudentTrainer, TrainingHooks, by_steps
 from raydfkd.errors import differences
 from raydfkd.images.pixels import PixelRange
@@ -44,7 +45,7 @@ class StudentTraining:
         hooks: functions that are told of the training.
         ranks: the processes that train.
         generator: makes the generator of a live source.
-        parallel: wraps the student for data parallelism.
+        parallel: wraps the student, and what is trained along with it, for data parallelism.
         device: the recipe's unless given.
     """
 
@@ -69,14 +70,20 @@ class StudentTraining:
         self._phase_ends = {phase.until_step for phase in job.phases[:-1]}
         self._student = lay_channels_last(job.fresh_student().to(device))
         self.trainer = StudentTrainer(
-            parallel(self._student),
-            ObservedNetwork(teacher.module, frozen=True, precision=getattr(torch, recipe.distill.precision)).to(device),
+            self._student,
+            ObservedNetwork(
+                teacher.module,
+                taps=StudentLoss(recipe.distill).teacher_taps,
+                frozen=True,
+                precision=getattr(torch, recipe.distill.precision),
+            ).to(device),
             recipe.distill,
             pixels=PixelRange(recipe.teacher.image_space, device),
             device=device,
             seed=derive_seed(recipe.seed, "student"),
             rank=ranks.rank,
-            hooks=hooks.of_student(self._student, self.state_dict, is_first=ranks.rank == 0),
+            hooks=hooks.of_student(lambda: self.trainer.student, self.state_dict, is_first=ranks.rank == 0),
+            parallel=parallel,
         )
         self._source = SOURCES.build(
             self._spec.source.kind,
@@ -113,19 +120,19 @@ class StudentTraining:
         with cpu_threads(self._spec.threads):
             self.trainer.fit(self._source, steps=self._phase.until_step, pace=pace)
             self._source.finish()
-        return self._student.state_dict()
+        return self.trainer.student.state_dict()
 
     def state_dict(self) -> dict[str, Any]:
         """Student, optimiser, schedule and position in the set."""
         return {
-            "student": self._student.state_dict(),
+            "student": self.trainer.student.state_dict(),
             "trainer": self.trainer.state_dict(),
             "source": self._source.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from ``state``; after the end of a phase, with all images that there are now."""
-        self._student.load_state_dict(state["student"])
+        self.trainer.student.load_state_dict(state["student"])
         self.trainer.load_state_dict(state["trainer"])
         self._source.load_state_dict(state["source"])
         if self.trainer.place in self._phase_ends:

@@ -38,6 +38,8 @@ class PixelRange:
     """The units that a network takes: those of one image space, on one device."""
 
     def __init__(self, space: ImageSpace, device: torch.device | str = "cpu") -> None:
+        self.shape = space.shape
+        """Channels, height and width of the images."""
         self._mean = torch.tensor(space.mean, device=device).view(1, -1, 1, 1)
         self._std = torch.tensor(space.std, device=device).view(1, -1, 1, 1)
         self._scale, self._shift = NOMINAL / self._std, (0.5 - self._mean) / self._std

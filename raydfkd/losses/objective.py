@@ -50,6 +50,7 @@ class Term(nn.Module):
     """A loss: a scalar that is a mean over images, so that its weight does not depend on the batch size.
 
     A subclass declares what it ``needs``; a recipe whose pipeline cannot offer that fails when it is loaded.
+    ``takes_mixed_targets`` says that those may be shares of the classes [N, K], where augmentations mix images.
     ``is_per_image`` says that the value is a mean of one number an image, so that doubling the batch changes nothing.
 
     A term may remember what was kept, see ``commit``. A unit begins with the term as it was built, so that its images
@@ -60,6 +61,7 @@ class Term(nn.Module):
 
     needs: ClassVar[frozenset[Need]] = frozenset()
     needs_targets: bool = False
+    takes_mixed_targets: bool = False
     is_per_image: bool = True
 
     @property
@@ -184,11 +186,13 @@ class Objective(nn.Module):
                     module._buffers[name] = torch.empty_like(saved, device=device)
         self.load_state_dict(state)
 
-    @property
-    def label_reader(self) -> str | None:
-        """Name of a term that takes each image to be of one class, if there is one."""
-        reads = (name for name, term in self.terms.items() if term.needs_targets or Need.CLASS_MOMENTS in term.taps)
-        return next(reads, None)
+    def label_reader(self, *, takes_mixed: bool) -> str | None:
+        """The term that reads labels, if there is one: one that takes those of mixed images, or does not."""
+        for name, term in self.terms.items():
+            takes = term.takes_mixed_targets and Need.CLASS_MOMENTS not in term.taps
+            if (term.needs_targets or Need.CLASS_MOMENTS in term.taps) and takes == takes_mixed:
+                return f"the term {name}"
+        return None
 
     @property
     def remembers(self) -> bool:

@@ -22,6 +22,7 @@ class CrossEntropy(Term):
     """
 
     needs_targets = True
+    takes_mixed_targets = True
 
     def __init__(self, *, temperature: float = 1.0) -> None:
         super().__init__()

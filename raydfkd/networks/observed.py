@@ -22,7 +22,7 @@ from raydfkd.networks.compiled import Compiled
 from raydfkd.networks.input_gradients import FastInputGradients
 from raydfkd.networks.layout import lay_channels_last
 from raydfkd.networks.measured import Watched, joined_moments, watched_layers
-from raydfkd.networks.taps import find_head, layer_at, tap_input, tap_output
+from raydfkd.networks.taps import find_head, layer_at, tap_input, tap_output, wrapped
 from raydfkd.seeds import rng_from, seeded
 
 logger = logging.getLogger(__name__)
@@ -277,7 +277,8 @@ class ObservedNetwork:
             lay_channels_last(self._module)
 
     def _tap_features(self, images: Tensor) -> None:
-        trial = self._module if self._is_frozen else frozen_copy(self._module)
+        network = wrapped(self._module)
+        trial = network if self._is_frozen else frozen_copy(network)
         head = find_head(trial, images)
         if head is None:
             raise RecipeError(
@@ -285,7 +286,7 @@ class ObservedNetwork:
                 f"logits of the {self._name}; drop it"
             )
         self._features_call = head.call
-        tap_input(self._module.get_submodule(head.path), self._features)
+        tap_input(network.get_submodule(head.path), self._features)
 
     def _tap_attention(self, images: Tensor, trace: AttentionTrace) -> None:
         with trace.learning_patches():

@@ -23,7 +23,8 @@ def build_optimizer(
     """Optimiser and learning-rate schedule of a recipe, the latter ``steps`` long.
 
     ``one_cycle`` cycles momentum against the rate (Smith 2018), 0.05 to either side of the recipe's and less where that
-    would leave (0, 1): 0.95, 0.85, 0.95 for 0.9, as PyTorch does it.
+    would leave (0, 1): 0.95, 0.85, 0.95 for 0.9, as PyTorch does it. A warm-up is at least one step, of those below the
+    peak, and ``cosine`` falls over the steps that are left.
     """
     optimizer: torch.optim.Optimizer
     if spec.kind == "adam":
@@ -41,6 +42,12 @@ def build_optimizer(
             total_steps=steps + 1,  # one more than is made: it raises when asked for the rate after its last
             base_momentum=round(spec.momentum - swing, 6),  # 0.85 as PyTorch's own, not 0.8500000000000001
             max_momentum=round(spec.momentum + swing, 6),
+        )
+    if spec.warmup:
+        warmup = max(1, round(spec.warmup * steps))
+        falls = spec.schedule == "cosine"
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_cosine(step, steps=steps, warmup=warmup) if falls or step < warmup else 1.0
         )
     if spec.schedule == "cosine":
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -11,7 +11,7 @@ from torch import nn
 from raydfkd.config.recipe import Recipe
 from raydfkd.data.sources import SOURCES, Feed, LiveGenerator
 from raydfkd.devices import pick_device
-from raydfkd.distillation.criteria import CRITERIA
+from raydfkd.distillation.loss import StudentLoss, check_layers
 from raydfkd.errors import Mistakes, RecipeError
 from raydfkd.images.augment import build_augmentations
 from raydfkd.images.picture_folder import PictureFolder, not_data_free, pictures_of
@@ -72,7 +72,7 @@ def check(recipe: Recipe, *, writes_run: bool = True, writes_set: bool = True) -
             notes += data.notes
     with mistakes.gathered():
         student = build_network(recipe.student, recipe.teacher, where="student", seed=0)
-        notes += probe_student(student, recipe.teacher, recipe.distill.batch_size)
+        notes += probe_student(student, recipe.teacher, recipe.distill.batch_size // recipe.distill.accumulate)
     with mistakes.gathered():
         _check_training(recipe)
     with mistakes.gathered():
@@ -81,6 +81,8 @@ def check(recipe: Recipe, *, writes_run: bool = True, writes_set: bool = True) -
     if network is not None and student is not None:
         with mistakes.gathered():
             check_synthesis(recipe, network, student)
+        with mistakes.gathered():
+            check_layers(recipe.distill, student, network, recipe.teacher.image_space.shape)
     if network is not None:
         with mistakes.gathered():
             if recipe.teacher.train is None or weights_exist(recipe.teacher.weights, where="teacher.weights"):
@@ -141,10 +143,13 @@ def _read_pictures(recipe: Recipe, mistakes: Mistakes) -> Mapping[str, PictureFo
 
 
 def _check_training(recipe: Recipe) -> None:
-    criterion = recipe.distill.criterion
-    built = CRITERIA.build(criterion.kind, criterion.options, where="distill.criterion")
-    label_reader = f"the criterion {criterion.kind}" if getattr(built, "needs_labels", False) else None
-    build_augmentations(recipe.distill.augment, where="distill.augment", label_reader=label_reader)
+    loss = StudentLoss(recipe.distill)
+    build_augmentations(
+        recipe.distill.augment,
+        where="distill.augment",
+        label_reader=loss.label_reader(takes_mixed=False),
+        mixed_label_reader=loss.label_reader(takes_mixed=True),
+    )
     if not is_live(recipe):
         _check_source(recipe, None)
 

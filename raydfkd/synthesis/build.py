@@ -119,7 +119,6 @@ def build_setting(
         )
     _refuse_idle_pictures(recipe, objective)
     _refuse_idle_objective(recipe)
-    label_reader = None if objective.label_reader is None else f"the term {objective.label_reader}"
     observed = ObservedNetwork(
         teacher,
         taps=objective.askers,
@@ -144,7 +143,13 @@ def build_setting(
         judge=Judge(teacher=observed, objective=objective, pixels=pixels, student=student),
         space=recipe.teacher.image_space,
         targets=targets,
-        augment=build_augmentations(spec.augment, where="synthesis.augment", label_reader=label_reader),
+        classes=recipe.teacher.classes,
+        augment=build_augmentations(
+            spec.augment,
+            where="synthesis.augment",
+            label_reader=objective.label_reader(takes_mixed=False),
+            mixed_label_reader=objective.label_reader(takes_mixed=True),
+        ),
         device=device,
         embeddings=embeddings_of(recipe),
         start=None

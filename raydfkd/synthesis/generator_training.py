@@ -124,9 +124,11 @@ class GeneratorTraining:
         with self._own_random_numbers("step"):
             latents = self._latents()
             images = self._images(self._forward, latents)
-            seen = self._setting.augment(images, self._augmenting, progress=progress)
+            seen, targets = self._setting.seen(
+                images, self._targets, self._augmenting, augment=self._setting.augment, progress=progress
+            )
             _, value = judge(
-                seen, self._targets, latents.flatten(0, 1), groups=self.groups, progress=progress, student=student
+                seen, targets, latents.flatten(0, 1), groups=self.groups, progress=progress, student=student
             )
             self._optimizer.zero_grad()
             # Terms are means over images; the sum over classes keeps a class's gradient free of its neighbours.

@@ -187,8 +187,13 @@ class PixelSynthesizer:
     def _augment_of(self, stage: Stage, where: str) -> Chain:
         if stage.augment is None:
             return self._setting.augment
-        reader = self._setting.judge.objective.label_reader
-        return build_augmentations(stage.augment, where=where, label_reader=reader and f"the term {reader}")
+        objective = self._setting.judge.objective
+        return build_augmentations(
+            stage.augment,
+            where=where,
+            label_reader=objective.label_reader(takes_mixed=False),
+            mixed_label_reader=objective.label_reader(takes_mixed=True),
+        )
 
     def produce(self, request: Request, log: Log, hook: StepHook = NO_HOOK) -> Iterator[SyntheticBatch]:
         """Stream batches that together hold ``request.images_per_class`` images of each class."""
@@ -299,8 +304,8 @@ class PixelSynthesizer:
             seen = F.avg_pool2d(images, stage.pool) if stage.pool > 1 else images
             progress = course.step / self._steps
             with course.own_random_numbers("step", device):
-                view = augment(seen, course.augmenting, progress=progress)
-                _, value = judge(view, targets, groups=groups, progress=progress)
+                view, wanted = self._setting.seen(seen, targets, course.augmenting, augment=augment, progress=progress)
+                _, value = judge(view, wanted, groups=groups, progress=progress)
                 optimizer.zero_grad()
                 # Terms are means over images; the sum over classes keeps a class's gradient free of its neighbours.
                 (value.total * groups).backward()

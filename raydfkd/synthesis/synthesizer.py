@@ -34,6 +34,8 @@ class Setting:
 
     judge: Judge
     space: ImageSpace
+    classes: int
+    """Classes of the teacher."""
     targets: TargetSampler
     augment: Chain
     device: torch.device
@@ -41,6 +43,14 @@ class Setting:
     """Real pictures to begin with instead of noise; for those that say ``starts_from_pictures``."""
     embeddings: Tensor | None = None
     """A vector of each class [K, D], which tells a conditional generator more than a number does."""
+
+    def seen(
+        self, images: Tensor, targets: Tensor | None, rng: torch.Generator, *, augment: Chain, progress: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Images as the teacher sees them through ``augment``, with their targets, which are mixed as they are."""
+        if targets is None:
+            return augment(images, rng, progress=progress), None
+        return augment.with_labels(images, targets, rng, classes=self.classes, progress=progress)
 
     def groups(self, request: Request) -> int:
         """Equal, contiguous parts of a batch for ``request``: one a class, where images have a class."""

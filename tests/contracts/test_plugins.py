@@ -18,12 +18,20 @@ STRONG = {
     "flip": {"probability": 1.0},
     "affine": {"degrees": 20.0, "scale": 0.2, "shift": 0.2},
     "noise": {"std": 0.5},
+    "color_jitter": {"brightness": 0.5, "contrast": 0.5},
+    "crop": {"pixels": 2},
 }
 """Options with which an augmentation certainly does something; those that are not here need none."""
 SMALL = {"resnet_small": {"depth": 8, "width": 4}, "convnet": {"widths": [4, 8]}}
 PLUGINS = [(family, name) for family, registry in FAMILIES.items() for name in shipped(registry)]
-CRITERIA_CASES = [(name, options) for name in shipped(CRITERIA) for options in variants(CRITERIA, name)]
-ANSWER_CASES = [case for case in CRITERIA_CASES if case[0] != "hard_labels"]
+OF_MAPS = {name: {"student": "maps", "teacher": "maps"} for name in ("activation_boundary", "attention_transfer")}
+CRITERIA_CASES = [
+    *((name, options) for name in shipped(CRITERIA) for options in variants(CRITERIA, name)),
+    *OF_MAPS.items(),
+]
+ANSWER_CASES = [case for case in CRITERIA_CASES if case[0] not in ("hard_labels", "activation_boundary")]
+"""Those whose least value is zero, where student and teacher are alike."""
+PER_IMAGE_CASES = [case for case in CRITERIA_CASES if case[0] != "relational"]
 
 
 def augmentation(name):
@@ -40,7 +48,12 @@ def logits(seed, count=6):
 
 def criterion_value(case, student, teacher, labels):
     criterion = CRITERIA.build(case[0], case[1], where="test")
-    return criterion(Observation(logits=student), Observation(logits=teacher), labels)
+    return criterion(observation(student), observation(teacher), labels)
+
+
+def observation(answer):
+    """What a network says whose layers are what it answers."""
+    return Observation(logits=answer, features=answer, layers={"maps": answer.view(len(answer), 1, 2, 2)})
 
 
 @pytest.mark.parametrize(("family", "name"), PLUGINS)
@@ -116,7 +129,11 @@ def test_criterion_is_positive_for_a_student_that_answers_otherwise(case, seed):
     assert criterion_value(case, logits(seed), logits(0), torch.arange(6) % CLASSES) > 0.01
 
 
-@pytest.mark.parametrize("case", CRITERIA_CASES, ids=str)
+def test_every_criterion_is_among_the_cases():
+    assert {name for name, _ in CRITERIA_CASES} == set(shipped(CRITERIA))
+
+
+@pytest.mark.parametrize("case", PER_IMAGE_CASES, ids=str)
 def test_criterion_is_a_mean_over_images(case):
     student, teacher, labels = logits(0), logits(1), torch.arange(6) % CLASSES
     twice = criterion_value(case, student.repeat(2, 1), teacher.repeat(2, 1), labels.repeat(2))

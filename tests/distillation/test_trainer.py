@@ -38,6 +38,11 @@ AUGMENTED = (
     "distill.augment=[{kind: affine, degrees: 15, shift: 0.1}, {kind: noise, std: 0.1}, flip, "
     "{kind: jitter, pixels: 1}, mixup]"
 )
+STAGED = (
+    "distill.criterion=[{kind: activation_boundary, student: body.0.1, teacher: body.0.1, until: 0.7},"
+    "{kind: hint, from: 0.3, weight: {from: 1, to: 0.1}}, {kind: hard_labels, smoothing: 0.1, weight: 0.1}]"
+)
+"""Criteria that take turns, with two connectors between networks of different width."""
 
 
 class DropoutNet(PlainNet):
@@ -68,8 +73,11 @@ def assert_same_weights(one, other):
         ["distill.optimizer={kind: sgd, lr: 0.05, schedule: cosine, weight_decay: 1e-3}"],
         ["distill.optimizer={kind: adam, lr: 0.01, schedule: constant}", "distill.teacher_logits=stored"],
         ["student={network: 'test_trainer:DropoutNet'}"],
+        [STAGED, "distill.precision=bfloat16"],
+        [STAGED, "distill.ema=0.9", "distill.augment=[cutmix]", "distill.clip_norm=0.1"],
+        ["distill.accumulate=3", "distill.optimizer={lr: 0.01, schedule: cosine, warmup: 0.5}"],
     ],
-    ids=["plain", "augmented", "sgd", "stored", "dropout"],
+    ids=["plain", "augmented", "sgd", "stored", "dropout", "connectors", "average", "parts"],
 )
 def test_resumed_training_equals_uninterrupted_training_bit_for_bit(tmp_path, overrides):
     job = job_with_images(tmp_path, "distill.steps=9", "distill.checkpoint_every=4", *overrides)
@@ -552,7 +560,7 @@ def test_student_that_loses_its_agreement_outside_training_is_told_of(caplog):
     for layer in trainer._network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.running_mean.copy_(10 * torch.randn(layer.running_mean.shape, generator=rng))
-    images = trainer._augmented(shown[0], 0)
+    images, _ = trainer._augmented(shown[0], 0)
     trainer._network.train()
     with torch.no_grad():
         trainer._teacher = lambda images: Observation(logits=teacher.train()(images))

@@ -12,24 +12,35 @@ from raydfkd.synthesis.build import build_synthesizer
 
 TAUGHT = ["real_data=digits", "teacher.classes=10", "teacher.train={epochs: 1, augment: [mixup]}"]
 MIXED = {
-    "hard labels": (
-        ["distill.augment=[flip, mixup]", "distill.criterion=hard_labels"],
+    "own criterion": (
+        ["distill.augment=[flip, mixup]", "distill.criterion=test_augment:ReadsNumbers"],
         "distill.augment[1]",
-        "the criterion hard_labels",
+        "the criterion test_augment:ReadsNumbers",
     ),
-    "labels in synthesis": (["synthesis.augment=[mixup]"], "synthesis.augment[0]", "the term cross_entropy"),
     "moments by class": (
         ["synthesis.augment=[mixup]", "synthesis.objective=[one_hot, {term: bn_moments, scope: class}]"],
         "synthesis.augment[0]",
         "the term bn_moments",
     ),
     "labels of a stage": (
-        ["synthesis.stages=[{steps: 2, augment: [mixup]}]"],
+        [
+            "synthesis.stages=[{steps: 2, augment: [mixup]}]",
+            "synthesis.objective=[one_hot, {term: bn_moments, scope: class}]",
+        ],
         "synthesis.stages[0].augment[0]",
-        "the term cross_entropy",
+        "the term bn_moments",
     ),
     "teacher": ([*TAUGHT, "teacher.weights=not_there.pt"], "teacher.train.augment[0]", "the teacher's training"),
 }
+
+
+class ReadsNumbers:
+    """A criterion of the user's that takes labels to be numbers."""
+
+    needs_labels = True
+
+    def __call__(self, student, teacher, labels):
+        return student.logits.gather(1, labels[:, None]).mean()
 
 
 @pytest.mark.parametrize("case", MIXED)
