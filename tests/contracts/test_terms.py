@@ -143,7 +143,7 @@ def attention_of(features):
     return Attention(output=(maps @ heads).transpose(1, 2).flatten(2), weights=lambda: maps, patches=slice(1, 8))
 
 
-@cases(where=lambda term: not term.taps & MOMENTS and not isinstance(term, Contrast))
+@cases(where=lambda term: not term.taps.intersection(MOMENTS) and not isinstance(term, Contrast))
 def test_gradient_agrees_with_finite_differences(case):
     weights, others = torch.randn(2, 16, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     targets = torch.tensor([0, 1, 0])
