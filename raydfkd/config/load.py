@@ -96,7 +96,15 @@ def load_with_method(
         "transfer_set": _merge(base.get("transfer_set", {}), own.get("transfer_set", {})),
         **{key: own[key] for key in ("rounds", "budget") if key in own},
     }
+    _share_out(data["transfer_set"], data.get("rounds", 1))
     return _resolved(data, f"{source} with {method}", overrides, run_dir, is_trusted=True)
+
+
+def _share_out(spec: dict[str, Any], rounds: int) -> None:
+    """Make the images of each class as many as fill units that can be shared out among the rounds."""
+    unit, images = spec.get("unit", {}).get("images_per_class", 1), spec.get("images_per_class", 0)
+    if images and images % (unit * rounds):
+        spec["images_per_class"] = unit * rounds * max(1, round(images / (unit * rounds)))
 
 
 def packaged_path(name: str) -> Path | None:
