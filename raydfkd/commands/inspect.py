@@ -78,7 +78,7 @@ def _check_everything(plan: Recipe) -> Prepared:
 
 def _size_of_set(plan: Recipe) -> list[str]:
     """Lines on the classes, images and bytes that the set will have."""
-    channels, height, width = plan.teacher.image_space.shape
+    channels, height, width = plan.made_space.shape
     images = len(plan.classes) * plan.transfer_set.images_per_class
     row = channels * height * width + 2 * plan.teacher.classes + BYTES_BESIDE
     kind = plan.transfer_set.encoding.kind

@@ -15,6 +15,7 @@ from pydantic import model_validator
 from raydfkd.config.schema import (
     BudgetSpec,
     DistillSpec,
+    ImageSpace,
     Positive,
     RealDataSet,
     RuntimeSpec,
@@ -81,6 +82,14 @@ class Recipe(Spec):
             yield "teacher.train needs real_data; say which, or drop train and give weights"
 
     def _mistakes_in_images(self) -> Iterator[str]:
+        made, space = self.made_space, self.teacher.image_space
+        if made.height > space.height or made.width > space.width:
+            yield (
+                f"synthesis.size is {made.size_text}, more than the teacher's {space.size_text}; give fewer pixels, or "
+                "drop it"
+            )
+        if self.synthesis.size is not None and self.synthesis.start is not None:
+            yield "synthesis.size is given, but images start from pictures of the teacher's size; drop either"
         encoding = self.transfer_set.encoding.kind
         if encoding != "raw" and self.teacher.image_space.channels not in (1, 3):
             yield (
@@ -158,6 +167,12 @@ class Recipe(Spec):
         return lines
 
     @property
+    def made_space(self) -> ImageSpace:
+        """The teacher's image space, in the size in which images are made."""
+        space, size = self.teacher.image_space, self.synthesis.size
+        return space if size is None else space.model_copy(update={"size": size})
+
+    @property
     def repeats(self) -> int:
         """Units that each class is in."""
         return self.transfer_set.images_per_class // self.transfer_set.unit.images_per_class
@@ -219,7 +234,7 @@ class Recipe(Spec):
 
     def _synthesis_with(self, pictures: Mapping[str, str]) -> dict[str, Any]:
         """The section with contents instead of folders; without keys that are not given, as digests had them before."""
-        synthesis = self.synthesis.model_dump(mode="json", exclude={"start", "statistics", "embeddings"})
+        synthesis = self.synthesis.model_dump(mode="json", exclude={"start", "statistics", "embeddings", "size"})
         if self.synthesis.start is not None:
             synthesis["start"] = {
                 "images": pictures["synthesis.start.images"],
@@ -227,6 +242,8 @@ class Recipe(Spec):
             }
         if self.synthesis.statistics is not None:
             synthesis["statistics"] = pictures["synthesis.statistics"]
+        if self.synthesis.size is not None:
+            synthesis["size"] = self.synthesis.model_dump(mode="json", include={"size"})["size"]
         if self.synthesis.embeddings is not None:
             synthesis["embeddings"] = pictures["synthesis.embeddings"]
         return synthesis

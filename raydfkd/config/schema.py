@@ -283,6 +283,9 @@ class SynthesisSpec(OpenSpec):
     """Folder of about 100 real pictures, on every machine that works: moments are compared with theirs instead of with
     those that BatchNorm stored, before norm layers of any kind, or where there is none behind convolutions and hidden
     linear layers."""
+    size: Size | None = None
+    """Pixels of the images that are made and stored, fewer than the teacher's, to which they are enlarged wherever a
+    network sees them; the teacher's unless given."""
     embeddings: Text | None = None
     """File of a vector a class (.npy, .safetensors or .pt of [classes, width]), such as a text encoder's of their
     names, which tells a conditional generator its class; one-hot vectors unless given. Outside knowledge, and said to

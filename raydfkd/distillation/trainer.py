@@ -329,12 +329,12 @@ class StudentTrainer:
     def _augmented(self, batch: StudentBatch, step: int) -> tuple[Tensor, Tensor]:
         """Images as the networks see them, and their labels: numbers [N], or shares of classes [N, K] where mixed."""
         rng = rng_from(derive_seed(self._seed, "augment", step, self._rank))
-        bare = nominal_from_uint8(batch.images.to(self._device, non_blocking=True))
+        bare = self._pixels.enlarged(nominal_from_uint8(batch.images.to(self._device, non_blocking=True)))
         labels = batch.labels.to(self._device)
         images, labels = self._augment.with_labels(
             bare, labels, rng, classes=batch.teacher_logits.shape[1], progress=self._progress
         )
-        return self._pixels.from_nominal(images), labels
+        return self._pixels.normalized(images), labels
 
     @torch.no_grad()
     def _ask_teacher(self, images: Tensor, stored: Tensor) -> Observation:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from raydfkd.config.schema import ImageSpace
 
@@ -35,9 +36,17 @@ def nominal_to_uint8(images: Tensor) -> Tensor:
 
 
 class PixelRange:
-    """The units that a network takes: those of one image space, on one device."""
+    """The units that a network takes: those of one image space, on one device.
 
-    def __init__(self, space: ImageSpace, device: torch.device | str = "cpu") -> None:
+    Images that were ``made`` smaller than the network takes them are enlarged, by the same factor whatever their size,
+    so that those that were averaged before stay smaller.
+    """
+
+    def __init__(
+        self, space: ImageSpace, device: torch.device | str = "cpu", *, made: ImageSpace | None = None
+    ) -> None:
+        made = made or space
+        self._factors = (space.height / made.height, space.width / made.width)
         self.shape = space.shape
         """Channels, height and width of the images."""
         self._mean = torch.tensor(space.mean, device=device).view(1, -1, 1, 1)
@@ -46,8 +55,19 @@ class PixelRange:
 
     def from_nominal(self, images: Tensor) -> Tensor:
         """Nominal images [N, C, H, W] to what the network takes."""
+        return self.normalized(self.enlarged(images))
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Nominal images of the network's size to what it takes."""
         return torch.addcmul(self._shift, images, self._scale)
 
     def from_uint8(self, images: Tensor) -> Tensor:
         """Stored pixels to what the network takes, float32."""
-        return (images.to(torch.float32) / 255 - self._mean) / self._std
+        return (self.enlarged(images.to(torch.float32)) / 255 - self._mean) / self._std
+
+    def enlarged(self, images: Tensor) -> Tensor:
+        """Images [N, C, H, W] of floats at the size of the network; as they are where they were made in it."""
+        if self._factors == (1, 1):
+            return images
+        size = [round(edge * factor) for edge, factor in zip(images.shape[2:], self._factors, strict=True)]
+        return F.interpolate(images, size=size, mode="bilinear", align_corners=False)

@@ -56,7 +56,7 @@ def judge_student(
         student.to(device),
         teacher.module.to(device),
         batches,
-        PixelRange(space, device),
+        PixelRange(space, device, made=None if data is not None else recipe.made_space),
         classes=recipe.teacher.classes,
     )
     return {

@@ -133,15 +133,16 @@ def build_setting(
             images = torch.randn(2, *recipe.teacher.image_space.shape, generator=rng_from(0))
             objective.prepare(observed(images.to(device)))
         objective.to(device)
-    pixels = PixelRange(recipe.teacher.image_space, device)
+    pixels = PixelRange(recipe.teacher.image_space, device, made=recipe.made_space)
     if spec.statistics is not None:
         images = pictures["synthesis.statistics"].images
         batches = images[: 2 if is_trial else None].split(MEASURED_AT_ONCE)
         with cpu_threads(spec.threads):
-            observed.measure(pixels.from_uint8(batch.to(device)) for batch in batches)
+            whole = PixelRange(recipe.teacher.image_space, device)  # pictures are of the teacher's size
+            observed.measure(whole.from_uint8(batch.to(device)) for batch in batches)
     return Setting(
         judge=Judge(teacher=observed, objective=objective, pixels=pixels, student=student),
-        space=recipe.teacher.image_space,
+        space=recipe.made_space,
         targets=targets,
         classes=recipe.teacher.classes,
         augment=build_augmentations(
