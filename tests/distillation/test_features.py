@@ -20,6 +20,10 @@ def maps(channels, size=4, seed=0, count=4):
     return torch.randn(count, channels, size, size, generator=rng_from(seed), dtype=torch.float64)
 
 
+def drawn(*shape, seed=0, **options):
+    return torch.randn(*shape, generator=rng_from(seed), **options)
+
+
 def seen(output):
     return Observation(logits=torch.zeros(len(output), 3), features=output.flatten(1), layers={"layer": output})
 
@@ -91,8 +95,8 @@ def test_relational_compares_distances_and_angles_of_all_images(distance, angle)
 
 
 def test_relational_does_not_change_when_the_student_s_features_are_turned_scaled_and_shifted():
-    student, teacher = torch.randn(6, 5, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
-    turn, _ = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))
+    student, teacher = drawn(6, 5, dtype=torch.float64), drawn(6, 3, seed=1, dtype=torch.float64)
+    turn, _ = torch.linalg.qr(drawn(5, 5, dtype=torch.float64))
     torch.testing.assert_close(
         value_of("relational", 3 * student @ turn + 7, teacher), value_of("relational", student, teacher)
     )
@@ -100,16 +104,16 @@ def test_relational_does_not_change_when_the_student_s_features_are_turned_scale
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_relational_of_too_few_images_is_finite_with_a_gradient(count):
-    student = torch.randn(count, 5, requires_grad=True)
-    value = value_of("relational", student, torch.randn(count, 3))
+    student = drawn(count, 5, requires_grad=True)
+    value = value_of("relational", student, drawn(count, 3))
     value.backward()
     assert value.isfinite()
     assert student.grad.isfinite().all()
 
 
 def test_relational_of_an_image_that_is_there_twice_has_a_finite_gradient():
-    student = torch.randn(4, 5).repeat(2, 1).requires_grad_()
-    value_of("relational", student, torch.randn(4, 3).repeat(2, 1)).backward()
+    student = drawn(4, 5).repeat(2, 1).requires_grad_()
+    value_of("relational", student, drawn(4, 3).repeat(2, 1)).backward()
     assert student.grad.isfinite().all()
 
 
@@ -147,11 +151,11 @@ def test_layers_of_one_width_are_compared_without_anything_between(name):
 @pytest.mark.parametrize(
     ("student", "teacher", "layers"),
     [
-        (torch.randn(4, 3, 4, 4), torch.randn(4, 5, 4, 4), [nn.Conv2d, nn.BatchNorm2d]),
-        (torch.randn(4, 3, 4, 4), torch.randn(4, 5, 8, 8), [nn.Conv2d, nn.BatchNorm2d]),
-        (torch.randn(4, 3, 9, 4), torch.randn(4, 5, 4, 8), [nn.Conv2d, nn.BatchNorm2d]),
-        (torch.randn(4, 3), torch.randn(4, 5), [nn.Linear]),
-        (torch.randn(4, 7, 3), torch.randn(4, 7, 5), [nn.Linear]),
+        (drawn(4, 3, 4, 4), drawn(4, 5, 4, 4), [nn.Conv2d, nn.BatchNorm2d]),
+        (drawn(4, 3, 4, 4), drawn(4, 5, 8, 8), [nn.Conv2d, nn.BatchNorm2d]),
+        (drawn(4, 3, 9, 4), drawn(4, 5, 4, 8), [nn.Conv2d, nn.BatchNorm2d]),
+        (drawn(4, 3), drawn(4, 5), [nn.Linear]),
+        (drawn(4, 7, 3), drawn(4, 7, 5), [nn.Linear]),
     ],
 )
 def test_connector_brings_the_student_s_width_to_the_teacher_s_and_learns(student, teacher, layers):
@@ -164,7 +168,7 @@ def test_connector_brings_the_student_s_width_to_the_teacher_s_and_learns(studen
 
 
 def test_hint_through_a_connector_is_that_of_what_it_makes_of_the_layer():
-    student, teacher = torch.randn(4, 3), torch.randn(4, 5)
+    student, teacher = drawn(4, 3), drawn(4, 5)
     criterion, connector = connected("hint", student, teacher)
     expected = F.mse_loss(student @ connector.weight.T + connector.bias, teacher)
     torch.testing.assert_close(criterion(seen(student), seen(teacher), LABELS), expected)
@@ -197,6 +201,6 @@ def test_penultimate_is_the_input_of_the_layer_that_makes_the_logits():
     criterion = CRITERIA.build("hint", {"student": "body.1"}, where="test")
     assert criterion.student_taps == {Layer("body.1")}
     assert criterion.teacher_taps == {Need.FEATURES}
-    student, teacher = torch.randn(4, 3), torch.randn(4, 3)
+    student, teacher = drawn(4, 3), drawn(4, 3, seed=1)
     value = criterion(Observation(logits=student, layers={"body.1": student}), seen(teacher), LABELS)
     torch.testing.assert_close(value, F.mse_loss(student, teacher))
