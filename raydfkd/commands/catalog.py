@@ -162,8 +162,7 @@ def _section(key: str, model: type[BaseModel]) -> Iterator[str]:
 
 def _section_options(model: type[BaseModel], where: str, *, nested: bool) -> Iterator[str]:
     inner = dict(sections_in(model))
-    for option in options_of(model):
-        field = model.model_fields[option.name]
+    for option, field in zip(options_of(model), model.model_fields.values(), strict=True):
         key = f"{where}{option.name}"
         if option.name not in inner:
             yield f"  {key:28} {option}"

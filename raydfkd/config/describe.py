@@ -56,7 +56,10 @@ def options_of(model: type[BaseModel]) -> list[OptionDoc]:
     """Every option of a section or plug-in, those that are sections themselves included."""
     return [
         describe_option(
-            name, annotation_of(field), ... if field.is_required() else field.default, field.description or ""
+            field.alias or name,
+            annotation_of(field),
+            ... if field.is_required() else field.default,
+            field.description or "",
         )
         for name, field in model.model_fields.items()
     ]

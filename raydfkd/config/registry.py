@@ -350,7 +350,7 @@ def _distance(inside: str, key: str) -> int:
 def keys_of(model: type[BaseModel], where: str = "") -> Iterator[str]:
     """Dotted keys of the options of ``model`` and of the sections in it; ``0`` stands for an entry of a list."""
     for name, field in model.model_fields.items():
-        yield f"{where}{name}"
+        yield f"{where}{field.alias or name}"
         inner = model_in(field.annotation)
         if inner is not None:
             is_list = any(get_origin(leaf) is tuple for leaf in flatten(field.annotation))

@@ -386,7 +386,7 @@ class CriterionSpec(PluginSpec):
     def _named_after_kind(cls, value: Any) -> Any:
         if isinstance(value, str):
             value = {"kind": value}
-        return {"name": value["kind"], **value} if isinstance(value, dict) and "kind" in value else value
+        return {"name": value.get("kind", ""), **value} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _counts_at_some_step(self) -> CriterionSpec:
@@ -402,9 +402,9 @@ class CriterionSpec(PluginSpec):
 
 
 Criteria = Annotated[
-    Annotated[Criterion, Tag("tagged-criterion")]
-    | Annotated[tuple[Annotated[CriterionSpec, Family("criteria")], ...], Field(min_length=1), Tag("tagged-criteria")],
-    Discriminator(lambda value: "tagged-criteria" if isinstance(value, list | tuple) else "tagged-criterion"),
+    Annotated[tuple[Annotated[CriterionSpec, Family("criteria")], ...], Field(min_length=1), Tag("tagged-several")]
+    | Annotated[Criterion, Tag("tagged-one")],
+    Discriminator(lambda value: "tagged-several" if isinstance(value, list | tuple) else "tagged-one"),
 ]
 
 

@@ -51,6 +51,64 @@ def test_soft_kl_does_not_change_when_all_logits_of_an_image_are_shifted():
     torch.testing.assert_close(value_of("soft_kl", STUDENT + shift), value_of("soft_kl"))
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_mixed_kl_is_a_share_of_forward_and_the_rest_of_backward(alpha):
+    parts = [value_of("soft_kl", direction=direction) for direction in ("forward", "backward")]
+    mixed = value_of("soft_kl", direction="mixed", alpha=alpha)
+    torch.testing.assert_close(mixed, alpha * parts[0] + (1 - alpha) * parts[1])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_js_is_half_the_divergences_of_both_answers_from_their_mean(temperature):
+    p, q = softmax(TEACHER, temperature), softmax(STUDENT, temperature)
+    mean = (p + q) / 2
+    expected = ((p * np.log(p / mean)).sum(1) + (q * np.log(q / mean)).sum(1)).mean() / 2
+    assert value_of("js", temperature=temperature).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_js_is_at_most_ln_2_however_sure_and_wrong_the_student_is_and_has_a_gradient_there():
+    student = torch.tensor([[100.0, 0.0, 0.0]]).requires_grad_()
+    value = value_of("js", student, torch.tensor([[0.0, 100.0, 0.0]]))
+    value.backward()
+    assert value.item() == pytest.approx(np.log(2))
+    assert student.grad.isfinite().all()
+
+
+def test_logit_mse_is_the_mean_squared_difference_over_images_and_classes():
+    expected = ((STUDENT.numpy() - TEACHER.numpy()) ** 2).mean()
+    assert value_of("logit_mse").item() == pytest.approx(expected)
+
+
+def test_smoothed_hard_labels_is_the_cross_entropy_with_labels_of_which_a_share_is_spread_over_all_classes():
+    labels = 0.7 * np.eye(3)[LABELS.numpy()] + 0.1
+    expected = -(labels * np.log(softmax(STUDENT))).sum(1).mean()
+    assert value_of("hard_labels", smoothing=0.3).item() == pytest.approx(expected)
+
+
+def test_hard_labels_of_mixed_images_is_the_cross_entropy_with_the_shares_of_their_classes():
+    shares = torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [0.2, 0.2, 0.6], [0.1, 0.0, 0.9]])
+    criterion = CRITERIA.build("hard_labels", {}, where="test")
+    value = criterion(Observation(logits=STUDENT), Observation(logits=TEACHER), shares)
+    assert value.item() == pytest.approx(-(shares.numpy() * np.log(softmax(STUDENT))).sum(1).mean())
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("soft_kl", {}),
+        ("soft_kl", {"direction": "backward"}),
+        ("soft_kl", {"direction": "mixed", "alpha": 0.3}),
+        ("js", {"temperature": 2.0}),
+        ("logit_l1", {}),
+        ("logit_mse", {}),
+        ("hard_labels", {"smoothing": 0.1}),
+    ],
+)
+def test_gradient_for_the_student_is_that_of_the_value(name, options):
+    student = STUDENT.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda logits: value_of(name, logits, TEACHER.double(), **options), student)
+
+
 def test_logit_l1_is_the_mean_absolute_difference_over_images_and_classes():
     expected = np.abs(STUDENT.numpy() - TEACHER.numpy()).mean()
     assert value_of("logit_l1").item() == pytest.approx(expected)
