@@ -18,6 +18,7 @@ from raydfkd.images.pixels import PixelRange
 from raydfkd.job import asks_student
 from raydfkd.losses.objective import Objective, build_objective, terms_that_need
 from raydfkd.networks.build import build_network
+from raydfkd.networks.inside import TeacherInside
 from raydfkd.networks.observed import Need, ObservedNetwork
 from raydfkd.seeds import derive_seed
 from raydfkd.synthesis.generator_training import GeneratorTraining
@@ -85,7 +86,8 @@ def build_synthesizer(
     """
     spec = recipe.synthesis
     pictures = pictures_of(recipe)
-    targets = TARGETS.build(spec.targets.kind, spec.targets.options, where="synthesis.targets")
+    inside = TeacherInside(teacher, recipe.teacher.image_space.shape, device)
+    targets = TARGETS.build(spec.targets.kind, spec.targets.options, inside, where="synthesis.targets")
     objective = build_objective(
         spec.objective,
         has_targets=targets.is_conditional,
@@ -155,7 +157,7 @@ def _is_compiled(recipe: Recipe, device: torch.device) -> bool:
 def has_targets(recipe: Recipe) -> bool:
     """Whether images are made for a class each."""
     spec = recipe.synthesis.targets
-    return TARGETS.build(spec.kind, spec.options, where="synthesis.targets").is_conditional
+    return bool(getattr(TARGETS.get(spec.kind, where="synthesis.targets"), "is_conditional", False))
 
 
 def is_live(recipe: Recipe) -> bool:

@@ -116,7 +116,7 @@ class Judge:
                 latents=latents,
             )
             self.objective.commit(view)
-        labels = targets if targets is not None and targets.ndim == 1 else logits.argmax(1)
+        labels = logits.argmax(1) if targets is None else targets if targets.ndim == 1 else targets.argmax(1)
         return SyntheticBatch(
             images=stored.cpu(),
             labels=labels.long().cpu().clone(),

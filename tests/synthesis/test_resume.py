@@ -25,6 +25,7 @@ RENEWED = ("synthesis.emissions=1", "synthesis.conditional=true", "synthesis.ren
 VARIANTS = {
     "pixels": ("pixels", []),
     "pixels, stages": ("pixels", ["synthesis.stages=[{steps: 3, pool: 2}, {steps: 2}]"]),
+    "pixels, soft targets": ("pixels", ["synthesis.targets={kind: gaussian, std: 1.0}"]),
     "generator": ("generator", []),
     "generator, emissions": ("generator", ["synthesis.steps=6", "synthesis.emissions=3"]),
     "generator, renewed": ("generator", RENEWED),
