@@ -218,7 +218,7 @@ class Recipe(Spec):
 
     def _synthesis_with(self, pictures: Mapping[str, str]) -> dict[str, Any]:
         """The section with contents instead of folders; without keys that are not given, as digests had them before."""
-        synthesis = self.synthesis.model_dump(mode="json", exclude={"start", "statistics"})
+        synthesis = self.synthesis.model_dump(mode="json", exclude={"start", "statistics", "select"})
         if self.synthesis.start is not None:
             synthesis["start"] = {
                 "images": pictures["synthesis.start.images"],
@@ -226,6 +226,8 @@ class Recipe(Spec):
             }
         if self.synthesis.statistics is not None:
             synthesis["statistics"] = pictures["synthesis.statistics"]
+        if self.synthesis.select is not None:
+            synthesis["select"] = self.synthesis.select.model_dump(mode="json")
         return synthesis
 
     def trained_by(self) -> dict[str, Any]:

@@ -265,6 +265,18 @@ class StartSpec(Spec):
     """Standard deviation of the noise added to them, in nominal units: 1 is 0.225 of the range from black to white."""
 
 
+class SelectSpec(PluginSpec):
+    """The choice of the images that are kept; keys beyond these are options of the selector (`raydfkd show selectors`).
+
+    A bare string is a selector.
+    """
+
+    candidates: Annotated[float, Field(ge=1)] = 1.5
+    """Images that are made for each one that is kept."""
+    pool: Positive = 256
+    """Images that are judged together, or more where a batch has more; so many are held."""
+
+
 class SynthesisSpec(OpenSpec):
     """The making of the images; keys beyond these are options of the synthesizer (`raydfkd show synthesizers`)."""
 
@@ -282,6 +294,8 @@ class SynthesisSpec(OpenSpec):
     """Folder of about 100 real pictures, on every machine that works: moments are compared with theirs instead of with
     those that BatchNorm stored, before norm layers of any kind, or where there is none behind convolutions and hidden
     linear layers."""
+    select: Annotated[SelectSpec, Family("selectors")] | None = None
+    """Choice of the images that are kept, of more than are wanted; all that are made unless given."""
     precision: Precision = "float32"
     """Arithmetic of the teacher's convolutions, `float32` or `bfloat16`, which is faster where the hardware has it;
     pixels, moments and optimiser stay float32."""

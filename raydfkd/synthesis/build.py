@@ -23,6 +23,7 @@ from raydfkd.networks.observed import Need, ObservedNetwork
 from raydfkd.seeds import derive_seed
 from raydfkd.synthesis.generator_training import GeneratorTraining
 from raydfkd.synthesis.judge import Judge, StudentFeed
+from raydfkd.synthesis.selection import SELECTORS, SelectingSynthesizer
 from raydfkd.synthesis.start import PictureStart
 from raydfkd.synthesis.student_feed import LiveStudentFeed, StoredStudentFeed
 from raydfkd.synthesis.synthesizer import (
@@ -130,7 +131,11 @@ def build_synthesizer(
         if spec.start is None
         else PictureStart(images=pictures["synthesis.start.images"].images, noise=spec.start.noise),
     )
-    return SYNTHESIZERS.build(spec.synthesizer, spec.options, setting, where="synthesis")
+    synthesizer = SYNTHESIZERS.build(spec.synthesizer, spec.options, setting, where="synthesis")
+    if spec.select is None:
+        return synthesizer
+    selector = SELECTORS.build(spec.select.kind, spec.select.options, where="synthesis.select")
+    return SelectingSynthesizer(synthesizer, selector, spec.select, is_conditional=targets.is_conditional)
 
 
 def _refuse_idle_pictures(recipe: Recipe, objective: Objective) -> None:
@@ -192,6 +197,11 @@ def live_generator(
     Raises:
         RecipeError: the recipe's synthesizer trains no generator.
     """
+    if recipe.synthesis.select is not None:
+        raise RecipeError(
+            f"synthesis.select is {recipe.synthesis.select.kind}, but distill.source live trains on every image that "
+            "is made; drop select"
+        )
     synthesizer = build_synthesizer(recipe, teacher, device, LiveStudentFeed(student), is_trial=is_trial)
     make = getattr(synthesizer, "training", None)
     if make is None:

@@ -22,11 +22,14 @@ from raydfkd.synthesis.generator_training import GeneratorTraining
 from raydfkd.synthesis.judge import ObjectiveNotFiniteError
 
 RENEWED = ("synthesis.emissions=1", "synthesis.conditional=true", "synthesis.renewal={steps: 2, latent_lr: 0.1}")
+SELECTED = ("synthesis.select={kind: random, candidates: 1.7, pool: 3}",)
 VARIANTS = {
     "pixels": ("pixels", []),
     "pixels, stages": ("pixels", ["synthesis.stages=[{steps: 3, pool: 2}, {steps: 2}]"]),
     "pixels, soft targets": ("pixels", ["synthesis.targets={kind: gaussian, std: 1.0}"]),
+    "pixels, selected": ("pixels", [*SELECTED, "synthesis.batch_size=2"]),
     "generator": ("generator", []),
+    "generator, selected": ("generator", SELECTED),
     "generator, emissions": ("generator", ["synthesis.steps=6", "synthesis.emissions=3"]),
     "generator, renewed": ("generator", RENEWED),
 }
