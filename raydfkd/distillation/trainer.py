@@ -6,11 +6,12 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from raydfkd.config.schema import DistillSpec
 from raydfkd.data.sources import BatchSource, StudentBatch
@@ -28,6 +29,8 @@ from raydfkd.seeds import derive_seed, rng_from
 logger = logging.getLogger(__name__)
 Pace = Callable[[int], int]
 """A function from steps made to the place in the learning-rate schedule; the training ends with the schedule."""
+Note = Callable[[Tensor], None]
+"""Tells a source how far the student's answers to the last batch were from the teacher's, [N]."""
 SETTLING_IMAGES, SETTLING_BATCHES = 4096, 32
 """Maximum of images and of batches that BatchNorm statistics are estimated over once the last step is made."""
 COMPARED_BATCHES = 4
@@ -49,7 +52,37 @@ class _Step:
     """Images [N, C, H, W] as the student saw them."""
     teacher: Tensor
     """The teacher's logits of them [N, K]."""
+    student: Tensor
+    """The student's logits of them in training mode [N, K], before the step."""
     loss: Tensor
+
+
+def divergences(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) of each image [N] in nats, from logits [N, K]; no gradient is kept of it."""
+    with torch.no_grad():
+        pointwise = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="none")
+        return pointwise.sum(1)
+
+
+def weighted(observation: Observation, weights: Tensor) -> Observation:
+    """The same answers of N images, through which each image's gradient passes times its own one of ``weights`` [N].
+
+    So every criterion that is a mean over images has the gradient of the weighted mean; its value is without weights.
+    """
+
+    def through(answer: Tensor) -> Tensor:
+        branch = answer.view_as(answer)  # features have the gradient of the logits too, which is weighted already
+        if branch.requires_grad:
+            factors = weights.view(-1, *[1] * (answer.ndim - 1)).to(answer)
+            branch.register_hook(lambda gradient: gradient * factors)
+        return branch
+
+    return replace(
+        observation,
+        logits=through(observation.logits),
+        features=None if observation.features is None else through(observation.features),
+        layers={path: through(output) for path, output in observation.layers.items()},
+    )
 
 
 def ignore(*_: object) -> None:
@@ -156,15 +189,17 @@ class StudentTrainer:
             self._hooks.on_publish(0)
         if self.step < steps:
             self._student.train()
-            self._make_steps(iter(source), steps, pace)
+            self._make_steps(iter(source), steps, pace, getattr(source, "note", None))
         elif self.step >= self._spec.steps and not self._is_settled:  # interrupted between the two
             self._student.train()
             self._settle(iter(source))
             self._save(is_last=True)
 
-    def _make_steps(self, batches: Iterator[StudentBatch], steps: int, pace: Pace) -> None:
+    def _make_steps(self, batches: Iterator[StudentBatch], steps: int, pace: Pace, note: Note | None) -> None:
         for batch in batches:
             made = self._train_step(batch)
+            if note is not None:
+                note(divergences(made.student, made.teacher).cpu())
             self.step += 1
             self._images_seen += len(batch.labels)
             self._snapshot_images, self._wanted_images = batch.snapshot_images, batch.wanted_images
@@ -224,11 +259,13 @@ class StudentTrainer:
         images = self._augmented(batch, self.step)
         teacher = self._ask_teacher(images, batch)
         student = self._observed(images)
+        if batch.weights is not None:
+            student = weighted(student, batch.weights.to(self._device))
         loss = self._criterion(student, teacher, batch.labels.to(self._device))
         self._optimizer.zero_grad()
         (loss * batch.share).backward()
         self._optimizer.step()
-        return _Step(images=images, teacher=teacher.logits, loss=loss.detach())
+        return _Step(images=images, teacher=teacher.logits, student=student.logits.detach(), loss=loss.detach())
 
     def _augmented(self, batch: StudentBatch, step: int) -> Tensor:
         rng = rng_from(derive_seed(self._seed, "augment", step, self._rank))
