@@ -12,6 +12,7 @@ REGISTRIES = {
     "terms": "raydfkd.losses.objective:TERMS",
     "targets": "raydfkd.synthesis.targets:TARGETS",
     "augmentations": "raydfkd.images.augment:AUGMENTATIONS",
+    "selectors": "raydfkd.synthesis.selection:SELECTORS",
     "sources": "raydfkd.data.sources:SOURCES",
     "criteria": "raydfkd.distillation.criteria:CRITERIA",
     "networks": "raydfkd.networks.build:NETWORKS",

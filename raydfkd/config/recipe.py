@@ -234,7 +234,8 @@ class Recipe(Spec):
 
     def _synthesis_with(self, pictures: Mapping[str, str]) -> dict[str, Any]:
         """The section with contents instead of folders; without keys that are not given, as digests had them before."""
-        synthesis = self.synthesis.model_dump(mode="json", exclude={"start", "statistics", "embeddings", "size"})
+        given = {"start", "statistics", "select", "embeddings", "size"}
+        synthesis = self.synthesis.model_dump(mode="json", exclude=given)
         if self.synthesis.start is not None:
             synthesis["start"] = {
                 "images": pictures["synthesis.start.images"],
@@ -246,6 +247,8 @@ class Recipe(Spec):
             synthesis["size"] = self.synthesis.model_dump(mode="json", include={"size"})["size"]
         if self.synthesis.embeddings is not None:
             synthesis["embeddings"] = pictures["synthesis.embeddings"]
+        if self.synthesis.select is not None:
+            synthesis["select"] = self.synthesis.select.model_dump(mode="json")
         return synthesis
 
     def trained_by(self) -> dict[str, Any]:

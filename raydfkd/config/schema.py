@@ -266,6 +266,18 @@ class StartSpec(Spec):
     """Standard deviation of the noise added to them, in nominal units: 1 is 0.225 of the range from black to white."""
 
 
+class SelectSpec(PluginSpec):
+    """The choice of the images that are kept; keys beyond these are options of the selector (`raydfkd show selectors`).
+
+    A bare string is a selector.
+    """
+
+    candidates: Annotated[float, Field(ge=1)] = 1.5
+    """Images that are made for each one that is kept."""
+    pool: Positive = 256
+    """Images that are judged together, or more where a batch has more; so many are held."""
+
+
 class SynthesisSpec(OpenSpec):
     """The making of the images; keys beyond these are options of the synthesizer (`raydfkd show synthesizers`)."""
 
@@ -290,6 +302,8 @@ class SynthesisSpec(OpenSpec):
     """File of a vector a class (.npy, .safetensors or .pt of [classes, width]), such as a text encoder's of their
     names, which tells a conditional generator its class; one-hot vectors unless given. Outside knowledge, and said to
     be that."""
+    select: Annotated[SelectSpec, Family("selectors")] | None = None
+    """Choice of the images that are kept, of more than are wanted; all that are made unless given."""
     precision: Precision = "float32"
     """Arithmetic of the teacher's convolutions, `float32` or `bfloat16`, which is faster where the hardware has it;
     pixels, moments and optimiser stay float32."""

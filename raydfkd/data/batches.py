@@ -17,7 +17,8 @@ class SyntheticBatch:
     images: Tensor
     """[N, C, H, W], uint8."""
     labels: Tensor
-    """[N], int64: the class that was asked for, or the teacher's answer for unconditional methods."""
+    """[N], int64: the class that was asked for, which is on top in a soft target, or the teacher's answer for
+    unconditional methods."""
     teacher_logits: Tensor
     """[N, K], float16."""
     objective: float

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -109,7 +110,7 @@ class TransferSetSource:
                 raise ValueError(f"{snapshot.images} images cannot be shared by {self._world_size} training workers")
             if self._step_in_epoch == 0:
                 self._wanted, self._num_unreadable = self._planner.wanted(self._step), 0
-            with closing(ahead(self._remaining(snapshot, self._step_in_epoch), depth=AHEAD)) as batches:
+            with closing(self._batches(snapshot)) as batches:
                 while (newer := self._newer_than(snapshot)) is None and (batch := next(batches, None)) is not None:
                     self._step += 1
                     self._step_in_epoch += 1
@@ -176,6 +177,10 @@ class TransferSetSource:
         is_asked = self._rank == 0
         return self._agree(self._planner.end_early(self._epoch, self._step, snapshot) if is_asked else None)
 
+    def _batches(self, snapshot: Snapshot) -> Generator[StudentBatch]:
+        """This epoch's batches from where it stands, made ahead of their use."""
+        return ahead(self._remaining(snapshot, self._step_in_epoch), depth=AHEAD)
+
     def plan(self, snapshot: Snapshot) -> list[Share]:
         """This rank's share of each shuffle buffer of this epoch over ``snapshot``, in order; reads nothing."""
         return [self._share_of(parts, number) for number, parts in enumerate(self._buffers(snapshot))]
@@ -239,13 +244,7 @@ class TransferSetSource:
             yield window, order % len(window)
 
     def _window(self, share: Share, snapshot: Snapshot) -> ShuffleBuffer:
-        def read(part: Part) -> StoredRows | None:
-            try:
-                return self._transfer_set.read(part)
-            except DamagedError as damage:
-                self._mark_damaged(damage, snapshot)
-                return None
-
+        read = partial(self._read, snapshot)
         window = ShuffleBuffer(share.pieces, read, held=self._held)
         if len(window):
             return window
@@ -254,8 +253,19 @@ class TransferSetSource:
             window = ShuffleBuffer([Piece(others[index], 0, others[index].rows)], read, held=self._held)
             if len(window):
                 return window
-        uri = self._transfer_set.store.uri
-        raise StoreError(f"{uri}: none of the {snapshot.images:,} images that an epoch began with can be read any more")
+        raise self._nothing_left(snapshot)
+
+    def _read(self, snapshot: Snapshot, part: Part) -> StoredRows | None:
+        """A part of ``snapshot``; None where it is damaged, and then its unit is taken out of the set."""
+        try:
+            return self._transfer_set.read(part)
+        except DamagedError as damage:
+            self._mark_damaged(damage, snapshot)
+            return None
+
+    def _nothing_left(self, snapshot: Snapshot) -> StoreError:
+        uri, count = self._transfer_set.store.uri, snapshot.images
+        return StoreError(f"{uri}: none of the {count:,} images that an epoch began with can be read any more")
 
     def _mark_damaged(self, damage: DamagedError, snapshot: Snapshot) -> None:
         """Take the unit that cannot be read out of the set."""
@@ -305,13 +315,24 @@ class GrowingSource(TransferSetSource):
         refresh_steps: Positive | None = None,
         window_rows: Positive = 65536,
     ) -> None:
-        def wanted_images(step: int) -> int:
-            share = 1.0
-            if step < complete_by * feed.steps:
-                share = step / (complete_by * feed.steps)
-            return min(feed.planned_images, max(wait_for, int(share * feed.planned_images)))
+        super().__init__(
+            feed,
+            wanted_images=keeping_pace(feed, wait_for=wait_for, complete_by=complete_by),
+            refresh_steps=refresh_steps,
+            window_rows=window_rows,
+        )
 
-        super().__init__(feed, wanted_images=wanted_images, refresh_steps=refresh_steps, window_rows=window_rows)
+
+def keeping_pace(feed: Feed, *, wait_for: int, complete_by: float) -> Callable[[int], int]:
+    """Images that are wanted after so many steps: all of them once the share ``complete_by`` of the steps is made."""
+
+    def wanted_images(step: int) -> int:
+        share = 1.0
+        if step < complete_by * feed.steps:
+            share = step / (complete_by * feed.steps)
+        return min(feed.planned_images, max(wait_for, int(share * feed.planned_images)))
+
+    return wanted_images
 
 
 @SOURCES.register("snapshot")

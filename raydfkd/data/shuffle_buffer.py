@@ -57,6 +57,11 @@ class ShuffleBuffer:
         """Rows that can be taken."""
         return len(self._labels)
 
+    @property
+    def teacher_logits(self) -> Tensor:
+        """Those of all rows, [N, K], float16."""
+        return self._logits
+
     def take(self, numbers: Tensor, *, pin_memory: bool = False) -> StoredRows:
         """Copy the rows with these ``numbers``, which count the buffer's rows piece by piece."""
         numbers = numbers.sort().values

@@ -28,6 +28,8 @@ class StudentBatch:
     share: float = 1.0
     """This rank's images times the number of ranks over the step's images: with it, averaging the ranks' gradients
     gives the mean over images."""
+    weights: Tensor | None = None
+    """[N]: the weight of each image in the loss, 1 on average; None for 1 each."""
     snapshot_images: int
     """Images that the batch was drawn from; of a live source all that it has made."""
     wanted_images: int = 0
@@ -37,6 +39,11 @@ class StudentBatch:
 def in_this_process(snapshot: Snapshot | None) -> Snapshot | None:
     """Agreement of a single rank with itself: ``snapshot`` as it is."""
     return snapshot
+
+
+def of_this_process(rows: Tensor) -> Tensor:
+    """Rows of all ranks where there is a single one: ``rows`` as they are."""
+    return rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +56,8 @@ class Ranks:
     """Number of processes."""
     agree: Callable[[Snapshot | None], Snapshot | None] = in_this_process
     """Makes all ranks use rank 0's snapshot; called by the thread that trains."""
+    gather: Callable[[Tensor], Tensor] = of_this_process
+    """Joins the rows of all ranks, in the order of the ranks; called by all of them at once, as ``agree`` is."""
 
 
 class LiveGenerator(Protocol):
@@ -102,7 +111,11 @@ class Feed:
 
 
 class BatchSource(Protocol):
-    """An endless stream of batches that can be resumed."""
+    """An endless stream of batches that can be resumed.
+
+    One that has a ``note(losses)`` is told after each step how far the student's answers to the last batch were from
+    the teacher's, [N]: KL(teacher || student) of each image in nats, on the CPU; on all ranks at once.
+    """
 
     is_live: ClassVar[bool]
     """Whether the source makes its images itself, so that there is no plan of units."""
@@ -124,5 +137,7 @@ class BatchSource(Protocol):
 
 
 SOURCES: Registry[BatchSource] = Registry(
-    "source", ["raydfkd.data.set_source", "raydfkd.data.live_source"], member="state_dict"
+    "source",
+    ["raydfkd.data.set_source", "raydfkd.data.priority_source", "raydfkd.data.live_source"],
+    member="state_dict",
 )

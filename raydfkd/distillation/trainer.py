@@ -7,11 +7,12 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from raydfkd.config.schema import DistillSpec
 from raydfkd.data.sources import BatchSource, StudentBatch
@@ -29,6 +30,8 @@ from raydfkd.seeds import derive_seed, rng_from
 logger = logging.getLogger(__name__)
 Pace = Callable[[int], int]
 """A function from steps made to the place in the learning-rate schedule; the training ends with the schedule."""
+Note = Callable[[Tensor], None]
+"""Tells a source how far the student's answers to the last batch were from the teacher's, [N]."""
 SETTLING_IMAGES, SETTLING_BATCHES = 4096, 32
 """Maximum of images and of batches that BatchNorm statistics are estimated over once the last step is made."""
 COMPARED_BATCHES = 4
@@ -50,6 +53,8 @@ class _Step:
     """Images [N, C, H, W] as the student saw them."""
     teacher: Tensor
     """The teacher's logits of them [N, K]."""
+    student: Tensor
+    """The student's logits of them in training mode [N, K], before the step."""
     loss: Tensor
     parts: Mapping[str, Tensor]
     """Values of the criteria by name, where there are several."""
@@ -58,6 +63,34 @@ class _Step:
 def _joined(values: Sequence[tuple[float, Tensor]]) -> Tensor:
     """A mean over the images of several parts, of which each has a share."""
     return torch.stack([share * value for share, value in values]).sum()
+
+
+def divergences(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) of each image [N] in nats, from logits [N, K]; no gradient is kept of it."""
+    with torch.no_grad():
+        pointwise = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), log_target=True, reduction="none")
+        return pointwise.sum(1)
+
+
+def weighted(observation: Observation, weights: Tensor) -> Observation:
+    """The same answers of N images, through which each image's gradient passes times its own one of ``weights`` [N].
+
+    So every criterion that is a mean over images has the gradient of the weighted mean; its value is without weights.
+    """
+
+    def through(answer: Tensor) -> Tensor:
+        branch = answer.view_as(answer)  # features have the gradient of the logits too, which is weighted already
+        if branch.requires_grad:
+            factors = weights.view(-1, *[1] * (answer.ndim - 1)).to(answer)
+            branch.register_hook(lambda gradient: gradient * factors)
+        return branch
+
+    return replace(
+        observation,
+        logits=through(observation.logits),
+        features=None if observation.features is None else through(observation.features),
+        layers={path: through(output) for path, output in observation.layers.items()},
+    )
 
 
 def ignore(*_: object) -> None:
@@ -213,9 +246,10 @@ class StudentTrainer:
         """
         if self.step == 0:
             self._hooks.on_publish(0)
+        note = getattr(source, "note", None)
         if self.place < steps:
             self._train_mode()
-            self._make_steps(iter(source), steps, pace)
+            self._make_steps(iter(source), steps, pace, note)
         elif self.place >= self._spec.steps and not self._is_settled:  # interrupted between the two
             self._train_mode()
             self._settle(iter(source))
@@ -225,9 +259,11 @@ class StudentTrainer:
         self._student.train()
         self.student.train()
 
-    def _make_steps(self, batches: Iterator[StudentBatch], steps: int, pace: Pace) -> None:
+    def _make_steps(self, batches: Iterator[StudentBatch], steps: int, pace: Pace, note: Note | None) -> None:
         for batch in batches:
             made = self._train_step(batch)
+            if note is not None:
+                note(divergences(made.student, made.teacher).cpu())
             self.step += 1
             self._images_seen += len(batch.labels)
             self._snapshot_images, self._wanted_images = batch.snapshot_images, batch.wanted_images
@@ -287,14 +323,20 @@ class StudentTrainer:
         torch.manual_seed(derive_seed(self._seed, "student", self.step, self._rank))  # what a student's dropout draws
         images, labels = self._augmented(batch, self.step)
         count = min(self._spec.accumulate, len(images))
-        parts = zip(*(rows.tensor_split(count) for rows in (images, labels, batch.teacher_logits)), strict=True)
-        answers, values = [], []
+        weights = batch.weights if batch.weights is None else batch.weights.to(self._device)
+        parts = zip(
+            *(rows.tensor_split(count) for rows in (images, labels, batch.teacher_logits)),
+            [None] * count if weights is None else weights.tensor_split(count),
+            strict=True,
+        )
+        teachers, students, values = [], [], []
         self._optimizer.zero_grad()
         for number, part in enumerate(parts, start=1):
             share = len(part[0]) / len(images)
             with nullcontext() if number == count else self._without_averaging():
-                teacher, value = self._learn(*part, share=share * batch.share)
-            answers.append(teacher)
+                teacher, student, value = self._learn(*part, share=share * batch.share)
+            teachers.append(teacher)
+            students.append(student)
             values.append((share, value))
         if self._spec.clip_norm is not None:
             nn.utils.clip_grad_norm_(self._trained.parameters(), self._spec.clip_norm)
@@ -303,19 +345,24 @@ class StudentTrainer:
             self._average.update(self.step + 1)
         return _Step(
             images=images,
-            teacher=torch.cat(answers),
+            teacher=torch.cat(teachers),
+            student=torch.cat(students),
             loss=_joined([(share, value.total.detach()) for share, value in values]),
             parts={
                 name: _joined([(share, value.parts[name]) for share, value in values]) for name in values[0][1].parts
             },
         )
 
-    def _learn(self, images: Tensor, labels: Tensor, stored: Tensor, *, share: float) -> tuple[Tensor, LossValue]:
-        """Add the gradients of a part of a step's images; returns the teacher's logits of them, and their loss."""
-        teacher = self._ask_teacher(images, stored)
-        value = self._loss(self._observed(images), teacher, labels, progress=self._progress)
+    def _learn(
+        self, images: Tensor, labels: Tensor, stored: Tensor, weights: Tensor | None, *, share: float
+    ) -> tuple[Tensor, Tensor, LossValue]:
+        """Add the gradients of a part of a step's images; returns both networks' logits of them, and their loss."""
+        teacher, student = self._ask_teacher(images, stored), self._observed(images)
+        if weights is not None:
+            student = weighted(student, weights)
+        value = self._loss(student, teacher, labels, progress=self._progress)
         (value.total * share).backward()
-        return teacher.logits, value
+        return teacher.logits, student.logits.detach(), value
 
     @contextmanager
     def _without_averaging(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ import ray.train.collective
 import torch
 from ray.train import Checkpoint
 from ray.train.torch import get_device, prepare_model
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
 from raydfkd.config.recipe import Recipe
@@ -61,7 +61,7 @@ class _TrainWorker:
                 on_publish=job.publisher(),
                 wants_checkpoint=self._notice.is_new,
             ),
-            ranks=Ranks(rank=self._rank, size=self._world_size, agree=self._agree),
+            ranks=Ranks(rank=self._rank, size=self._world_size, agree=self._agree, gather=_gathered),
             generator=generator_maker(recipe, teacher.module, parallel=_data_parallel),
             parallel=_data_parallel,
             device=_device(recipe.runtime),
@@ -180,6 +180,15 @@ def _broadcast(snapshot: Snapshot | None, is_over: Callable[[], bool]) -> Snapsh
     if snapshot is not None:
         return snapshot
     return Snapshot.unpacked(answer) if isinstance(answer, bytes) else None
+
+
+def _gathered(rows: Tensor) -> Tensor:
+    """The rows of all ranks, in the order of the ranks; those of a rank may be more than those of another."""
+    if distributed.get_world_size() == 1:
+        return rows
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, rows)
+    return torch.cat(found)
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, Any]:

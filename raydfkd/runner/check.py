@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -159,9 +160,9 @@ def _check_source(recipe: Recipe, generator: Callable[[int], LiveGenerator] | No
     feed = Feed(
         transfer_set=transfer_set_of(recipe, {}),
         units=(),
-        planned_images=0,
+        planned_images=recipe.transfer_set.images_per_class * len(recipe.classes),
         plan="",
-        image_bytes=1,
+        image_bytes=math.prod(recipe.teacher.image_space.shape),
         steps=recipe.distill.steps,
         batch_size=recipe.distill.batch_size,
         seed=0,

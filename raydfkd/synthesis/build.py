@@ -19,10 +19,12 @@ from raydfkd.job import asks_student
 from raydfkd.losses.objective import Objective, build_objective, terms_that_need
 from raydfkd.networks.build import build_network
 from raydfkd.networks.embeddings import embeddings_of
+from raydfkd.networks.inside import TeacherInside
 from raydfkd.networks.observed import MOMENTS, Need, ObservedNetwork
 from raydfkd.seeds import derive_seed, rng_from
 from raydfkd.synthesis.generator_training import GeneratorTraining
 from raydfkd.synthesis.judge import Judge, StudentFeed
+from raydfkd.synthesis.selection import SELECTORS, SelectingSynthesizer
 from raydfkd.synthesis.start import PictureStart
 from raydfkd.synthesis.student_feed import LiveStudentFeed, StoredStudentFeed
 from raydfkd.synthesis.synthesizer import (
@@ -87,7 +89,11 @@ def build_synthesizer(
     """
     spec = recipe.synthesis
     setting = build_setting(recipe, teacher, device, student, is_trial=is_trial)
-    return SYNTHESIZERS.build(spec.synthesizer, spec.options, setting, where="synthesis")
+    synthesizer = SYNTHESIZERS.build(spec.synthesizer, spec.options, setting, where="synthesis")
+    if spec.select is None:
+        return synthesizer
+    selector = SELECTORS.build(spec.select.kind, spec.select.options, where="synthesis.select")
+    return SelectingSynthesizer(synthesizer, selector, spec.select, is_conditional=setting.targets.is_conditional)
 
 
 def build_setting(
@@ -101,7 +107,8 @@ def build_setting(
     """Everything that the recipe's synthesizer is supplied with; arguments and errors of ``build_synthesizer``."""
     spec = recipe.synthesis
     pictures = pictures_of(recipe)
-    targets = TARGETS.build(spec.targets.kind, spec.targets.options, where="synthesis.targets")
+    inside = TeacherInside(teacher, recipe.teacher.image_space.shape, device)
+    targets = TARGETS.build(spec.targets.kind, spec.targets.options, inside, where="synthesis.targets")
     objective = build_objective(
         spec.objective,
         has_targets=targets.is_conditional,
@@ -200,7 +207,7 @@ def _is_compiled(recipe: Recipe, device: torch.device) -> bool:
 def has_targets(recipe: Recipe) -> bool:
     """Whether images are made for a class each."""
     spec = recipe.synthesis.targets
-    return TARGETS.build(spec.kind, spec.options, where="synthesis.targets").is_conditional
+    return bool(getattr(TARGETS.get(spec.kind, where="synthesis.targets"), "is_conditional", False))
 
 
 def is_live(recipe: Recipe) -> bool:
@@ -235,6 +242,11 @@ def live_generator(
     Raises:
         RecipeError: the recipe's synthesizer trains no generator.
     """
+    if recipe.synthesis.select is not None:
+        raise RecipeError(
+            f"synthesis.select is {recipe.synthesis.select.kind}, but distill.source live trains on every image that "
+            "is made; drop select"
+        )
     synthesizer = build_synthesizer(recipe, teacher, device, LiveStudentFeed(student), is_trial=is_trial)
     make = getattr(synthesizer, "training", None)
     if make is None:

@@ -101,6 +101,8 @@ class GeneratorSynthesizer:
             raise ValueError("renewal.noisy_layers makes latents of what tells the class; use conditional: true")
         if conditional and not setting.targets.is_conditional:
             raise ValueError("conditional tells the generator its class, but targets are none; drop either")
+        if setting.targets.is_soft:
+            raise ValueError("targets are soft, but a generator is not told which it is to follow; use pixels")
         self._setting = setting
         self._steps = steps
         self._emissions = emissions

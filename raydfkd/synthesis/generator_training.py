@@ -86,7 +86,7 @@ class GeneratorTraining:
         is_conditional = setting.targets.is_conditional
         self._setting = setting
         self._design = design
-        self._classes = request.classes
+        self._classes, self._class_seeds = request.classes, request.class_seeds
         self._steps = steps
         self.batch_per_class = design.batch_per_class
         """Images of each class in a step; of all together where there are no targets."""
@@ -233,7 +233,8 @@ class GeneratorTraining:
         return StackedGenerators(generators, form=self._design.form).to(self._setting.device)
 
     def _targets_of(self, images_per_class: int) -> Tensor | None:
-        targets = self._setting.targets(self._classes, images_per_class)
+        rngs = [rng_from(derive_seed(seed, "targets")) for seed in self._class_seeds]
+        targets = self._setting.targets(self._classes, images_per_class, rngs)
         return None if targets is None else targets.to(self._setting.device)
 
     def _latents_of(self, latent: int) -> Latents:

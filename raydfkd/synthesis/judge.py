@@ -124,7 +124,7 @@ class Judge:
                 seen=seen,
             )
             self.objective.commit(view)
-        labels = targets if targets is not None and targets.ndim == 1 else logits.argmax(1)
+        labels = logits.argmax(1) if targets is None else targets if targets.ndim == 1 else targets.argmax(1)
         return SyntheticBatch(
             images=stored.cpu(),
             labels=labels.long().cpu().clone(),

@@ -70,7 +70,7 @@ class _Course:
     seed: int
     """Random numbers that networks draw in a step follow from it and the step."""
     noise: list[torch.Generator]
-    """Source of the noise that each class's images start from."""
+    """Source of the noise that each class's images start from, and of their targets."""
     augmenting: torch.Generator
     before: Tensor
     """State of ``augmenting`` before the first step with ``images``."""
@@ -227,7 +227,8 @@ class PixelSynthesizer:
         count = math.ceil(left / math.ceil(left / per_batch))
         course.num_begun += count
         images = torch.cat([self._draw_start(count, rng) for rng in course.noise])
-        return _Start(noise=images, targets=self._setting.targets(request.classes, count), groups=len(request.classes))
+        targets = self._setting.targets(request.classes, count, course.noise)
+        return _Start(noise=images, targets=targets, groups=len(request.classes))
 
     def _draw_start(self, count: int, rng: torch.Generator) -> Tensor:
         """What ``count`` images of a class start from, nominal."""

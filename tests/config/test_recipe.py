@@ -459,6 +459,12 @@ def test_digest_of_a_recipe_without_pictures_knows_nothing_of_them(toy):
     assert not {"start", "statistics"} & synthesis.keys()
 
 
+def test_digest_knows_of_a_selection_where_there_is_one(toy):
+    assert "select" not in toy("synthesis.select=null").made_of("w")["synthesis"]
+    selected = [toy(f"synthesis.select={{kind: random, candidates: {count}}}").made_of("w") for count in (1.5, 2)]
+    assert selected[0] != selected[1]
+
+
 def test_digest_is_of_what_pictures_hold_and_not_of_their_place(toy):
     def made(folder, start, statistics, noise=0.5):
         settings = [f"synthesis.start={{images: {folder}/a, noise: {noise}}}", f"synthesis.statistics={folder}/b"]

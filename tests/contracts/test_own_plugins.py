@@ -20,6 +20,7 @@ import raydfkd
 from raydfkd.errors import RecipeError
 from raydfkd.images.real_data import LabelledImages, RealData, resized
 from raydfkd.losses.objective import Term
+from raydfkd.synthesis.targets import TargetSampler
 
 
 class Dark(Term):
@@ -54,7 +55,8 @@ class Constant:
         hook(dict) if hook else None
         log({"step": 1, "total": 0.0})
         images = torch.full((request.count, *self._setting.space.shape), self._grey / 255 - 0.5) / 0.225
-        yield self._setting.judge.keep(images, self._setting.targets(request.classes, request.images_per_class), 0.0)
+        targets = self._setting.targets(request.classes, request.images_per_class, [])
+        yield self._setting.judge.keep(images, targets, 0.0)
 
 
 class Invert:
@@ -64,12 +66,10 @@ class Invert:
         return -images
 
 
-class Backwards:
+class Backwards(TargetSampler):
     """As many images of each class, the last class first."""
 
-    is_conditional = True
-
-    def __call__(self, classes, images_per_class):
+    def __call__(self, classes, images_per_class, rngs):
         return torch.tensor(classes[::-1]).repeat_interleave(images_per_class)
 
 
@@ -234,7 +234,7 @@ def test_complaint_of_real_data_of_the_user_s_is_found_before_any_work(tmp_path,
         ("synthesis.objective=[{0}:Flat]", r"synthesis.objective\[0\]: \w+:Flat does not take what a term is given"),
         ("synthesis.objective=[{0}:stripes]", r"synthesis.objective\[0\].root is required and missing"),
         ("synthesis.augment=[{0}:Dark]", r"synthesis.augment\[0\]: \w+:Dark cannot be called with images and"),
-        ("synthesis.targets={0}:Gap", r"synthesis.targets: \w+:Gap makes a Gap .*so it is no target sampler"),
+        ("synthesis.targets={0}:Gap", r"synthesis.targets: \w+:Gap does not take what a target sampler is given"),
         ("synthesis.generator={0}:Invert", r"synthesis.generator: \w+:Invert does not take what a generator is given"),
         (
             "synthesis={{synthesizer: {0}:Dark, objective: [one_hot]}}",

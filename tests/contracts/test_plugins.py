@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy import CLASSES, FAMILIES, SPACE, shipped, variants
+from toy import CLASSES, FAMILIES, SPACE, batchnorm_teacher, shipped, variants
 
 from raydfkd.config.schema import ImageSpace, TeacherSpec
 from raydfkd.distillation.criteria import CRITERIA
 from raydfkd.images.augment import AUGMENTATIONS
 from raydfkd.networks.build import NETWORKS, build_network
 from raydfkd.networks.generators import GENERATORS
+from raydfkd.networks.inside import TeacherInside
 from raydfkd.networks.observed import Observation
 from raydfkd.seeds import rng_from
 from raydfkd.synthesis.targets import TARGETS
@@ -22,6 +23,8 @@ STRONG = {
     "crop": {"pixels": 2},
 }
 """Options with which an augmentation certainly does something; those that are not here need none."""
+TARGET_OPTIONS = {"gaussian": {"std": 2.0}}
+"""Options that target samplers require."""
 SMALL = {"resnet_small": {"depth": 8, "width": 4}, "convnet": {"widths": [4, 8]}}
 PLUGINS = [(family, name) for family, registry in FAMILIES.items() for name in shipped(registry)]
 OF_MAPS = {name: {"student": "maps", "teacher": "maps"} for name in ("activation_boundary", "attention_transfer")}
@@ -40,6 +43,11 @@ def augmentation(name):
 
 def images(count=5, channels=3, size=8, seed=0):
     return torch.rand(count, channels, size, size, generator=rng_from(seed))
+
+
+def targets_of(name):
+    inside = TeacherInside(batchnorm_teacher(), SPACE.shape, torch.device("cpu"))
+    return TARGETS.build(name, TARGET_OPTIONS.get(name, {}), inside, where="test")
 
 
 def logits(seed, count=6):
@@ -183,9 +191,23 @@ def test_generator_has_no_state_but_its_weights(name):
 
 @pytest.mark.parametrize("name", shipped(TARGETS))
 def test_targets_are_class_major_and_as_many_as_asked_for(name):
-    sampler = TARGETS.build(name, {}, where="test")
-    targets = sampler((2, 0), 3)
+    sampler = targets_of(name)
+    targets = sampler((2, 0), 3, [rng_from(1), rng_from(2)])
+    if sampler.is_soft:
+        assert targets.shape == (6, CLASSES)
+        assert targets.dtype == torch.float32
+        torch.testing.assert_close(targets.sum(1), torch.ones(6))
+        targets = targets.argmax(1)
     if sampler.is_conditional:
         assert targets.tolist() == [2, 2, 2, 0, 0, 0]
     else:
         assert targets is None
+
+
+@pytest.mark.parametrize("name", [name for name in shipped(TARGETS) if targets_of(name).is_conditional])
+def test_targets_of_a_class_do_not_depend_on_who_shares_its_pack(name):
+    sampler = targets_of(name)
+    both = sampler((2, 0), 3, [rng_from(1), rng_from(2)])
+    alone = [sampler((label,), 3, [rng_from(seed)]) for label, seed in ((2, 1), (0, 2))]
+    assert torch.equal(both, torch.cat(alone))
+    assert torch.equal(sampler((2, 0), 3, [rng_from(1), rng_from(2)]), both)

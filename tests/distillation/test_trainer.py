@@ -21,7 +21,14 @@ from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
 from raydfkd.config.schema import DistillSpec, OptimizerSpec
 from raydfkd.data.news import tell_of_change
 from raydfkd.data.sources import Ranks, StudentBatch
-from raydfkd.distillation.trainer import StepHooks, StudentTrainer, TrainingHooks, ignore
+from raydfkd.distillation.trainer import (
+    StepHooks,
+    StudentTrainer,
+    TrainingHooks,
+    divergences,
+    ignore,
+    weighted,
+)
 from raydfkd.distillation.training import StudentCheckpoint, StudentTraining
 from raydfkd.errors import StudentDivergedError
 from raydfkd.images.pixels import PixelRange
@@ -76,8 +83,10 @@ def assert_same_weights(one, other):
         [STAGED, "distill.precision=bfloat16"],
         [STAGED, "distill.ema=0.9", "distill.augment=[cutmix]", "distill.clip_norm=0.1"],
         ["distill.accumulate=3", "distill.optimizer={lr: 0.01, schedule: cosine, warmup: 0.5}"],
+        ["distill.source=priority"],
+        ["distill.source=priority", "distill.accumulate=3"],
     ],
-    ids=["plain", "augmented", "sgd", "stored", "dropout", "connectors", "average", "parts"],
+    ids=["plain", "augmented", "sgd", "stored", "dropout", "connectors", "average", "parts", "priority", "both"],
 )
 def test_resumed_training_equals_uninterrupted_training_bit_for_bit(tmp_path, overrides):
     job = job_with_images(tmp_path, "distill.steps=9", "distill.checkpoint_every=4", *overrides)
@@ -580,3 +589,83 @@ def test_schedule_follows_the_pace_that_it_is_given():
     trainer.fit(batches, steps=10, pace=lambda step: (0, 0, 5, 5, 12)[step])
     assert trainer.step == 4
     assert rates == pytest.approx([0.1, 0.05, 0.05, 0.0], abs=1e-9)
+
+
+def test_divergence_of_an_image_agrees_with_a_direct_sum():
+    student, teacher = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    found = divergences(student.requires_grad_(), teacher)
+    for row in range(5):
+        p, q = teacher[row].softmax(0), student[row].softmax(0)
+        torch.testing.assert_close(found[row], (p * (p.log() - q.log())).sum().detach())
+    assert not found.requires_grad
+
+
+def test_weights_make_the_gradient_that_of_the_weighted_mean():
+    torch.manual_seed(0)
+    body, head, images = nn.Linear(6, 5), nn.Linear(5, 4), torch.randn(3, 6)
+    teacher, weights = torch.randn(3, 4), torch.tensor([0.5, 2.0, 1.5])
+
+    def answer():
+        features = body(images).tanh()
+        return Observation(logits=head(features), features=features, layers={"body": features})
+
+    def losses(observation):
+        """One of each image; reads the features behind the logits too, which must not be weighted twice."""
+        logits = (observation.logits - teacher).square().mean(1)
+        return logits + observation.features.abs().mean(1) + observation.layers["body"].square().mean(1)
+
+    parameters = [*body.parameters(), *head.parameters()]
+    expected = torch.autograd.grad((weights * losses(answer())).mean(), parameters)
+    value = losses(weighted(answer(), weights)).mean()
+    found = torch.autograd.grad(value, parameters)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(value, losses(answer()).mean())
+
+
+def test_source_is_told_how_far_the_student_was_on_each_image(tmp_path, monkeypatch):
+    job = job_with_images(tmp_path, "distill.source=priority", "distill.teacher_logits=stored", "distill.steps=4")
+    training, told, shown = training_of(job), [], []
+    train_step = StudentTrainer._train_step
+
+    def watched(trainer, batch):
+        with torch.no_grad():
+            images = trainer._pixels.from_uint8(batch.images)
+            shown.append(divergences(trainer._observed(images).logits, batch.teacher_logits.float()))
+        return train_step(trainer, batch)
+
+    monkeypatch.setattr(StudentTrainer, "_train_step", watched)
+    note = training._source.note
+    monkeypatch.setattr(training._source, "note", lambda losses: (told.append(losses), note(losses)))
+    training.run()
+    assert len(told) == 4
+    torch.testing.assert_close(torch.stack(told), torch.stack(shown))
+
+
+def test_weights_of_a_batch_reach_the_student_s_step(tmp_path):
+    plain, ones, twice = (
+        StudentBatch(**values, weights=weights)
+        for values, weights in (
+            (BATCH, None),
+            (BATCH, torch.ones(6)),
+            (BATCH, torch.full((6,), 2.0)),
+        )
+    )
+    settings = ["distill.optimizer={kind: sgd, lr: 0.1, schedule: constant, momentum: 0.5}", "distill.steps=4"]
+
+    def moved(batch):
+        training = training_of(open_job(toy_recipe(tmp_path, settings)))
+        before = [weight.detach().clone() for weight in training._student.parameters()]
+        training.trainer._train_step(batch)
+        after = training._student.parameters()
+        return torch.cat([(new.detach() - old).flatten() for new, old in zip(after, before, strict=True)])
+
+    torch.testing.assert_close(moved(ones), moved(plain), rtol=0, atol=0)
+    torch.testing.assert_close(moved(twice), 2 * moved(plain))
+
+
+BATCH = {
+    "images": torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)),
+    "labels": torch.zeros(6, dtype=torch.int64),
+    "teacher_logits": torch.randn(6, 4, generator=torch.Generator().manual_seed(2)).half(),
+    "snapshot_images": 6,
+}

@@ -358,7 +358,7 @@ def saying(folder):
     return events
 
 
-SOURCES = ["growing", "snapshot", "{kind: growing, refresh_steps: 1}"]
+SOURCES = ["growing", "snapshot", "{kind: growing, refresh_steps: 1}", "{kind: priority, refresh_steps: 2}"]
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy import SPACE, SYNTHESIZERS_UNDER_TEST, batches_of, joined, toy_recipe
 from torch.nn import functional as F
+from toy import SPACE, SYNTHESIZERS_UNDER_TEST, batches_of, joined, toy_recipe
 
 from raydfkd.config.schema import ImageSpace
 from raydfkd.errors import RecipeError
