@@ -541,8 +541,8 @@ def test_show_explains_a_plugin_and_its_options(raydfkd):
     assert lines[0].split()[0] == "bn_moments"
     assert any("free of scale" in line for line in lines), "the whole docstring"
     options = {line.split()[0]: line for line in lines if line.endswith("]")}
-    assert options.keys() == {"form", "statistic", "scope", "first_layer_scale"}
-    assert "norm, squared or kl." in options["form"]
+    assert options.keys() == {"form", "statistic", "scope", "momentum", "first_layer_scale"}
+    assert "norm, squared, kl or reverse_kl." in options["form"]
     assert 'default "norm"]' in options["form"]
 
 
@@ -667,7 +667,7 @@ WRONG = {
     ),
     "wrong option of a term": (
         ["synthesis.objective.bn_moments.form=l1"],
-        "synthesis.objective[1].form is \"l1\": input should be 'norm', 'squared' or 'kl'",
+        "synthesis.objective[1].form is \"l1\": input should be 'norm', 'squared', 'kl' or 'reverse_kl'",
     ),
     "weight that is no number": (
         ["synthesis.objective.bn_moments.weight=.nan"],

@@ -91,7 +91,7 @@ class Term(nn.Module):
     def commit(self, view: View) -> None:
         """Take note of a batch that was kept, once for each (memory banks); nothing by default.
 
-        ``view`` is of the images as they are stored, without gradients.
+        ``view`` is of the images as they are stored, without gradients, all of them one group.
         """
 
 
