@@ -202,7 +202,8 @@ class Objective(nn.Module):
     def commit(self, view: View) -> None:
         """Tell every term that the batch of ``view`` was kept."""
         for term in self.terms.values():
-            term.commit(view)
+            if term.remembers:
+                term.commit(view)
 
 
 def build_objective(
