@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from toy import quiet_events, synthesize_here, toy_recipe, training_of
 
+from raydfkd.config.load import load_recipe
 from raydfkd.config.schema import DistillSpec
 from raydfkd.distillation.criteria import CRITERIA
 from raydfkd.distillation.loss import StudentLoss
 from raydfkd.errors import RecipeError
+from raydfkd.images.augment import build_augmentations
 from raydfkd.job import open_job
 from raydfkd.networks.observed import Observation
 from raydfkd.networks.small import ConvNet
@@ -146,3 +151,33 @@ def test_check_leaves_networks_and_random_numbers_as_they_are(tmp_path):
     state = torch.get_rng_state()
     assert hooks("distill.criterion={kind: hint, student: body.0.1, teacher: body.0.1}") == hooks()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def examples():
+    page = (Path(__file__).parents[2] / "docs" / "distillation.md").read_text()
+    return [yaml.safe_load(block)["distill"] for block in re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)]
+
+
+@pytest.mark.parametrize("example", examples(), ids=str)
+def test_example_of_the_page_on_distillation_is_a_sound_section(example):
+    given = {"steps": 10, "criterion": "hard_labels", "optimizer": {"lr": 0.1}, **example}
+    spec = DistillSpec.model_validate_json(json.dumps(given))
+    reader = StudentLoss(spec).label_reader(takes_mixed=False)
+    build_augmentations(spec.augment, where="distill.augment", label_reader=reader)
+
+
+def test_entry_of_a_list_of_criteria_is_set_by_its_name(tmp_path):
+    criteria = "distill.criterion=[soft_kl, {kind: soft_kl, name: sharp, temperature: 1}]"
+    recipe = toy_recipe(tmp_path, [criteria, "distill.criterion.sharp.weight=2"])
+    assert [one.weight for one in recipe.distill.criterion] == [1.0, 2.0]
+
+
+def test_section_that_says_nothing_new_is_trained_by_what_it_was_before():
+    """Trainings that began before these keys were there go on."""
+    recipe = load_recipe("digits-generators")
+    new = {"clip_norm", "accumulate", "ema"}
+    assert not new & recipe.trained_by()["distill"].keys()
+    assert "warmup" not in recipe.trained_by()["distill"]["optimizer"]
+    for key, value in {"clip_norm": 1.0, "accumulate": 2, "ema": 0.9}.items():
+        changed = load_recipe("digits-generators", {f"distill.{key}": value})
+        assert changed.trained_by()["distill"].keys() - recipe.trained_by()["distill"].keys() == {key}
