@@ -132,6 +132,9 @@ class StudentLoss:
         """
         values = [(part, part.criterion(student, teacher, labels)) for part in self._parts if part.counts_at(progress)]
         weighted = [part.weighted(value, progress) for part, value in values]
+        if all(_taps(part.criterion, "student_taps") for part, _ in values):
+            # Layers behind those that are compared get a gradient of zero: data parallelism waits for one of each.
+            weighted.append(0 * student.logits.sum())
         return LossValue(
             total=weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum(),
             parts={part.name: value.detach() for part, value in values if part.spec is not None},

@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -356,7 +356,7 @@ class Chain:
         mixtures = []
         for augmentation, takes_progress in self._augmentations:
             told = {"progress": progress} if takes_progress else {}
-            if hasattr(augmentation, "mix"):
+            if _tells(augmentation):
                 images, mixture = augmentation.mix(images, rng, **told)
                 mixtures.append(mixture)
             else:
@@ -364,10 +364,15 @@ class Chain:
         return images, mixtures
 
 
+def _tells(augmentation: Augmentation) -> TypeGuard[Mixing]:
+    """Whether an augmentation mixes images and can tell which."""
+    return getattr(augmentation, "mixes_images", False) and hasattr(augmentation, "mix")
+
+
 def _act_of(augmentation: Augmentation) -> Callable[..., object]:
     """The function of an augmentation that is called."""
-    act: Callable[..., object] = getattr(augmentation, "mix", getattr(augmentation, "forward", augmentation))
-    return act
+    act: Callable[..., object] = getattr(augmentation, "forward", augmentation)
+    return augmentation.mix if _tells(augmentation) else act
 
 
 def _takes_progress(augmentation: Augmentation) -> bool:
@@ -406,7 +411,7 @@ def build_augmentations(
 def _refuse_unmixed_labels(built: Augmentation, said: str, reader: str | None, mixed_reader: str | None) -> None:
     if reader is not None:
         raise RecipeError(f"{said}, but {reader} takes each to be of one class; drop one of them")
-    if mixed_reader is not None and not hasattr(built, "mix"):
+    if mixed_reader is not None and not _tells(built):
         raise RecipeError(
             f"{said} without telling which, but {mixed_reader} reads their labels; give it a method "
             "mix(images, rng) that returns a Mixture too, or drop one of them"

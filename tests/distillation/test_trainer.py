@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,9 @@ from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
 from raydfkd.config.schema import DistillSpec, OptimizerSpec
 from raydfkd.data.news import tell_of_change
 from raydfkd.data.sources import Ranks, StudentBatch
+from raydfkd.distillation.average import WeightAverage
+from raydfkd.distillation.criteria import HardLabels
+from raydfkd.distillation.loss import StudentLoss
 from raydfkd.distillation.trainer import (
     StepHooks,
     StudentTrainer,
@@ -31,13 +35,15 @@ from raydfkd.distillation.trainer import (
 )
 from raydfkd.distillation.training import StudentCheckpoint, StudentTraining
 from raydfkd.errors import StudentDivergedError
-from raydfkd.images.pixels import PixelRange
+from raydfkd.images.augment import AUGMENTATIONS
+from raydfkd.images.pixels import PixelRange, nominal_from_uint8
 from raydfkd.job import open_job
 from raydfkd.networks import observed
 from raydfkd.networks.observed import Observation, ObservedNetwork
 from raydfkd.networks.optimizers import build_optimizer
 from raydfkd.networks.small import ConvNet
 from raydfkd.networks.teacher import open_teacher
+from raydfkd.seeds import derive_seed, rng_from
 from raydfkd.units import Phase
 
 CPU = torch.device("cpu")
@@ -324,10 +330,11 @@ def batch_of(rows, *, share=1.0, seed=0):
 
 def trainer_of(student, *, rank=0, on_log=ignore, on_checkpoint=ignore, **changes):
     settings = {"steps": 3, "criterion": "logit_l1", "optimizer": {"lr": 0.01}, "log_every": 1, **changes}
+    spec = DistillSpec.model_validate_json(json.dumps(settings))
     return StudentTrainer(
         student,
-        ObservedNetwork(batchnorm_teacher(), frozen=True),
-        DistillSpec.model_validate_json(json.dumps(settings)),
+        ObservedNetwork(batchnorm_teacher(), taps=StudentLoss(spec).teacher_taps, frozen=True),
+        spec,
         pixels=PixelRange(SPACE),
         device=CPU,
         seed=1,
@@ -337,18 +344,136 @@ def trainer_of(student, *, rank=0, on_log=ignore, on_checkpoint=ignore, **change
 
 
 def gradient_of(batch, rank=0, **changes):
-    student = plain_teacher(seed=1)
-    trainer_of(student, rank=rank, **changes).fit([batch], steps=1)
-    return torch.cat([parameter.grad.flatten() for parameter in student.parameters()])
+    trainer = trainer_of(plain_teacher(seed=1), rank=rank, **changes)
+    trainer.fit([batch], steps=1)
+    return torch.cat([parameter.grad.flatten() for parameter in trainer._trained.parameters()])
 
 
-@pytest.mark.parametrize("criterion", ["logit_l1", "soft_kl", "hard_labels"])
+@pytest.mark.parametrize("criterion", ["logit_l1", "soft_kl", "hard_labels", "hint"])
 def test_gradients_averaged_over_ranks_are_those_of_all_images_at_once(criterion):
     """Data parallelism averages; ranks with unequally many images must not count equally."""
     whole = gradient_of(batch_of(slice(0, 16)), criterion=criterion)
     small = gradient_of(batch_of(slice(0, 5), share=5 * 2 / 16), criterion=criterion)
     large = gradient_of(batch_of(slice(5, 16), share=11 * 2 / 16), rank=1, criterion=criterion)
     torch.testing.assert_close((small + large) / 2, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("criterion", ["logit_l1", "hint", ["soft_kl", {"kind": "hint", "weight": 0.1}]], ids=str)
+@pytest.mark.parametrize("rows", [16, 13, 2])
+def test_gradient_of_a_batch_in_parts_is_that_of_the_batch(criterion, rows):
+    batch = batch_of(slice(0, rows), share=0.9)
+    whole = gradient_of(batch, criterion=criterion, augment=["mixup"])
+    parts = gradient_of(batch, criterion=criterion, augment=["mixup"], accumulate=3)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_batch_in_parts_is_logged_as_the_batch():
+    curves = [], []
+    for curve, accumulate in zip(curves, (1, 3), strict=True):
+        criterion = ["logit_l1", {"kind": "logit_mse", "weight": 0.5}]
+        trainer = trainer_of(plain_teacher(seed=1), criterion=criterion, accumulate=accumulate, on_log=curve.append)
+        trainer.fit([batch_of(slice(0, 13))], steps=1)
+    assert curves[1][0] == pytest.approx(curves[0][0])
+
+
+def test_networks_see_a_part_of_the_batch_at_once():
+    student, seen = plain_teacher(seed=1), []
+    student.register_forward_hook(lambda module, inputs, _: seen.append(len(inputs[0])) if module.training else None)
+    trainer_of(student, accumulate=3).fit([batch_of(slice(0, 16))], steps=1)
+    assert seen == [6, 5, 5]
+
+
+def test_gradient_is_scaled_down_to_the_norm_that_is_given_and_never_up():
+    plain = gradient_of(batch_of(slice(0, 8)), criterion="hint")
+    clipped = gradient_of(batch_of(slice(0, 8)), criterion="hint", clip_norm=plain.norm().item() / 4)
+    torch.testing.assert_close(clipped, plain / 4, rtol=1e-4, atol=1e-6)
+    same = gradient_of(batch_of(slice(0, 8)), criterion="hint", clip_norm=plain.norm().item() * 4)
+    torch.testing.assert_close(same, plain, rtol=0, atol=0)
+
+
+def test_connectors_are_made_from_the_seed_trained_along_and_no_part_of_the_student():
+    trainers = [trainer_of(plain_teacher(seed=1), criterion="hint") for _ in range(2)]
+    before = [trainer._loss.state_dict()["0"]["weight"].clone() for trainer in trainers]
+    torch.testing.assert_close(*before, rtol=0, atol=0)
+    trainers[0].fit([batch_of(slice(0, 8))] * 3, steps=3)
+    assert not torch.allclose(trainers[0]._loss.state_dict()["0"]["weight"], before[0])
+    assert trainers[0].student.state_dict().keys() == plain_teacher().state_dict().keys()
+
+
+def test_connectors_leave_the_student_and_the_random_numbers_as_they_are():
+    student, state = batchnorm_teacher(seed=1), torch.get_rng_state()
+    trainer_of(student, criterion={"kind": "hint", "student": "body.0.0", "teacher": "body.1.0"})
+    assert_same_weights(student.state_dict(), batchnorm_teacher(seed=1).state_dict())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_student_in_use_is_the_average_over_the_steps():
+    weights, student = [], batchnorm_teacher(seed=1)
+    trainer = trainer_of(student, steps=6, ema=0.5, on_log=lambda _: weights.append(student.head.weight.clone()))
+    expected = student.head.weight.detach().clone()
+    trainer.fit([batch_of(slice(0, 8))] * 5, steps=5)
+    for step, weight in enumerate(weights, start=1):
+        keep = min(0.5, (1 + step) / (10 + step))
+        expected = keep * expected + (1 - keep) * weight
+    torch.testing.assert_close(trainer.student.head.weight, expected)
+    assert not torch.allclose(trainer.student.head.weight, student.head.weight)
+
+
+def test_average_is_logged_published_settled_and_saved(tmp_path):
+    settings = ["distill.ema=0.9", "distill.steps=9", "distill.publish_every=4", "distill.checkpoint_every=4"]
+    job = job_with_images(tmp_path, *settings)
+    versions, states, curve = {}, [], []
+    training = training_of(
+        job,
+        on_log=curve.append,
+        on_checkpoint=lambda state: states.append(checkpoint_bytes(state)),
+        on_publish=lambda step, state: versions.update({step: {name: value.clone() for name, value in state.items()}}),
+    )
+    student = training.run()
+    for step, content in zip((4, 8, 9), states, strict=True):
+        assert_same_weights(read_checkpoint(content)["student"], versions[step])
+    assert_same_weights(student, versions[9])
+    trained = training._student.state_dict()
+    assert any(not torch.equal(student[name], trained[name]) for name in student)
+    plain = training_of(job_with_images(tmp_path / "plain", *settings[1:]))
+    torch.testing.assert_close(plain.run()["head.weight"], trained["head.weight"], rtol=0, atol=0)
+
+
+def test_shared_weights_are_averaged_once():
+    student = PlainNet()
+    student.twin = student.head
+    average = WeightAverage(student, 0.5)
+    with torch.no_grad():
+        before = student.head.weight.clone()
+        student.head.weight.zero_()
+    average.update(1000)
+    torch.testing.assert_close(average.network.head.weight, before / 2)
+
+
+def test_criterion_sees_labels_that_are_mixed_as_the_images_are():
+    labels, images = [], []
+
+    class Watched(HardLabels):
+        def __call__(self, student, teacher, given):
+            labels.append(given)
+            return super().__call__(student, teacher, given)
+
+    trainer = trainer_of(plain_teacher(seed=1), criterion="hard_labels", augment=["cutmix"])
+    part = trainer._loss._parts[0]
+    trainer._loss._parts = [replace(part, criterion=Watched())]
+    batch = batch_of(slice(0, 8))
+    trainer.fit([batch], steps=1)
+    rng = rng_from(derive_seed(1, "augment", 0, 0))
+    images, mixture = AUGMENTATIONS.build("cutmix", {}, where="test").mix(nominal_from_uint8(batch.images), rng)
+    torch.testing.assert_close(labels[0], mixture.of(batch.labels, 4))
+
+
+def test_stages_and_augmentations_follow_the_pace_and_not_the_number_of_steps():
+    curve = []
+    stages = [{"kind": "logit_l1", "until": 0.5}, {"kind": "logit_mse", "from": 0.5}]
+    trainer = trainer_of(plain_teacher(seed=1), steps=10, criterion=stages, on_log=curve.append)
+    trainer.fit([batch_of(slice(0, 8))] * 9, steps=10, pace=lambda step: (0, 0, 5, 5, 12)[step])
+    assert ["loss.logit_mse" in entry for entry in curve] == [False, False, True, True]
 
 
 def test_ranks_augment_their_images_differently():
@@ -419,6 +544,20 @@ def test_one_cycle_cycles_momentum_about_that_of_the_recipe(kind, momentum, cycl
         scheduler.step()
     assert (max(momenta), min(momenta)) == pytest.approx(cycle, abs=1e-3)
     assert momenta[0] == pytest.approx(cycle[0])
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [("cosine", 0.5), ("constant", 1.0)])
+def test_warm_up_rises_to_the_peak_over_its_share_of_the_steps(schedule, expected):
+    spec = OptimizerSpec(lr=0.1, schedule=schedule, warmup=0.2)
+    optimizer, scheduler = build_optimizer(nn.Linear(2, 2), spec, steps=100)
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:20] == pytest.approx([0.1 * (step + 1) / 20 for step in range(20)])
+    assert max(rates) == rates[20] == pytest.approx(0.1)
+    assert rates[60] == pytest.approx(0.1 * expected)
 
 
 def test_one_cycle_of_the_default_momentum_is_that_of_pytorch_to_the_last_bit():
