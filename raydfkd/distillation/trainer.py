@@ -21,6 +21,7 @@ from raydfkd.distillation.evaluate import top1
 from raydfkd.errors import StudentDivergedError
 from raydfkd.images.augment import build_augmentations
 from raydfkd.images.pixels import PixelRange, nominal_from_uint8
+from raydfkd.images.views import views_of
 from raydfkd.networks.observed import Observation, ObservedNetwork
 from raydfkd.networks.optimizers import build_optimizer
 from raydfkd.networks.taps import wrapped
@@ -270,13 +271,22 @@ class StudentTrainer:
     def _augmented(self, batch: StudentBatch, step: int) -> Tensor:
         rng = rng_from(derive_seed(self._seed, "augment", step, self._rank))
         bare = nominal_from_uint8(batch.images.to(self._device, non_blocking=True))
+        if batch.view_seeds is not None:
+            return self._pixels.from_nominal(views_of(bare, batch.view_seeds, self._augment))
         return self._pixels.from_nominal(self._augment(bare, rng, progress=min(1.0, step / self._spec.steps)))
 
     @torch.no_grad()
     def _ask_teacher(self, images: Tensor, batch: StudentBatch) -> Observation:
-        if self._spec.teacher_logits == "live":
+        if self._spec.teacher_logits == "live" and batch.view_seeds is None:
             return self._teacher(images)
         return Observation(logits=batch.teacher_logits.to(self._device, torch.float32))
+
+    def ask_about_views(self, images: Tensor, seeds: Tensor) -> Tensor:
+        """The teacher's logits [N, K], float32 on the CPU, of views of uint8 ``images`` named by ``seeds``."""
+        with torch.no_grad():
+            bare = nominal_from_uint8(images.to(self._device))
+            seen = self._pixels.from_nominal(views_of(bare, seeds, self._augment))
+            return self._teacher(seen).logits.cpu()
 
     def _settle(self, batches: Iterator[StudentBatch]) -> None:
         """Make the BatchNorm statistics those of the finished weights, and warn where they do not suit the student."""

@@ -144,16 +144,17 @@ class Chain:
     """Augmentations one after another."""
 
     def __init__(self, augmentations: Sequence[Augmentation]) -> None:
-        self._augmentations = [(augmentation, _takes_progress(augmentation)) for augmentation in augmentations]
+        self._augmentations = [(augmentation, takes_progress(augmentation)) for augmentation in augmentations]
 
     def __call__(self, images: Tensor, rng: torch.Generator, *, progress: float = 1.0) -> Tensor:
         """Apply all of them in order, ``progress`` being the share of the steps that are made."""
-        for augmentation, takes_progress in self._augmentations:
-            images = augmentation(images, rng, **{"progress": progress} if takes_progress else {})
+        for augmentation, is_told in self._augmentations:
+            images = augmentation(images, rng, **{"progress": progress} if is_told else {})
         return images
 
 
-def _takes_progress(augmentation: Augmentation) -> bool:
+def takes_progress(augmentation: Augmentation) -> bool:
+    """Whether an augmentation is told how far the steps are."""
     return "progress" in inspect.signature(getattr(augmentation, "forward", augmentation)).parameters
 
 
@@ -176,7 +177,7 @@ def build_augmentations(specs: Sequence[PluginSpec], *, where: str, label_reader
 
 
 def _refuse_of_another_kind(augmentation: Augmentation, name: str, where: str) -> None:
-    told = {"progress": 0.0} if _takes_progress(augmentation) else {}
+    told = {"progress": 0.0} if takes_progress(augmentation) else {}
     try:
         inspect.signature(getattr(augmentation, "forward", augmentation)).bind(None, None, **told)
     except TypeError as error:
