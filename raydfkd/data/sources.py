@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
 from raydfkd.config.registry import Registry
+from raydfkd.config.schema import PluginSpec
 from raydfkd.data.batches import SyntheticBatch
 from raydfkd.data.commits import Snapshot
 from raydfkd.data.epochs import EpochLog
@@ -30,6 +31,8 @@ class StudentBatch:
     gives the mean over images."""
     weights: Tensor | None = None
     """[N]: the weight of each image in the loss, 1 on average; None for 1 each."""
+    view_seeds: Tensor | None = None
+    """[N], int64: seeds of the views that ``teacher_logits`` are the answers to; None where those are of the images."""
     snapshot_images: int
     """Images that the batch was drawn from; of a live source all that it has made."""
     wanted_images: int = 0
@@ -93,6 +96,13 @@ class Feed:
     """Names the plan that the set is closed for; units that are not trained on belong to it too."""
     image_bytes: int
     """Bytes of an image's pixels."""
+    num_classes: int = 0
+    """Classes of the teacher."""
+    augment: Sequence[PluginSpec] = ()
+    """Augmentations of the student's images."""
+    ask: Callable[[Tensor, Tensor], Tensor] | None = None
+    """The teacher's logits [N, K], float32 on the CPU, of views of images [N, C, H, W], uint8, named by seeds [N]; may
+    be called on any thread."""
     steps: int
     """Steps that the student will make."""
     batch_size: int
@@ -138,6 +148,6 @@ class BatchSource(Protocol):
 
 SOURCES: Registry[BatchSource] = Registry(
     "source",
-    ["raydfkd.data.set_source", "raydfkd.data.priority_source", "raydfkd.data.live_source"],
+    ["raydfkd.data.set_source", "raydfkd.data.priority_source", "raydfkd.data.view_source", "raydfkd.data.live_source"],
     member="state_dict",
 )

@@ -23,6 +23,7 @@ from raydfkd.distillation.loss import LossValue, StudentLoss, connect
 from raydfkd.errors import StudentDivergedError
 from raydfkd.images.augment import build_augmentations
 from raydfkd.images.pixels import PixelRange, nominal_from_uint8
+from raydfkd.images.views import views_of
 from raydfkd.networks.observed import Observation, ObservedNetwork
 from raydfkd.networks.optimizers import build_optimizer
 from raydfkd.seeds import derive_seed, rng_from
@@ -334,7 +335,9 @@ class StudentTrainer:
         for number, part in enumerate(parts, start=1):
             share = len(part[0]) / len(images)
             with nullcontext() if number == count else self._without_averaging():
-                teacher, student, value = self._learn(*part, share=share * batch.share)
+                teacher, student, value = self._learn(
+                    *part, share=share * batch.share, is_known=batch.view_seeds is not None
+                )
             teachers.append(teacher)
             students.append(student)
             values.append((share, value))
@@ -354,10 +357,10 @@ class StudentTrainer:
         )
 
     def _learn(
-        self, images: Tensor, labels: Tensor, stored: Tensor, weights: Tensor | None, *, share: float
+        self, images: Tensor, labels: Tensor, stored: Tensor, weights: Tensor | None, *, share: float, is_known: bool
     ) -> tuple[Tensor, Tensor, LossValue]:
         """Add the gradients of a part of a step's images; returns both networks' logits of them, and their loss."""
-        teacher, student = self._ask_teacher(images, stored), self._observed(images)
+        teacher, student = self._ask_teacher(images, stored, is_known=is_known), self._observed(images)
         if weights is not None:
             student = weighted(student, weights)
         value = self._loss(student, teacher, labels, progress=self._progress)
@@ -378,16 +381,25 @@ class StudentTrainer:
         rng = rng_from(derive_seed(self._seed, "augment", step, self._rank))
         bare = self._pixels.enlarged(nominal_from_uint8(batch.images.to(self._device, non_blocking=True)))
         labels = batch.labels.to(self._device)
+        if batch.view_seeds is not None:
+            return self._pixels.normalized(views_of(bare, batch.view_seeds, self._augment)), labels
         images, labels = self._augment.with_labels(
             bare, labels, rng, classes=batch.teacher_logits.shape[1], progress=self._progress
         )
         return self._pixels.normalized(images), labels
 
     @torch.no_grad()
-    def _ask_teacher(self, images: Tensor, stored: Tensor) -> Observation:
-        if self._spec.teacher_logits == "live":
+    def _ask_teacher(self, images: Tensor, stored: Tensor, *, is_known: bool) -> Observation:
+        if self._spec.teacher_logits == "live" and not is_known:
             return self._teacher(images)
         return Observation(logits=stored.to(self._device, torch.float32))
+
+    def ask_about_views(self, images: Tensor, seeds: Tensor) -> Tensor:
+        """The teacher's logits [N, K], float32 on the CPU, of views of uint8 ``images`` named by ``seeds``."""
+        with torch.no_grad():
+            bare = nominal_from_uint8(images.to(self._device))
+            seen = self._pixels.normalized(views_of(self._pixels.enlarged(bare), seeds, self._augment))
+            return self._teacher(seen).logits.cpu()
 
     def _settle(self, batches: Iterator[StudentBatch]) -> None:
         """Make the BatchNorm statistics those of the finished weights, and warn where they do not suit the student."""
@@ -409,7 +421,8 @@ class StudentTrainer:
         """Warn where the student in eval mode, as it will be used, agrees far less than it did in training mode."""
         shares = torch.zeros(2)
         for images, batch in shown:
-            teacher = self._ask_teacher(images, batch.teacher_logits).logits.argmax(1)
+            known = batch.view_seeds is not None
+            teacher = self._ask_teacher(images, batch.teacher_logits, is_known=known).logits.argmax(1)
             shares += torch.tensor([top1(answer, teacher) for answer in answers_in_both_modes(self.student, images)])
         in_training, in_use = (shares / len(shown)).tolist()
         if in_training - in_use > WORTH_SAYING:

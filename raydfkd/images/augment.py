@@ -334,7 +334,7 @@ class Chain:
     """Augmentations one after another."""
 
     def __init__(self, augmentations: Sequence[Augmentation]) -> None:
-        self._augmentations = [(augmentation, _takes_progress(augmentation)) for augmentation in augmentations]
+        self._augmentations = [(augmentation, takes_progress(augmentation)) for augmentation in augmentations]
 
     def __call__(self, images: Tensor, rng: torch.Generator, *, progress: float = 1.0) -> Tensor:
         """Apply all of them in order, ``progress`` being the share of the steps that are made."""
@@ -354,8 +354,8 @@ class Chain:
 
     def _applied(self, images: Tensor, rng: torch.Generator, progress: float) -> tuple[Tensor, list[Mixture]]:
         mixtures = []
-        for augmentation, takes_progress in self._augmentations:
-            told = {"progress": progress} if takes_progress else {}
+        for augmentation, is_told in self._augmentations:
+            told = {"progress": progress} if is_told else {}
             if _tells(augmentation):
                 images, mixture = augmentation.mix(images, rng, **told)
                 mixtures.append(mixture)
@@ -375,7 +375,8 @@ def _act_of(augmentation: Augmentation) -> Callable[..., object]:
     return augmentation.mix if _tells(augmentation) else act
 
 
-def _takes_progress(augmentation: Augmentation) -> bool:
+def takes_progress(augmentation: Augmentation) -> bool:
+    """Whether an augmentation is told how far the steps are."""
     return "progress" in inspect.signature(_act_of(augmentation)).parameters
 
 
@@ -419,7 +420,7 @@ def _refuse_unmixed_labels(built: Augmentation, said: str, reader: str | None, m
 
 
 def _refuse_of_another_kind(augmentation: Augmentation, name: str, where: str) -> None:
-    told = {"progress": 0.0} if _takes_progress(augmentation) else {}
+    told = {"progress": 0.0} if takes_progress(augmentation) else {}
     try:
         inspect.signature(_act_of(augmentation)).bind(None, None, **told)
     except TypeError as error:

@@ -44,14 +44,16 @@ class TeacherInside:
         Raises:
             RecipeError: there is none; ``who``, a recipe key and its value, needs it.
         """
-        with seeded(0, self._device):
-            found = find_head(self._network, self._pair.to(self._device))
+        network = frozen_copy(self._given)  # not kept: its memory is wanted for images
+        device = next((weight.device for weight in network.parameters()), torch.device("cpu"))
+        with seeded(0, device):
+            found = find_head(network, self._pair.to(device))
         if found is None:
             raise RecipeError(
                 f"{who} needs the weights of a final linear layer, but no linear layer makes the logits of the "
                 "teacher; use targets balanced"
             )
-        return _rows_of(self._network.get_submodule(found.path))
+        return _rows_of(network.get_submodule(found.path))
 
     def layer(self, path: str, who: str) -> Tensor:
         """The weight [k, D], float32 on the CPU, of the linear layer at ``path``, on whose output alone logits depend.

@@ -163,6 +163,8 @@ def _check_source(recipe: Recipe, generator: Callable[[int], LiveGenerator] | No
         planned_images=recipe.transfer_set.images_per_class * len(recipe.classes),
         plan="",
         image_bytes=math.prod(recipe.teacher.image_space.shape),
+        num_classes=recipe.teacher.classes,
+        augment=recipe.distill.augment,
         steps=recipe.distill.steps,
         batch_size=recipe.distill.batch_size,
         seed=0,

@@ -73,6 +73,20 @@ class Backwards(TargetSampler):
         return torch.tensor(classes[::-1]).repeat_interleave(images_per_class)
 
 
+class Last:
+    """The images that were made last.
+
+    Args:
+        sign: 1, or -1 for the first.
+    """
+
+    def __init__(self, *, sign: float = 1.0) -> None:
+        self._sign = sign
+
+    def scores(self, logits, labels, rng):
+        return self._sign * torch.arange(len(labels))
+
+
 class Flat(nn.Sequential):
     """One linear layer.
 
@@ -153,6 +167,7 @@ USES = {
     "synthesizer": ("pixels", "synthesis={{synthesizer: {0}:Constant, grey: 77, objective: [cross_entropy]}}"),
     "augmentation": ("pixels", "synthesis.augment=[{{kind: {0}:Invert}}]"),
     "targets": ("generator", "synthesis.targets={0}:Backwards"),
+    "selector": ("pixels", "synthesis.select={{kind: {0}:Last, sign: -1.0, candidates: 2}}"),
     "generator": ("generator", "synthesis.generator={{kind: {0}:Flat, latent: 5}}"),
     "criterion": ("generator", "distill.criterion={0}:Gap"),
     "real data": ("generator", "real_data={{kind: {0}:stripes, root: here}}"),
@@ -235,6 +250,7 @@ def test_complaint_of_real_data_of_the_user_s_is_found_before_any_work(tmp_path,
         ("synthesis.objective=[{0}:stripes]", r"synthesis.objective\[0\].root is required and missing"),
         ("synthesis.augment=[{0}:Dark]", r"synthesis.augment\[0\]: \w+:Dark cannot be called with images and"),
         ("synthesis.targets={0}:Gap", r"synthesis.targets: \w+:Gap does not take what a target sampler is given"),
+        ("synthesis.select={0}:Gap", r"synthesis.select: \w+:Gap makes a Gap without scores, so it is no selector"),
         ("synthesis.generator={0}:Invert", r"synthesis.generator: \w+:Invert does not take what a generator is given"),
         (
             "synthesis={{synthesizer: {0}:Dark, objective: [one_hot]}}",

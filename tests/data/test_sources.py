@@ -4,6 +4,7 @@ import itertools
 import threading
 import weakref
 from dataclasses import replace
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -70,6 +71,7 @@ class Rows:
         kind="growing",
         units=EVERY_UNIT,
         image_bytes=4,
+        feed=MappingProxyType({}),
         **spec,
     ):
         """One source a rank; rank 0 must be asked first in every step. It calls ``on_wait`` instead of waiting."""
@@ -97,6 +99,7 @@ class Rows:
                     seed=seed,
                     ranks=Ranks(rank=rank, size=ranks, agree=agree if rank == 0 else follower(agreed)),
                     epochs=epochs,
+                    **feed,
                 ),
                 where="test",
             )

@@ -58,6 +58,9 @@ STAGED = (
 """Criteria that take turns, with two connectors between networks of different width."""
 
 
+VIEWED = "distill.augment=[{kind: affine, degrees: 15, shift: 0.1}, flip, {kind: jitter, pixels: 1}]"
+
+
 class DropoutNet(PlainNet):
     """A student that draws random numbers of its own."""
 
@@ -91,8 +94,21 @@ def assert_same_weights(one, other):
         ["distill.accumulate=3", "distill.optimizer={lr: 0.01, schedule: cosine, warmup: 0.5}"],
         ["distill.source=priority"],
         ["distill.source=priority", "distill.accumulate=3"],
+        ["distill.source={kind: views, views: 3, top_k: 2}", VIEWED],
     ],
-    ids=["plain", "augmented", "sgd", "stored", "dropout", "connectors", "average", "parts", "priority", "both"],
+    ids=[
+        "plain",
+        "augmented",
+        "sgd",
+        "stored",
+        "dropout",
+        "connectors",
+        "average",
+        "parts",
+        "priority",
+        "both",
+        "views",
+    ],
 )
 def test_resumed_training_equals_uninterrupted_training_bit_for_bit(tmp_path, overrides):
     job = job_with_images(tmp_path, "distill.steps=9", "distill.checkpoint_every=4", *overrides)
@@ -159,13 +175,13 @@ class GrowingSet:
         return checkpoints, batches, student
 
 
-@pytest.mark.parametrize("refresh_steps", ["null", 2])
+@pytest.mark.parametrize(
+    "source", ["growing", "{kind: growing, refresh_steps: 2}", "{kind: priority, refresh_steps: 2}"]
+)
 @pytest.mark.parametrize("killed_at", [6, 9, 11])
-def test_training_that_is_killed_while_the_set_grows_ends_in_the_same_student(
-    tmp_path, monkeypatch, refresh_steps, killed_at
-):
+def test_training_that_is_killed_while_the_set_grows_ends_in_the_same_student(tmp_path, monkeypatch, source, killed_at):
     """Steps after the last checkpoint are made again with the batches that they had, though the set is larger now."""
-    settings = ["distill.steps=16", "distill.checkpoint_every=4", f"distill.source.refresh_steps={refresh_steps}"]
+    settings = ["distill.steps=16", "distill.checkpoint_every=4", f"distill.source={source}"]
     settings += ["distill.batch_size=2", "distill.source.complete_by=1.0"]
     _, expected, student = GrowingSet(tmp_path / "one", *settings).train(monkeypatch)
     assert len(expected) == 16
@@ -780,6 +796,26 @@ def test_source_is_told_how_far_the_student_was_on_each_image(tmp_path, monkeypa
     torch.testing.assert_close(torch.stack(told), torch.stack(shown))
 
 
+def test_replayed_views_have_the_teacher_s_answers_and_training_asks_it_no_more(tmp_path, monkeypatch):
+    settings = ["distill.source={kind: views, views: 2, keep: all}", VIEWED, "distill.steps=12"]
+    job = job_with_images(tmp_path, *settings)
+    training, seen, asked = training_of(job), [], []
+    monkeypatch.setattr(training.trainer, "_teacher", lambda images: asked.append(images) or ANSWER(images))
+    train_step = StudentTrainer._train_step
+
+    def watched(trainer, batch):
+        made = train_step(trainer, batch)
+        seen.append((made.images, made.teacher))
+        return made
+
+    monkeypatch.setattr(StudentTrainer, "_train_step", watched)
+    training.run()
+    for images, answers in seen:
+        torch.testing.assert_close(ANSWER(images).logits, answers, atol=1e-2, rtol=1e-2)
+    assert sum(map(len, asked)) == 2 * job.snapshot().images
+    assert len(seen) == 12
+
+
 def test_weights_of_a_batch_reach_the_student_s_step(tmp_path):
     plain, ones, twice = (
         StudentBatch(**values, weights=weights)
@@ -802,6 +838,7 @@ def test_weights_of_a_batch_reach_the_student_s_step(tmp_path):
     torch.testing.assert_close(moved(twice), 2 * moved(plain))
 
 
+ANSWER = ObservedNetwork(batchnorm_teacher(), frozen=True)
 BATCH = {
     "images": torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)),
     "labels": torch.zeros(6, dtype=torch.int64),
