@@ -81,8 +81,14 @@ def test_adversarial_run_called_again_makes_nothing_and_says_the_same(tmp_path):
         ["synthesis.augment=[]", "distill.augment=[{kind: noise, std: 0.1}]"],
         ["synthesis.targets=balanced", "synthesis.objective=[cross_entropy, {term: competition, weight: 5}]"],
         ["synthesis.targets=balanced", "synthesis.objective=[cross_entropy, logit_gap]", "synthesis.conditional=true"],
+        [
+            "distill.criterion=[soft_kl, {kind: hint, weight: 0.1},"
+            "{kind: attention_transfer, student: body.0.1, teacher: body.0.1, weight: 250, until: 0.6}]",
+            "distill.ema=0.9",
+            "distill.accumulate=2",
+        ],
     ],
-    ids=["plain", "noise", "classes", "conditional"],
+    ids=["plain", "noise", "classes", "conditional", "layers"],
 )
 def test_adversarial_training_resumes_from_its_checkpoint_bit_for_bit(tmp_path, settings, optimizer):
     job = open_job(live_recipe(tmp_path, f"distill.optimizer.kind={optimizer}", *settings))
