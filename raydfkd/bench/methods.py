@@ -15,7 +15,7 @@ from raydfkd.errors import RecipeError, one_line
 from raydfkd.images.real_data import Split
 from raydfkd.runner.suits import why_not
 
-NOISE = "noise"
+NOISE = "gaussian_noise"
 """Name of the method that is the other control."""
 SHARES = (0.25, 0.5, 1.0)
 """Shares of the budget at which a method is measured, each a run of its own whose schedules end there."""

@@ -68,7 +68,7 @@ class Cell:
         """The cell's recipe with its own seed."""
         if self.method is None:
             return load_recipe(self.recipe, list(self.overrides), run_dir=_NOWHERE)
-        method = "noise" if self.method == REAL else self.method
+        method = "gaussian_noise" if self.method == REAL else self.method
         return load_with_method(self.recipe, method, list(self.overrides), run_dir=_NOWHERE)
 
 

@@ -18,7 +18,7 @@ from raydfkd.config.describe import (
     sections_in,
 )
 from raydfkd.config.families import BESIDE, REGISTRIES, family
-from raydfkd.config.load import packaged_jobs, packaged_methods, packaged_path, packaged_recipes
+from raydfkd.config.load import packaged_jobs, packaged_methods, packaged_path, packaged_recipes, page_data
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.registry import import_callable, options_model
 from raydfkd.config.schema import Family
@@ -41,6 +41,7 @@ def show(name: str | None) -> Iterator[str]:
         yield from _index()
     elif (path := packaged_path(name)) is not None:
         yield path.read_text(encoding="utf-8").rstrip()
+        yield from _parts(name) if name in packaged_methods() else ()
     elif name in _GROUPS:
         yield from _recipes(name)
     elif ":" in name:
@@ -70,6 +71,45 @@ def _recipes(group: str) -> Iterator[str]:
         path = packaged_path(name)
         assert path is not None, "it is one of the packaged ones"
         yield f"  {name:28} {path.read_text(encoding='utf-8').partition(chr(10))[0].lstrip('# ')}"
+
+
+_OF_KEY = {
+    "synthesizer": "synthesizers",
+    "generator": "generators",
+    "objective": "terms",
+    "of": "terms",
+    "targets": "targets",
+    "augment": "augmentations",
+    "select": "selectors",
+    "criterion": "criteria",
+    "source": "sources",
+}
+"""The family of the plug-ins that stand at a key of a page."""
+
+
+def _parts(name: str) -> Iterator[str]:
+    """A line on each plug-in that a packaged page chooses, with what it starts from."""
+    chosen = dict.fromkeys(_chosen(page_data(name), ""))
+    if chosen:
+        yield from ("", "its parts, with what it starts from; `raydfkd show NAME` explains each whole:")
+    for key, plugin in chosen:
+        if plugin in family(key).names():
+            yield f"  {plugin:28} {_first_line(family(key).describe(plugin)[0])}"
+
+
+def _chosen(value: object, key: str) -> Iterator[tuple[str, str]]:
+    """Family and name of each plug-in in plain data that stand at ``key``."""
+    if isinstance(value, str) and key in _OF_KEY:
+        yield _OF_KEY[key], value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _chosen(item, key)
+    elif isinstance(value, dict):
+        named = value.get("term", value.get("kind"))
+        if isinstance(named, str) and key in _OF_KEY:
+            yield _OF_KEY[key], named
+        for inner, item in value.items():
+            yield from _chosen(item, inner)
 
 
 def _explained(name: str) -> Iterator[str]:

@@ -32,7 +32,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 """Recipes that come with raydfkd; in ``jobs`` those that also say where they run, in ``methods`` those for any teacher,
 in ``parts`` what several of them have in common.
 """
-COMMON = "student"
+COMMON = "student_training"
 """Name of the part that all methods have in common: how a student is trained."""
 
 
@@ -51,9 +51,11 @@ def packaged_methods() -> list[str]:
     return sorted(path.stem for path in (RECIPES / "methods").glob("*.yaml"))
 
 
-def method_data(name: str) -> dict[str, Any]:
-    """The sections of a packaged method, with those of the methods that it starts from."""
-    return _read(RECIPES / "methods" / f"{name}.yaml", name, seen=())
+def page_data(name: str) -> dict[str, Any]:
+    """The sections of a packaged page, a recipe, job or method, with those of the pages that it starts from."""
+    path = packaged_path(name)
+    assert path is not None, "it is a packaged one"
+    return _read(path, name, seen=())
 
 
 def method_of(source: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from raydfkd.config.load import load_recipe, method_data
+from raydfkd.config.load import load_recipe, page_data
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.schema import is_own
 from raydfkd.devices import device_name
@@ -78,7 +78,7 @@ class Draft:
 
     @property
     def _synthesis_of_method(self) -> Mapping[str, Any]:
-        return dict(method_data(self.method)["synthesis"])
+        return dict(page_data(self.method)["synthesis"])
 
     @property
     def _classes_per_unit(self) -> int:

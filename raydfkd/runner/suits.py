@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from raydfkd.config.load import method_data, packaged_methods
+from raydfkd.config.load import packaged_methods, page_data
 from raydfkd.config.recipe import Recipe
 from raydfkd.errors import RecipeError
 from raydfkd.networks.build import build_network
@@ -28,7 +28,7 @@ def suits(recipe: Recipe, teacher: nn.Module | None = None) -> Iterator[tuple[st
     """
     network = build_teacher(recipe) if teacher is None else teacher
     for method in packaged_methods():
-        yield method, why_not(with_method(recipe, method_data(method)), network)
+        yield method, why_not(with_method(recipe, page_data(method)), network)
 
 
 def why_not(recipe: Recipe, teacher: nn.Module | None = None) -> str:

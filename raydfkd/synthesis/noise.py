@@ -18,8 +18,8 @@ from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Log, Setting
 from raydfkd.units import Request
 
 
-@SYNTHESIZERS.register("noise")
-class NoiseSynthesizer:
+@SYNTHESIZERS.register("noise_images")
+class NoiseImages:
     """Draws every pixel by itself and asks the teacher what it sees; nothing is optimised, so there is no objective.
 
     ``gaussian`` is centred on mid-grey, ``uniform`` goes from black to white. Labels are the teacher's answers, so

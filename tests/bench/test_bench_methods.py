@@ -116,8 +116,8 @@ def test_table_has_the_best_method_first_and_says_what_each_budget_bought():
 
 
 def test_method_takes_the_place_of_the_recipes_own_on_equal_terms():
-    base, found = load_recipe("fashion-resnet"), load_with_method("fashion-resnet", "noise")
-    assert found.synthesis.synthesizer == "noise"
+    base, found = load_recipe("fashion-resnet"), load_with_method("fashion-resnet", "gaussian_noise")
+    assert found.synthesis.synthesizer == "noise_images"
     assert found.synthesis.precision == base.synthesis.precision == "bfloat16"
     for name in ("optimizer", "augment", "batch_size", "precision", "steps"):
         assert getattr(found.distill, name) == getattr(base.distill, name), name
@@ -126,7 +126,7 @@ def test_method_takes_the_place_of_the_recipes_own_on_equal_terms():
         base.student,
         base.real_data,
     )
-    assert found.name == "fashion-resnet-noise"
+    assert found.name == "fashion-resnet-gaussian_noise"
 
 
 def test_full_recipe_lends_its_method_to_another_teacher():
@@ -157,7 +157,7 @@ def test_real_images_come_from_the_training_split_with_the_teachers_answers():
 
 
 def load_with_noise(recipe):
-    noise = load_with_method("digits-generators", "noise", ["teacher.weights=random", "teacher.train=null"])
+    noise = load_with_method("digits-generators", "gaussian_noise", ["teacher.weights=random", "teacher.train=null"])
     return recipe.model_copy(update={"synthesis": noise.synthesis})
 
 

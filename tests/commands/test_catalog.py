@@ -27,7 +27,7 @@ def test_index_names_everything_once_and_says_how_to_go_on():
     for name in (*packaged_recipes(), *packaged_jobs(), *SECTIONS, *plugins):
         assert name in words
     assert "show NAME" in lines[-1]
-    assert len(lines) < 130
+    assert len(lines) < 200
 
 
 @pytest.mark.parametrize("key", SECTIONS)
@@ -170,3 +170,10 @@ def test_key_whose_value_is_a_plugin_is_explained_with_its_family(name):
     for source in ("growing", "snapshot", "live"):
         assert f"  {source} " in text
     assert "complete_by" in text
+
+
+def test_page_of_a_method_is_followed_by_a_line_on_each_of_its_parts(capsys):
+    lines = list(show("rdskd"))
+    about = {line.split()[0]: line for line in lines[lines.index("") + 2 :]}
+    assert {"generator", "exponential_increment", "one_hot", "class_balance", "mode_seeking", "affine"} <= set(about)
+    assert "Cross-entropy of the teacher's answer with its own most likely class" in about["one_hot"]

@@ -11,7 +11,7 @@ from raydfkd.runner.check import check
 
 
 def noise_recipe(folder, **options):
-    options = {"synthesizer": "noise", "targets": "none", **options}
+    options = {"synthesizer": "noise_images", "targets": "none", **options}
     text = ", ".join(f"{key}: {value}" for key, value in options.items())
     return toy_recipe(folder, [f"synthesis={{{text}}}", "transfer_set.unit.images_per_class=6"])
 
@@ -32,7 +32,7 @@ def test_gaussian_noise_has_the_standard_deviation_asked_for(tmp_path):
 
 
 WRONG = {
-    "an objective": ({"objective": "[one_hot]"}, "objective has one_hot, but noise optimises nothing; drop it"),
+    "an objective": ({"objective": "[one_hot]"}, "objective has one_hot, but noise_images optimises nothing; drop it"),
     "targets": ({"targets": "balanced"}, "noise has no class before the teacher sees it; use targets: none"),
 }
 
