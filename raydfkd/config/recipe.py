@@ -234,7 +234,7 @@ class Recipe(Spec):
 
     def _synthesis_with(self, pictures: Mapping[str, str]) -> dict[str, Any]:
         """The section with contents instead of folders; without keys that are not given, as digests had them before."""
-        given = {"start", "statistics", "select", "embeddings", "size"}
+        given = {"start", "statistics", "statistics_per_class", "select", "embeddings", "size"}
         synthesis = self.synthesis.model_dump(mode="json", exclude=given)
         if self.synthesis.start is not None:
             synthesis["start"] = {
@@ -243,6 +243,8 @@ class Recipe(Spec):
             }
         if self.synthesis.statistics is not None:
             synthesis["statistics"] = pictures["synthesis.statistics"]
+        if self.synthesis.statistics_per_class:
+            synthesis["statistics_per_class"] = True
         if self.synthesis.size is not None:
             synthesis["size"] = self.synthesis.model_dump(mode="json", include={"size"})["size"]
         if self.synthesis.embeddings is not None:

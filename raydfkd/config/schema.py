@@ -302,6 +302,9 @@ class SynthesisSpec(OpenSpec):
     """File of a vector a class (.npy, .safetensors or .pt of [classes, width]), such as a text encoder's of their
     names, which tells a conditional generator its class; one-hot vectors unless given. Outside knowledge, and said to
     be that."""
+    statistics_per_class: bool = False
+    """Compare the moments of each class, in terms of scope class, with those of the pictures in the folder of
+    `statistics` that is called as it is, by its name or number."""
     select: Annotated[SelectSpec, Family("selectors")] | None = None
     """Choice of the images that are kept, of more than are wanted; all that are made unless given."""
     precision: Precision = "float32"
@@ -314,6 +317,12 @@ class SynthesisSpec(OpenSpec):
     """CPU threads of a worker; part of the recipe because a different split of a sum is a different last bit."""
     student_refresh: Positive = 200
     """Steps between looks for a newer student within a unit, where a term asks it; each unit begins with a look."""
+
+    @model_validator(mode="after")
+    def _statistics_to_take(self) -> SynthesisSpec:
+        if self.statistics_per_class and self.statistics is None:
+            raise ValueError("statistics_per_class is true, but statistics names no folder; give one, or drop it")
+        return self
 
     @model_validator(mode="after")
     def _unique_names(self) -> SynthesisSpec:

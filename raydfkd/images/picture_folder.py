@@ -35,10 +35,29 @@ class PictureFolder:
     folder: str
     images: Tensor
     """uint8 [P, C, H, W], in the order of their names; nobody changes it."""
+    folders: tuple[str, ...]
+    """The first folder on the way to each picture; empty for one that lies in none."""
     sha256: str
     """Of the names within the folder and contents of all files, whether they can be decoded or not."""
     broken: tuple[str, ...]
     """Files that cannot be decoded, and why."""
+
+    def by_class(self, names: Sequence[str], *, where: str) -> list[Tensor]:
+        """The pictures of each class [P, C, H, W], from the folder that has its name or number.
+
+        Raises:
+            RecipeError: a class has fewer than two; ``where`` is the recipe key to blame.
+        """
+        found = []
+        for label, name in enumerate(names):
+            rows = [row for row, folder in enumerate(self.folders) if folder in (name, str(label))]
+            if len(rows) < FEWEST:
+                raise RecipeError(
+                    f"{where} is {self.folder!r}, which has {len(rows)} pictures in a folder called {name!r} or "
+                    f"{label}; give at least {FEWEST} of each class, better about 100, or drop statistics_per_class"
+                )
+            found.append(self.images[rows])
+        return found
 
     def notes(self, key: str) -> list[str]:
         """What the user should know of the pictures that stand at ``key`` in a recipe, a line each."""
@@ -108,6 +127,7 @@ def _read(folder: Path, stamps: Sequence[tuple[Path, int, int]], space: ImageSpa
     """Files with size and time of change, so that what a process has read is read again where one is another."""
     digest = hashlib.sha256()
     images: list[Tensor] = []
+    folders: list[str] = []
     broken: list[str] = []
     for file, _, _ in stamps:
         name = file.relative_to(folder).as_posix()
@@ -119,11 +139,13 @@ def _read(folder: Path, stamps: Sequence[tuple[Path, int, int]], space: ImageSpa
             digest.update(len(part).to_bytes(8, "big") + part)
         try:
             images.append(read_picture(file, space))
+            folders.append(name.partition("/")[0] if "/" in name else "")
         except BrokenPictureError as error:
             broken.append(str(error).removeprefix(f"{folder}/"))
     return PictureFolder(
         folder=str(folder),
         images=torch.stack(images) if images else torch.empty(0, *space.shape, dtype=torch.uint8),
+        folders=tuple(folders),
         sha256=digest.hexdigest(),
         broken=tuple(broken),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Literal
 
@@ -102,6 +103,8 @@ class BatchNormMoments(Term):
     def forward(self, view: View) -> Tensor:
         assert view.teacher.moments, "bn_moments needs the moments of layers"
         layers = _pooled(view, {"batch": 1, "class": view.groups, "image": len(view.images)}[self._scope])
+        if self._scope == "class" and view.class_statistics:
+            layers = _beside_own(layers, view)
         distances = self._distances(layers)
         total = distances.sum() + (self._first_layer_scale - 1) * distances[0]
         return total / len(layers) if self._form in _DIVERGENCES else total
@@ -117,12 +120,12 @@ class BatchNormMoments(Term):
                 (1 - self._momentum) * moment + self._momentum * average
                 for moment, average in zip((mean, var), self.average, strict=True)
             )
-        running_mean = torch.cat([layer.running_mean for layer in layers])
-        stored = torch.cat([layer.running_var for layer in layers])
-        sums = _layer_of_channel(tuple(len(layer.running_var) for layer in layers), mean.device)
+        running_mean = torch.cat([layer.running_mean for layer in layers], -1)
+        stored = torch.cat([layer.running_var for layer in layers], -1)
+        sums = _layer_of_channel(tuple(layer.running_var.shape[-1] for layer in layers), mean.device)
         means = sums / sums.sum(0)
         if self._form in _DIVERGENCES:
-            floor = torch.cat([_floor(layer.running_var).expand_as(layer.running_var) for layer in layers])
+            floor = torch.cat([_floor(layer.running_var).expand_as(layer.running_var) for layer in layers], -1)
             pair = (var + floor, stored + floor)
             divergence = _gaussian_kl(mean - running_mean, *(pair if self._form == "kl" else reversed(pair)))
             return divergence.mean(0) @ means
@@ -137,6 +140,17 @@ class BatchNormMoments(Term):
 def _pooled(view: View, groups: int) -> list[LayerMoments]:
     """The moments of each layer over ``groups`` parts of the batch."""
     return [layer.pooled(groups) for layer in view.teacher.moments]
+
+
+def _beside_own(layers: Sequence[LayerMoments], view: View) -> list[LayerMoments]:
+    """The layers with the statistics of each group's own class [G, C] in the place of those of all."""
+    assert view.targets is not None, "groups are of classes"
+    classes = view.targets.unflatten(0, (view.groups, -1))[:, 0]
+    pairs = zip(layers, view.class_statistics, strict=True)
+    return [
+        replace(layer, running_mean=known.running_mean[classes], running_var=known.running_var[classes])
+        for layer, known in pairs
+    ]
 
 
 @cache

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from raydfkd.config.registry import Registry
 from raydfkd.config.schema import Ramp, TermSpec
 from raydfkd.errors import RecipeError
+from raydfkd.networks.batchnorm import LayerMoments
 from raydfkd.networks.observed import Need, Observation, Tap
 
 BESIDE_TEACHER = MappingProxyType({Need.STUDENT: "the student", Need.LATENTS: "latents"})
@@ -40,6 +41,8 @@ class View:
     """The images as the teacher takes them, in its units."""
     groups: int = 1
     """Equal, contiguous parts of the batch: one a class, where images have a class."""
+    class_statistics: Sequence[LayerMoments] = ()
+    """Stored moments [K, C] of each class in each layer, where pictures of each were measured."""
     progress: float = 1.0
     """Share of the optimisation's steps that are made, from 0 to 1."""
     compiled: bool = False

@@ -184,6 +184,11 @@ class ObservedNetwork:
         assert self._moments_tap is None, "moments are compared with statistics that do not change"
         self._module.load_state_dict(dict(state))
 
+    @property
+    def measured(self) -> tuple[LayerMoments, ...]:
+        """What ``measure`` has found, a layer each."""
+        return self._measured
+
     def measure(self, batches: Iterable[Tensor]) -> None:
         """Compare moments with those of the images in ``batches`` [N, C, H, W] together from now on."""
         assert self._is_measured, "the layers of measured statistics are watched from the beginning"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from raydfkd.config.recipe import Recipe
 from raydfkd.data.sources import SOURCES, Ranks
@@ -13,10 +14,11 @@ from raydfkd.data.student_versions import Source
 from raydfkd.devices import cpu_threads
 from raydfkd.errors import RecipeError
 from raydfkd.images.augment import build_augmentations
-from raydfkd.images.picture_folder import pictures_of
+from raydfkd.images.picture_folder import PictureFolder, pictures_of
 from raydfkd.images.pixels import PixelRange
 from raydfkd.job import asks_student
 from raydfkd.losses.objective import Objective, build_objective, terms_that_need
+from raydfkd.networks.batchnorm import LayerMoments
 from raydfkd.networks.build import build_network
 from raydfkd.networks.embeddings import embeddings_of
 from raydfkd.networks.inside import TeacherInside
@@ -141,14 +143,14 @@ def build_setting(
             objective.prepare(observed(images.to(device)))
         objective.to(device)
     pixels = PixelRange(recipe.teacher.image_space, device, made=recipe.made_space)
+    class_statistics: tuple[LayerMoments, ...] = ()
     if spec.statistics is not None:
-        images = pictures["synthesis.statistics"].images
-        batches = images[: 2 if is_trial else None].split(MEASURED_AT_ONCE)
-        with cpu_threads(spec.threads):
-            whole = PixelRange(recipe.teacher.image_space, device)  # pictures are of the teacher's size
-            observed.measure(whole.from_uint8(batch.to(device)) for batch in batches)
+        found = pictures["synthesis.statistics"]
+        class_statistics = _measure(recipe, found, observed, objective, device, is_trial=is_trial)
     return Setting(
-        judge=Judge(teacher=observed, objective=objective, pixels=pixels, student=student),
+        judge=Judge(
+            teacher=observed, objective=objective, pixels=pixels, student=student, class_statistics=class_statistics
+        ),
         space=recipe.made_space,
         targets=targets,
         classes=recipe.teacher.classes,
@@ -163,6 +165,43 @@ def build_setting(
         start=None
         if spec.start is None
         else PictureStart(images=pictures["synthesis.start.images"].images, noise=spec.start.noise),
+    )
+
+
+def _measure(
+    recipe: Recipe,
+    pictures: PictureFolder,
+    observed: ObservedNetwork,
+    objective: Objective,
+    device: torch.device,
+    *,
+    is_trial: bool,
+) -> tuple[LayerMoments, ...]:
+    """Measure the pictures; returns the moments of each class [K, C] in each layer, where the recipe wants them."""
+    spec = recipe.synthesis
+    where = "synthesis.statistics"
+    by_class: list[Tensor] = []
+    if spec.statistics_per_class:
+        if Need.CLASS_MOMENTS not in objective.needs:
+            raise RecipeError(
+                "synthesis.statistics_per_class is true, but no term compares moments of each class; add bn_moments "
+                "with scope: class, or drop it"
+            )
+        by_class = pictures.by_class(recipe.class_names, where=where)
+    whole = PixelRange(recipe.teacher.image_space, device)  # pictures are of the teacher's size
+    found = []
+    with cpu_threads(spec.threads):
+        for images in (*by_class, pictures.images):
+            batches = images[: 2 if is_trial else None].split(MEASURED_AT_ONCE)
+            observed.measure(whole.from_uint8(batch.to(device)) for batch in batches)
+            found.append(observed.measured)
+    return tuple(
+        replace(
+            layers[0],
+            running_mean=torch.stack([layer.running_mean for layer in layers]),
+            running_var=torch.stack([layer.running_var for layer in layers]),
+        )
+        for layers in zip(*found[:-1], strict=True)
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from raydfkd.data.batches import SyntheticBatch
 from raydfkd.images.pixels import PixelRange, nominal_from_uint8, nominal_to_uint8
 from raydfkd.losses.objective import Objective, ObjectiveValue, View
+from raydfkd.networks.batchnorm import LayerMoments
 from raydfkd.networks.observed import Need, Observation, ObservedNetwork
 
 AskStudent = Callable[[Tensor], Observation | None]
@@ -41,6 +42,8 @@ class Judge:
     objective: Objective
     pixels: PixelRange
     student: StudentFeed | None = None
+    class_statistics: Sequence[LayerMoments] = ()
+    """Moments of each class, where pictures of each were measured; see ``View``."""
 
     def __call__(
         self,
@@ -73,6 +76,7 @@ class Judge:
             latents=latents,
             seen=seen,
             groups=groups,
+            class_statistics=self.class_statistics,
             progress=progress,
             compiled=self.teacher.is_compiled,
         )

@@ -25,6 +25,7 @@ from toy import (
 )
 
 from raydfkd.errors import RecipeError
+from raydfkd.images.pixels import nominal_from_uint8
 from raydfkd.job import open_job
 from raydfkd.losses.objective import Term
 from raydfkd.networks.observed import ObservedNetwork
@@ -343,3 +344,47 @@ class Copies:
 
     def produce(self, request, log, hook=None):
         yield self._setting.start.images
+
+
+# Statistics of each class
+
+
+def by_class(folder, *settings, classes=CLASSES):
+    """A toy recipe that compares each class with the three pictures of its own folder, and these."""
+    pictures = [save_pictures(folder / "pictures" / str(label), 3, seed=label) for label in range(classes)]
+    own = (
+        f"synthesis.statistics={folder}/pictures",
+        "synthesis.statistics_per_class=true",
+        "synthesis.objective=[{term: bn_moments, form: kl, scope: class}]",
+    )
+    return toy_recipe(folder, [*own, *settings]), pictures
+
+
+def test_moments_of_a_class_are_compared_with_those_of_its_own_pictures(tmp_path):
+    recipe, pictures = by_class(tmp_path)
+    judge = build_synthesizer(recipe, batchnorm_teacher(), CPU)._setting.judge
+    images = nominal_from_uint8(torch.cat(pictures))
+    own = torch.arange(CLASSES).repeat_interleave(3)
+    same = judge(images, own, groups=CLASSES)[1].total.item()
+    others = judge(images, own.roll(3), groups=CLASSES)[1].total.item()
+    assert same == pytest.approx(0, abs=1e-5)
+    assert others > 100 * max(same, 1e-6)
+
+
+def test_statistics_of_classes_change_what_a_set_is_made_of(tmp_path):
+    recipe, _ = by_class(tmp_path)
+    whole = recipe.model_copy(update={"synthesis": recipe.synthesis.model_copy(update={"statistics_per_class": False})})
+    assert open_job(recipe).digest != open_job(whole).digest
+
+
+NOT_BY_CLASS = {
+    "a class without a folder": (3, (), "0 pictures in a folder called '3' or 3"),
+    "no term of classes": (4, ("synthesis.objective=[bn_moments]",), "no term compares moments of each class"),
+    "no folder": (4, ("synthesis.statistics=null",), "statistics names no folder"),
+}
+
+
+@pytest.mark.parametrize(("classes", "settings", "message"), NOT_BY_CLASS.values(), ids=list(NOT_BY_CLASS))
+def test_statistics_of_classes_that_cannot_be_taken_are_refused(tmp_path, classes, settings, message):
+    with pytest.raises(RecipeError, match=message):
+        check(by_class(tmp_path, *settings, classes=classes)[0])
