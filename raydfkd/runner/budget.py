@@ -21,8 +21,9 @@ from raydfkd.errors import RecipeError
 from raydfkd.job import Job, open_job
 from raydfkd.networks.teacher import Teacher, open_teacher
 from raydfkd.runner.run import save_student
-from raydfkd.synthesis.build import build_setting, build_student, build_synthesizer, generator_maker, is_live
+from raydfkd.synthesis.build import build_student, build_synthesizer, generator_maker, is_live
 from raydfkd.synthesis.judge import ObjectiveNotFiniteError
+from raydfkd.synthesis.setting import build_setting
 from raydfkd.synthesis.student_feed import StoredStudentFeed
 from raydfkd.synthesis.synthesizer import Setting, Synthesizer
 from raydfkd.units import Phase, WorkUnit

@@ -18,7 +18,7 @@ from raydfkd.errors import RecipeError
 from raydfkd.images.real_data import in_memory
 from raydfkd.networks.teacher import open_teacher
 from raydfkd.runner.teach import judging_data
-from raydfkd.synthesis.build import build_setting
+from raydfkd.synthesis.setting import build_setting
 
 COMPARISON = Comparison(
     recipe="digits-generators",
