@@ -274,7 +274,7 @@ class SelectSpec(PluginSpec):
 
     candidates: Annotated[float, Field(ge=1)] = 1.5
     """Images that are made for each one that is kept."""
-    pool: Positive = 256
+    judged_at_once: Positive = 256
     """Images that are judged together, or more where a batch has more; so many are held."""
 
 

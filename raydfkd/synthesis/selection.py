@@ -86,7 +86,7 @@ def posterior_of_the_higher(values: Tensor) -> Tensor:
 class SelectingSynthesizer(Synthesizer):
     """Makes ``candidates`` times the images of a request and keeps of each class as many as are wanted, the best ones.
 
-    Images are judged in pools of at least ``pool``, which are all that is held. The share of a class's images that is
+    Images are judged in pools of at least ``judged_at_once``, which are all that is held. The share of a class's images that is
     kept is the same in every pool but for rounding. Without targets, all images of a unit count as one class.
 
     Terms of the objective that remember what was kept are told of all candidates.
@@ -111,7 +111,7 @@ class SelectingSynthesizer(Synthesizer):
             pool.load_state_dict(saved["selection"])
         for batch in self._synthesizer.produce(candidates, log, _Beside(hook, pool.state_dict)):
             pool.add(batch)
-            if len(pool) >= self._spec.pool:
+            if len(pool) >= self._spec.judged_at_once:
                 yield from pool.drained()
         yield from pool.drained()
         assert pool.is_complete, "a synthesizer makes as many images of each class as it is asked for"

@@ -39,10 +39,10 @@ def test_every_method_is_measured_at_each_share_between_both_controls():
 
 def test_comparison_is_measured_once_and_then_known(tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "ProcessPoolExecutor", Here)
-    comparison = replace(COMPARISON, shares=(1.0,), methods=("renewed_generator",), budget_s=1.0)
+    comparison = replace(COMPARISON, shares=(1.0,), methods=("dafl",), budget_s=0.5, overrides=OVERRIDES[:3])
     told = []
     found = bench_methods(comparison, tmp_path, told=told.append)
-    assert sorted(result.method for result in told) == sorted([REAL, NOISE, "renewed_generator"])
+    assert sorted(result.method for result in told) == sorted([REAL, NOISE, "dafl"])
     assert all(0 <= result.student_top1 <= 1 and result.images > 0 for result in told)
     assert all("bench methods" in result.command and "--full" in result.command for result in told)
     monkeypatch.setattr(quality, "ProcessPoolExecutor", None)

@@ -84,8 +84,8 @@ def test_recipe_whose_student_nobody_could_judge_is_refused_before_any_work(tmp_
 def test_set_that_the_clock_cut_within_a_unit_is_judged_like_any_other(tmp_path, monkeypatch):
     run_within = budget.run_within
 
-    def cut(recipe, seconds):
-        outcome = run_within(recipe, seconds)
+    def cut(recipe, seconds, **arguments):
+        outcome = run_within(recipe, seconds, **arguments)
         spec = outcome.recipe.transfer_set.model_copy(update={"images_per_class": 41})
         return replace(outcome, recipe=outcome.recipe.model_copy(update={"transfer_set": spec}))
 

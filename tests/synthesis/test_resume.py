@@ -26,7 +26,7 @@ META = (*RENEWED[:2], "synthesis.renewal={steps: 2, latent_lr: 0.1, meta: {lr: 0
 NOISY = (*RENEWED[:2], "synthesis.renewal={steps: 2, noisy_layers: true, keep: 1, life: 2}")
 NOISE = "synthesis={synthesizer: noise_images, targets: none, batch_size: 2}"
 CONTRAST = "synthesis.objective=[cross_entropy, {term: contrast, width: 4, negatives: 3, bank: 7}]"
-SELECTED = ("synthesis.select={kind: random, candidates: 1.7, pool: 3}",)
+SELECTED = ("synthesis.select={kind: random, candidates: 1.7, judged_at_once: 3}",)
 VARIANTS = {
     "pixels": ("pixels", []),
     "pixels, stages": ("pixels", ["synthesis.stages=[{steps: 3, pool: 2}, {steps: 2}]"]),

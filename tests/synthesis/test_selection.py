@@ -44,7 +44,7 @@ class Numbered:
 
 
 def selected(synthesizer, request, *, kind="clean_confidence", candidates=1.5, pool=1, is_conditional=True):
-    spec = SelectSpec(kind=kind, candidates=candidates, pool=pool)
+    spec = SelectSpec(kind=kind, candidates=candidates, judged_at_once=pool)
     selecting = SelectingSynthesizer(
         synthesizer, SELECTORS.build(kind, {}, where="test"), spec, is_conditional=is_conditional
     )
