@@ -86,8 +86,8 @@ def posterior_of_the_higher(values: Tensor) -> Tensor:
 class SelectingSynthesizer(Synthesizer):
     """Makes ``candidates`` times the images of a request and keeps of each class as many as are wanted, the best ones.
 
-    Images are judged in pools of at least ``judged_at_once``, which are all that is held. The share of a class's images that is
-    kept is the same in every pool but for rounding. Without targets, all images of a unit count as one class.
+    Images are judged in pools of at least ``judged_at_once``, which are all that is held. The share of a class's images
+    that is kept is the same in every pool but for rounding. Without targets, all images of a unit count as one class.
 
     Terms of the objective that remember what was kept are told of all candidates.
 
