@@ -27,15 +27,23 @@ def suits(recipe: Recipe, teacher: nn.Module | None = None) -> Iterator[tuple[st
         teacher: built, with any weights; built here unless given.
     """
     network = build_teacher(recipe) if teacher is None else teacher
+    student = _student_of(recipe)
     for method in packaged_methods():
-        yield method, why_not(with_method(recipe, page_data(method)), network)
+        yield method, _why_not(with_method(recipe, page_data(method)), network, student)
 
 
-def why_not(recipe: Recipe, teacher: nn.Module | None = None) -> str:
-    """Why the recipe's method does not suit its teacher, built here unless given; nothing where it does."""
-    network = build_teacher(recipe) if teacher is None else teacher
+def why_not(recipe: Recipe) -> str:
+    """Why the recipe's method does not suit its teacher; nothing where it does."""
+    return _why_not(recipe, build_teacher(recipe), _student_of(recipe))
+
+
+def _student_of(recipe: Recipe) -> nn.Module:
+    return build_network(recipe.student, recipe.teacher, where="student", seed=0)
+
+
+def _why_not(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> str:
     try:
-        check_synthesis(recipe, network, build_network(recipe.student, recipe.teacher, where="student", seed=0))
+        check_synthesis(recipe, teacher, student)
     except RecipeError as error:
         return error.lines[0]
     return ""
