@@ -42,7 +42,7 @@ def check(
     if not no_code:
         allow_code()
         prepared = _check_everything(plan)
-        found += [*_sizes_of_networks(prepared), *prepared.notes, *_methods_that_suit(prepared)]
+        found += [*_sizes_of_networks(prepared), *prepared.notes, OTHER_METHODS]
         pictures = prepared.not_data_free or ""
     if pictures:
         found.append(f"not data-free: {pictures}")
@@ -76,6 +76,9 @@ def _check_everything(plan: Recipe) -> Prepared:
     return prepared
 
 
+OTHER_METHODS = "which methods suit the teacher, and why others do not: raydfkd show --for RECIPE"
+
+
 def _size_of_set(plan: Recipe) -> list[str]:
     """Lines on the classes, images and bytes that the set will have."""
     channels, height, width = plan.made_space.shape
@@ -99,13 +102,6 @@ def _sizes_of_networks(prepared: Prepared) -> list[str]:
     if student > teacher:
         return [f"{said}: the student is {student / teacher:.3g} times as large as what it is to replace"]
     return [f"{said}: the student is {student / teacher:.1%} of it"]
-
-
-def _methods_that_suit(prepared: Prepared) -> list[str]:
-    from raydfkd.runner.suits import suits
-
-    found = [method for method, reason in suits(prepared.recipe, prepared.network) if not reason]
-    return [f"methods that suit the teacher: {', '.join(found) or 'none'}; others: raydfkd show --for RECIPE"]
 
 
 def _in_bytes(count: float) -> str:

@@ -16,7 +16,7 @@ from raydfkd.networks.teacher import build_teacher
 from raydfkd.runner.check import check_synthesis
 
 
-def suits(recipe: Recipe, teacher: nn.Module | None = None) -> Iterator[tuple[str, str]]:
+def suits(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Yield each packaged method and why it does not suit the recipe's teacher; nothing where it does.
 
     A method suits where its synthesis can be put together for the teacher; whether the student becomes good is another
@@ -24,10 +24,8 @@ def suits(recipe: Recipe, teacher: nn.Module | None = None) -> Iterator[tuple[st
 
     Args:
         recipe: whose teacher, student and set are taken as they are.
-        teacher: built, with any weights; built here unless given.
     """
-    network = build_teacher(recipe) if teacher is None else teacher
-    student = _student_of(recipe)
+    network, student = build_teacher(recipe), _student_of(recipe)
     for method in packaged_methods():
         yield method, _why_not(with_method(recipe, page_data(method)), network, student)
 
