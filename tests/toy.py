@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from raydfkd.distillation.trainer import TrainingHooks
 from raydfkd.distillation.training import StudentTraining
 from raydfkd.errors import RecipeError
 from raydfkd.images.pixels import PixelRange
-from raydfkd.job import Job, SynthesisOutcome
+from raydfkd.job import Job, SynthesisOutcome, open_job
 from raydfkd.losses.objective import View
 from raydfkd.networks.observed import Need, Observation, ObservedNetwork
 from raydfkd.networks.small import ConvNet
@@ -34,6 +35,7 @@ from raydfkd.report.metrics import MetricsLog
 from raydfkd.runner.events import Events, MetricsWriter
 from raydfkd.runner.local import LocalExecutor
 from raydfkd.synthesis.build import build_synthesizer
+from raydfkd.synthesis.checkpoint import Interrupted
 from raydfkd.synthesis.worker import SynthesisWorker
 from raydfkd.units import Phase, Request, WorkUnit
 
@@ -275,6 +277,24 @@ def run_here(job: Job, events: Events) -> tuple[SynthesisOutcome, Mapping[str, T
 def worker_of(job: Job, **arguments: Any) -> SynthesisWorker:
     """A worker of a job in this process."""
     return SynthesisWorker(job, open_teacher(job.recipe), device=torch.device("cpu"), **arguments)
+
+
+def contents_of_interrupted(folder: Path, settings: Sequence[str], *, synthesizer: str, after: int) -> tuple[str, str]:
+    """Digests of a first unit of six images a class: left after some steps and gone on with, and undisturbed."""
+    sizes = ("transfer_set.images_per_class=6", "transfer_set.unit.images_per_class=6")
+
+    def job_of(name: str) -> Job:
+        job = open_job(toy_recipe(folder / name, [*settings, *sizes], synthesizer=synthesizer))
+        job.transfer_set.create()
+        return job
+
+    undisturbed, job = job_of("undisturbed"), job_of("disturbed")
+    expected = worker_of(undisturbed).run(undisturbed.units[0])
+    asked = iter(range(1000))
+    worker = worker_of(job, should_stop=lambda: next(asked) >= after)
+    with pytest.raises(Interrupted):
+        worker.run(job.units[0])
+    return worker_of(job).run(job.units[0]).content, expected.content
 
 
 def training_of(job: Job, phase: Phase | None = None, **hooks: Any) -> StudentTraining:

@@ -1,4 +1,4 @@
-"""The control that a table of methods needs beside noise: random real images with the teacher's answers.
+"""The controls of a table of methods: noise, and random real images, both with the teacher's answers.
 
 A student learns from answers as well as from images. What it learns of answers to real images is what no synthesis can
 be expected to beat; what it learns of answers to noise is owed to no synthesis.
@@ -20,8 +20,8 @@ from raydfkd.synthesis.checkpoint import NO_HOOK, StepHook
 from raydfkd.synthesis.synthesizer import Log, Setting
 from raydfkd.units import Request
 
-REAL = "real_images"
-"""Name of the control in the place of a method's."""
+REAL, NOISE = "real_images", "gaussian_noise"
+"""Names of the controls in the place of a method's; noise is a packaged method, real images are none."""
 AT_ONCE = 100
 """Images that the teacher is asked about at once."""
 

@@ -8,15 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from raydfkd.bench.controls import REAL
+from raydfkd.bench.controls import NOISE, REAL
 from raydfkd.bench.quality import Cell, Result, bench_quality, spread
 from raydfkd.config.load import load_with_method, packaged_methods
 from raydfkd.errors import RecipeError, one_line
 from raydfkd.images.real_data import Split
 from raydfkd.runner.suits import why_not
 
-NOISE = "gaussian_noise"
-"""Name of the method that is the other control."""
 SHARES = (0.25, 0.5, 1.0)
 """Shares of the budget at which a method is measured, each a run of its own whose schedules end there."""
 CONTROLS = {REAL: "real images (control)", NOISE: "noise (control)"}

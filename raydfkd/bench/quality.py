@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from raydfkd.bench.controls import REAL, RealImages
+from raydfkd.bench.controls import NOISE, REAL, RealImages
 from raydfkd.bench.engine import engine
 from raydfkd.config.families import family
 from raydfkd.config.load import load_recipe, load_with_method
@@ -42,7 +42,7 @@ class Cell:
     recipe: str
     """A file, or the name of a packaged recipe."""
     method: str | None = None
-    """Method that stands in for the recipe's own, see ``load_with_method``; ``bench.methods.REAL`` for real images."""
+    """Method that stands in for the recipe's own, see ``load_with_method``; ``controls.REAL`` for real images."""
     budget_s: float
     """Device-seconds for synthesis and student training together."""
     seed: int
@@ -68,7 +68,7 @@ class Cell:
         """The cell's recipe with its own seed."""
         if self.method is None:
             return load_recipe(self.recipe, list(self.overrides), run_dir=_NOWHERE)
-        method = "gaussian_noise" if self.method == REAL else self.method
+        method = NOISE if self.method == REAL else self.method
         return load_with_method(self.recipe, method, list(self.overrides), run_dir=_NOWHERE)
 
 

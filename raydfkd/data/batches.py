@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -29,3 +30,13 @@ class SyntheticBatch:
     def __len__(self) -> int:
         """Images in the batch."""
         return len(self.labels)
+
+    def rows(self, rows: slice | Tensor) -> SyntheticBatch:
+        """The images that ``rows`` selects, with what belongs to them."""
+        return replace(
+            self, images=self.images[rows], labels=self.labels[rows], teacher_logits=self.teacher_logits[rows]
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The batch as tensors and plain data, of which ``SyntheticBatch(**state)`` is made again."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -56,7 +55,7 @@ class LiveSource:
     def __iter__(self) -> Iterator[StudentBatch]:
         """Batches without end."""
         ranks, total = self._feed.ranks, self._feed.batch_size
-        count = total * (ranks.rank + 1) // ranks.size - total * ranks.rank // ranks.size
+        count = ranks.count_of(total)
         while True:
             self._generator.reseed(derive_seed(self._feed.seed, "live", self._step, ranks.rank))
             if self._step % self._student_steps == 0:
@@ -81,7 +80,7 @@ class LiveSource:
         return {
             "step": self._step,
             "generator": self._generator.state_dict(),
-            "batch": None if batch is None else {field.name: getattr(batch, field.name) for field in fields(batch)},
+            "batch": None if batch is None else batch.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

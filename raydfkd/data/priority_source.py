@@ -81,9 +81,8 @@ class PrioritySource(TransferSetSource):
         self._every = refresh_steps
         self._planned_images = feed.planned_images
         self._gather = feed.ranks.gather
-        total, size = feed.batch_size, feed.ranks.size
-        self._count = total * (self._rank + 1) // size - total * self._rank // size
-        self._share = self._count * size / total
+        self._count = feed.ranks.count_of(feed.batch_size)
+        self._share = self._count * feed.ranks.size / feed.batch_size
         self._restored: dict[str, Tensor] = {}  # difficulties of a checkpoint's parts
         self._parts: list[Part] = []
         self._difficulty = torch.empty(0, dtype=torch.float64)  # of the rows of those parts, one part after another

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -93,7 +92,7 @@ class ParquetSink:
         pieces = []
         while len(batch):
             room = part_rows - self._num_buffered
-            piece, batch = _rows(batch, slice(room)), _rows(batch, slice(room, None))
+            piece, batch = batch.rows(slice(room)), batch.rows(slice(room, None))
             self._num_buffered = (self._num_buffered + len(piece)) % part_rows
             pieces.append((piece, self._num_buffered == 0))
         self._thread.submit(partial(self._add, pieces))
@@ -232,9 +231,3 @@ def _from_ipc(data: bytes) -> pa.RecordBatch:
 
 def _count(rows: Sequence[pa.RecordBatch]) -> int:
     return sum(len(batch) for batch in rows)
-
-
-def _rows(batch: SyntheticBatch, rows: slice) -> SyntheticBatch:
-    return replace(
-        batch, images=batch.images[rows], labels=batch.labels[rows], teacher_logits=batch.teacher_logits[rows]
-    )

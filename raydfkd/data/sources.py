@@ -62,6 +62,10 @@ class Ranks:
     gather: Callable[[Tensor], Tensor] = of_this_process
     """Joins the rows of all ranks, in the order of the ranks; called by all of them at once, as ``agree`` is."""
 
+    def count_of(self, total: int) -> int:
+        """Images of this rank in a step of ``total`` images over all ranks."""
+        return total * (self.rank + 1) // self.size - total * self.rank // self.size
+
 
 class LiveGenerator(Protocol):
     """A generator that is trained against the student whose batches it makes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -161,7 +161,7 @@ class _Pool:
         self._num_drained += 1
         is_kept = self._best(self._selector.scores(logits, labels, rng), labels)
         parts = zip(batches, is_kept.split([len(batch) for batch in batches]), strict=True)
-        return [_rows_of(batch, rows) for batch, rows in parts if rows.any()]
+        return [batch.rows(rows) for batch, rows in parts if rows.any()]
 
     def _best(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Whether each image is kept, [N]."""
@@ -182,7 +182,7 @@ class _Pool:
     def state_dict(self) -> dict[str, Any]:
         """Everything to go on from, as tensors and plain data."""
         return {
-            "waiting": [{field.name: getattr(batch, field.name) for field in fields(batch)} for batch in self._waiting],
+            "waiting": [batch.state_dict() for batch in self._waiting],
             "seen": dict(self._seen),
             "num_drained": self._num_drained,
         }
@@ -192,12 +192,6 @@ class _Pool:
         self._waiting = [SyntheticBatch(**batch) for batch in state["waiting"]]
         self._seen = Counter(state["seen"])
         self._num_drained = state["num_drained"]
-
-
-def _rows_of(batch: SyntheticBatch, rows: Tensor) -> SyntheticBatch:
-    return replace(
-        batch, images=batch.images[rows], labels=batch.labels[rows], teacher_logits=batch.teacher_logits[rows]
-    )
 
 
 class _Beside(StepHook):

@@ -11,8 +11,8 @@ from test_bench_quality import OVERRIDES, RESULT, Here
 from toy import toy_recipe
 
 from raydfkd.bench import methods, quality
-from raydfkd.bench.controls import REAL, RealImages
-from raydfkd.bench.methods import NOISE, Comparison, Found, bench_methods, methods_named
+from raydfkd.bench.controls import NOISE, REAL, RealImages
+from raydfkd.bench.methods import Comparison, Found, bench_methods, methods_named
 from raydfkd.config.load import load_recipe, load_with_method, packaged_methods
 from raydfkd.errors import RecipeError
 from raydfkd.images.real_data import in_memory

@@ -12,19 +12,17 @@ from torch.distributions import Normal, kl_divergence
 from toy import (
     batches_of,
     batchnorm_teacher,
+    contents_of_interrupted,
     toy_images,
     toy_recipe,
     toy_view,
     unit_of,
     variants,
-    worker_of,
 )
 
-from raydfkd.job import open_job
 from raydfkd.losses.objective import TERMS, Objective, View
 from raydfkd.networks.batchnorm import LayerMoments
 from raydfkd.networks.observed import Observation
-from raydfkd.synthesis.checkpoint import Interrupted
 
 _INCREMENT = "{term: exponential_increment, of: {kind: bn_moments, form: kl, momentum: 0.5}, refresh: 3}"
 OPTIONS = list(variants(TERMS, "bn_moments"))
@@ -79,15 +77,17 @@ def test_squared_is_the_sum_over_layers_of_mean_squared_differences(statistic):
     assert value_of(layers, form="squared", statistic=statistic) == pytest.approx(expected, rel=1e-6)
 
 
-def test_kl_is_the_gaussian_divergence_of_batch_from_stored_averaged_over_channels_and_layers():
+@pytest.mark.parametrize("form", ["kl", "reverse_kl"])
+def test_divergence_is_that_of_gaussians_averaged_over_channels_and_layers(form):
     layers = [layer(0, groups=1, channels=5), layer(1, groups=1, channels=3)]
     divergences = []
     for one in layers:
         floor = 1e-3 * one.running_var.median()
         batch = Normal(one.mean, (one.var + floor).sqrt())
         stored = Normal(one.running_mean, (one.running_var + floor).sqrt())
-        divergences.append(kl_divergence(batch, stored).mean().item())
-    assert value_of(layers, form="kl") == pytest.approx(np.mean(divergences), rel=1e-5)
+        pair = (batch, stored) if form == "kl" else (stored, batch)
+        divergences.append(kl_divergence(*pair).mean().item())
+    assert value_of(layers, form=form) == pytest.approx(np.mean(divergences), rel=1e-5)
 
 
 def test_kl_does_not_change_with_the_scale_of_a_layer():
@@ -253,17 +253,6 @@ def test_value_and_gradient_agree_with_autograd_in_float64(options):
     assert error < 1e-5
 
 
-def test_reverse_kl_is_the_gaussian_divergence_of_stored_from_batch_averaged_over_channels_and_layers():
-    layers = [layer(0, groups=1, channels=5), layer(1, groups=1, channels=3)]
-    divergences = []
-    for one in layers:
-        floor = 1e-3 * one.running_var.median()
-        batch = Normal(one.mean, (one.var + floor).sqrt())
-        stored = Normal(one.running_mean, (one.running_var + floor).sqrt())
-        divergences.append(kl_divergence(stored, batch).mean().item())
-    assert value_of(layers, form="reverse_kl") == pytest.approx(np.mean(divergences), rel=1e-5)
-
-
 def test_reverse_kl_punishes_a_collapsed_channel_more_than_kl_and_leaves_a_dead_one_alone():
     running = torch.ones(9)
     batch = running.clone()
@@ -351,24 +340,9 @@ def test_term_without_momentum_has_no_state_and_is_not_told_of_kept_batches():
 @pytest.mark.parametrize(("synthesizer", "after"), [("pixels", 9), ("generator", 5)])
 @pytest.mark.parametrize("objective", ["{term: bn_moments, momentum: 0.9}", _INCREMENT])
 def test_what_a_term_knows_of_earlier_batches_survives_an_interruption(tmp_path, synthesizer, after, objective):
-    overrides = [
-        f"synthesis.objective=[cross_entropy, {objective}]",
-        "transfer_set.images_per_class=6",
-        "transfer_set.unit.images_per_class=6",
-    ]
-
-    def job_of(name):
-        job = open_job(toy_recipe(tmp_path / name, overrides, synthesizer=synthesizer))
-        job.transfer_set.create()
-        return job
-
-    undisturbed, job = job_of("undisturbed"), job_of("disturbed")
-    expected = worker_of(undisturbed).run(undisturbed.units[0])
-    asked = iter(range(1000))
-    worker = worker_of(job, should_stop=lambda: next(asked) >= after)
-    with pytest.raises(Interrupted):
-        worker.run(job.units[0])
-    assert worker_of(job).run(job.units[0]).content == expected.content
+    settings = [f"synthesis.objective=[cross_entropy, {objective}]"]
+    content, expected = contents_of_interrupted(tmp_path, settings, synthesizer=synthesizer, after=after)
+    assert content == expected
 
 
 def test_kept_batches_change_the_next_ones_of_a_unit(tmp_path):

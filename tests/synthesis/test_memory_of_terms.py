@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy import SYNTHESIZERS_UNDER_TEST, batches_of, batchnorm_teacher, joined, toy_recipe, unit_of, worker_of
+from toy import (
+    SYNTHESIZERS_UNDER_TEST,
+    batches_of,
+    batchnorm_teacher,
+    contents_of_interrupted,
+    joined,
+    toy_recipe,
+    unit_of,
+)
 
 from raydfkd.images.pixels import nominal_to_uint8
-from raydfkd.job import open_job
 from raydfkd.losses.objective import TERMS, Term
 from raydfkd.synthesis.build import build_synthesizer
-from raydfkd.synthesis.checkpoint import Interrupted
 
 CPU = torch.device("cpu")
 SETTINGS = {
@@ -82,18 +88,5 @@ def test_memory_of_a_term_counts_within_a_unit_and_not_from_one_to_the_next(tmp_
 @pytest.mark.parametrize("synthesizer", SYNTHESIZERS_UNDER_TEST)
 @pytest.mark.parametrize("after", [2, 4, 5])
 def test_memory_of_a_term_survives_the_interruption_of_a_unit(tmp_path, synthesizer, after):
-    settings = [*SETTINGS[synthesizer], "transfer_set.images_per_class=6", "transfer_set.unit.images_per_class=6"]
-
-    def job_of(name):
-        job = open_job(toy_recipe(tmp_path / name, settings, synthesizer=synthesizer))
-        job.transfer_set.create()
-        return job
-
-    undisturbed, job = job_of("undisturbed"), job_of("disturbed")
-    expected = worker_of(undisturbed).run(undisturbed.units[0])
-    asked = iter(range(1000))
-    worker = worker_of(job, should_stop=lambda: next(asked) >= after)
-    with pytest.raises(Interrupted):
-        worker.run(job.units[0])
-    commit = worker_of(job).run(job.units[0])
-    assert commit.content == expected.content
+    content, expected = contents_of_interrupted(tmp_path, SETTINGS[synthesizer], synthesizer=synthesizer, after=after)
+    assert content == expected
