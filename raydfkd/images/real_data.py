@@ -127,8 +127,8 @@ def open_real_data(
             return replace(found, labels=torch.tensor(labels)[found.labels])
         return _Checked(found, name, space, labels)
 
-    if data.matching is not None:  # a set of which nothing can be read would else be noticed after all the work
-        next(load("test").batches(1))
+    if data.matching is not None or REAL_DATA.is_own(spec.kind):  # else a mistake would be found after all the work
+        next(load("test" if "test" in data.splits else data.splits[-1]).batches(1))
     return replace(data, class_names=names, notes=notes, load=load)
 
 

@@ -213,11 +213,10 @@ def test_real_data_of_the_user_s_are_read_in_the_teacher_s_size(tmp_path, packag
         ("type", "split test has labels of torch.float32 [8]; give torch.int64 [N]"),
     ],
 )
-def test_real_data_that_are_read_wrongly_are_refused_in_one_line(tmp_path, package, wrong, message):
+def test_real_data_that_are_read_wrongly_are_refused_in_one_line_before_any_work(tmp_path, package, wrong, message):
     recipe = toy_recipe(tmp_path, [f"real_data={{kind: '{package}:stripes', root: here, wrong: {wrong}}}"])
-    data = open_real_data(recipe.real_data, recipe.teacher.image_space, CLASSES)
     with pytest.raises(RecipeError) as error:
-        data.load("test")
+        open_real_data(recipe.real_data, recipe.teacher.image_space, CLASSES)
     assert str(error.value) == f"real_data: {package}:stripes, {message}"
 
 
