@@ -109,6 +109,8 @@ def evaluate(
             ]
             typer.echo("   ".join([f"{role:10} {judged[role]['top1']:.2%}", *beside]))
     typer.echo(f"agreement  {judged['agreement']:.2%}   on {judged['judged_images']:,} {judged['judged_on']}")
+    if judged["agreement_on_drawn"] is not None:
+        typer.echo(f"elsewhere  {judged['agreement_on_drawn']:.2%}   on drawn images, unlike those")
     for warning in skipped_line(judged["skipped_pictures"]):
         typer.echo(f"warning    {warning}")
     return DONE

@@ -234,7 +234,7 @@ class Recipe(Spec):
 
     def _synthesis_with(self, pictures: Mapping[str, str]) -> dict[str, Any]:
         """The section with contents instead of folders; without keys that are not given, as digests had them before."""
-        given = {"start", "statistics", "statistics_per_class", "select", "embeddings", "size"}
+        given = {"start", "statistics", "statistics_per_class", "select", "embeddings", "size", "beside"}
         synthesis = self.synthesis.model_dump(mode="json", exclude=given)
         if self.synthesis.start is not None:
             synthesis["start"] = {
@@ -251,6 +251,8 @@ class Recipe(Spec):
             synthesis["embeddings"] = pictures["synthesis.embeddings"]
         if self.synthesis.select is not None:
             synthesis["select"] = self.synthesis.select.model_dump(mode="json")
+        if self.synthesis.beside:
+            synthesis["beside"] = [spec.model_dump(mode="json") for spec in self.synthesis.beside]
         return synthesis
 
     def trained_by(self) -> dict[str, Any]:

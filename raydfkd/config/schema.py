@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -278,6 +279,24 @@ class SelectSpec(PluginSpec):
     """Images that are judged together, or more where a batch has more; so many are held."""
 
 
+class BesideSpec(PluginSpec):
+    """Images of another synthesizer in every unit; keys beyond these are its options (`raydfkd show synthesizers`).
+
+    A bare string is a synthesizer.
+    """
+
+    images: PositiveFloat = 1.0
+    """Images of it for each one of the section's own synthesizer."""
+    objective: tuple[TermSpec, ...] = ()
+    """Weighted terms, added up; none for a synthesizer that optimises nothing."""
+    targets: Targets = PluginSpec(kind="balanced")
+    """Labels that its images are made for."""
+    augment: tuple[Augmentation, ...] = ()
+    """Augmentations through which the teacher sees its images, at every step."""
+    select: Annotated[SelectSpec, Family("selectors")] | None = None
+    """Choice of its images that are kept, of more than are wanted; all that are made unless given."""
+
+
 class SynthesisSpec(OpenSpec):
     """The making of the images; keys beyond these are options of the synthesizer (`raydfkd show synthesizers`)."""
 
@@ -307,6 +326,8 @@ class SynthesisSpec(OpenSpec):
     `statistics` that is called as it is, by its name or number."""
     select: Annotated[SelectSpec, Family("selectors")] | None = None
     """Choice of the images that are kept, of more than are wanted; all that are made unless given."""
+    beside: tuple[Annotated[BesideSpec, Family("synthesizers")], ...] = ()
+    """Other synthesizers whose images each unit has too, so that a set is diverse by construction."""
     precision: Precision = "float32"
     """Arithmetic of the teacher's convolutions, `float32` or `bfloat16`, which is faster where the hardware has it;
     pixels, moments and optimiser stay float32."""
@@ -323,6 +344,12 @@ class SynthesisSpec(OpenSpec):
         if self.statistics_per_class and self.statistics is None:
             raise ValueError("statistics_per_class is true, but statistics names no folder; give one, or drop it")
         return self
+
+    def of_beside(self, spec: BesideSpec) -> SynthesisSpec:
+        """The section of ``spec`` alone, with the arithmetic, pictures and sizes of this one."""
+        common = {"statistics", "size", "embeddings", "precision", "compile", "threads", "student_refresh"}
+        data = self.model_dump(include=common) | spec.model_dump(exclude={"kind", "images"})
+        return SynthesisSpec.model_validate_json(json.dumps({"synthesizer": spec.kind, **data}))
 
     @model_validator(mode="after")
     def _unique_names(self) -> SynthesisSpec:

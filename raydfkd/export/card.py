@@ -121,6 +121,8 @@ def _figures(student: SavedStudent) -> Iterator[str]:
     if report["student"]["top1"] is not None:
         yield f"| top-1 | {report['teacher']['top1']:.2%} | {report['student']['top1']:.2%} |"
     yield f"| agreement with the teacher | | {report['agreement']:.2%} |"
+    if report["agreement_on_drawn"] is not None:
+        yield f"| agreement on drawn images, unlike those | | {report['agreement_on_drawn']:.2%} |"
     if report["student"]["top1"] is None:
         yield ""
         yield "What it does on real images nobody has measured."

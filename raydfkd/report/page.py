@@ -33,6 +33,7 @@ FIGURES = {"top5": "top-5", "ece": "calibration error"}
 """Figures beside top-1 that a network may have, and what they are called."""
 NEWER_KEYS: Mapping[str, JSON] = {
     "judged_images": None,
+    "agreement_on_drawn": None,
     "student_images": None,
     "held_out_images": 0,
     "intended_class": None,
@@ -172,6 +173,8 @@ def summary_table(report: Mapping[str, JSON]) -> Table:
     if data["student"]["top1"] is not None:
         table.add_row(str(data["judged_on"]), percent(data["teacher"]["top1"]), percent(data["student"]["top1"]))
     table.add_row(f"agreement on {images}{data['judged_on']}", "-", percent(data["agreement"]))
+    if data["agreement_on_drawn"] is not None:
+        table.add_row("agreement on drawn images, unlike those", "-", percent(data["agreement_on_drawn"]))
     return table
 
 

@@ -52,7 +52,7 @@ class Draft:
         """The packaged method that layers and size of images suggest."""
         has_moments = self.found.statistics > 0
         if self._is_small and all(edge % 4 == 0 for edge in self._edges):
-            return "renewed_generator" if has_moments else "renewed_generator_logits"
+            return "renewed_generator" if has_moments else "renewed_procedural"
         return "deepinversion" if has_moments else "deepdream"
 
     @property
@@ -180,7 +180,8 @@ class Draft:
             )
 
     def _numbers(self, sizes: Sizes) -> Iterator[str]:
-        per_unit = sizes.batches_per_unit * self._batch_per_class
+        beside = sum(part.get("images", 1) for part in self._synthesis_of_method.get("beside", ()))
+        per_unit = round(sizes.batches_per_unit * self._batch_per_class * (1 + beside))
         per_class = sizes.units_per_class * per_unit
         yield "transfer_set:"
         yield from _entry("images_per_class", per_class)

@@ -19,8 +19,9 @@ from raydfkd.images.real_data import RealData, Split
 from raydfkd.job import Job
 from raydfkd.networks.build import count_parameters
 from raydfkd.networks.teacher import Teacher
+from raydfkd.runner.probe import drawn_probe
 from raydfkd.runner.view import SetView
-from raydfkd.synthesis.build import has_targets
+from raydfkd.synthesis.build import share_with_targets
 
 SAMPLE = 5000
 """Synthetic images that are looked at."""
@@ -38,7 +39,8 @@ def judge_student(
     One pass over the images, of which no more are in memory than a batch and some.
 
     ``judged_on`` names the images: real ones and their split, synthetic ones that were held out from training, or,
-    where nothing could be held out, those that the student was trained on.
+    where nothing could be held out, those that the student was trained on. Where there are no real ones,
+    ``agreement_on_drawn`` is that on drawn images (see ``drawn_probe``), which say whether it carries to others.
 
     Raises:
         RecipeError: there is no image to judge on, or the data do not have that split.
@@ -63,11 +65,21 @@ def judge_student(
         "teacher": {**_figures(found.teacher), "parameters": count_parameters(teacher.module)},
         "student": {**_figures(found.student), "parameters": count_parameters(student)},
         "agreement": found.agreement,
+        "agreement_on_drawn": None if data is not None else _on_drawn(recipe, teacher.module, student),
         "judged_on": judged_on,
         "judged_images": found.images,
         **_by_class(recipe, found, data),
         "skipped_pictures": asdict(broken),
     }
+
+
+def _on_drawn(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> float:
+    """Agreement on drawn images; both networks are where they judge."""
+    space = recipe.teacher.image_space
+    images = drawn_probe(teacher, space, seed=recipe.seed)
+    batches = ((batch, None) for batch in images.split(batch_size(space)))
+    device = next(teacher.parameters()).device
+    return judge(student, teacher, batches, PixelRange(space, device), classes=recipe.teacher.classes).agreement
 
 
 @dataclass(slots=True)
@@ -170,8 +182,10 @@ def look_at_images(job: Job, view: SetView) -> Look | None:
     if rows is None:
         return None
     answers = rows.teacher_logits.float().argmax(1)
+    share = share_with_targets(job.recipe)
+    is_right = float((answers == rows.labels).float().mean())  # which those without a target are by definition
     return Look(
-        intended=float((answers == rows.labels).float().mean()) if has_targets(job.recipe) else None,
+        intended=max(0.0, (is_right - (1 - share)) / share) if share else None,
         answered=len(answers.unique()),
         classes=len(job.recipe.classes),
     )

@@ -49,10 +49,12 @@ class Speed:
     device: torch.device
     peak_mib: int
     """Most memory that this process has used, in MiB."""
+    beside: float = 0.0
+    """Seconds that the images of other synthesizers take that belong to a batch."""
 
     def unit_seconds(self, batches: int) -> float:
         """Seconds that a worker needs for a unit of so many batches."""
-        return self.synthesis * (self.first_batch + self.next_batch * (batches - 1))
+        return self.synthesis * (self.first_batch + self.next_batch * (batches - 1)) + self.beside * batches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,20 +82,23 @@ def measure(whole: Recipe) -> Speed:
         first, following = synthesis["steps"], synthesis["renewal"]["steps"]
         synthesis |= {"steps": TRIAL_STEPS, "renewal": {**synthesis["renewal"], "steps": TRIAL_STEPS}}
     recipe = with_synthesis(whole, synthesis)
+    alone = with_synthesis(whole, {**synthesis, "beside": []})
     device = pick_device(recipe.runtime.device)
     if device.type == "cpu":
         keep_freed_memory()
     teacher = open_teacher(recipe).module
     with cpu_threads(recipe.synthesis.threads):
-        synthesis_seconds = _synthesis_seconds(recipe, teacher, device) / TRIAL_STEPS
+        synthesis_seconds = _synthesis_seconds(alone, teacher, device)
+        whole_seconds = _synthesis_seconds(recipe, teacher, device) if whole.synthesis.beside else synthesis_seconds
         student_seconds = _student_seconds(recipe, teacher.to(device), device)
     return Speed(
-        synthesis=synthesis_seconds,
+        synthesis=synthesis_seconds / TRIAL_STEPS,
         student=student_seconds,
         first_batch=first,
         next_batch=following,
         device=device,
         peak_mib=_peak_mib(device),
+        beside=max(0.0, whole_seconds - synthesis_seconds),
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from raydfkd.config.recipe import Recipe
+from raydfkd.config.schema import PluginSpec, SynthesisSpec
 from raydfkd.data.sources import SOURCES, Ranks
 from raydfkd.data.student_versions import Source
 from raydfkd.errors import RecipeError
@@ -18,6 +20,7 @@ from raydfkd.networks.observed import Need
 from raydfkd.seeds import derive_seed
 from raydfkd.synthesis.generator_training import GeneratorTraining
 from raydfkd.synthesis.judge import StudentFeed
+from raydfkd.synthesis.mixture import MixedSynthesizer
 from raydfkd.synthesis.selection import SELECTORS, SelectingSynthesizer
 from raydfkd.synthesis.setting import build_setting, is_compiled
 from raydfkd.synthesis.student_feed import LiveStudentFeed, StoredStudentFeed
@@ -68,6 +71,21 @@ def build_synthesizer(
 ) -> Synthesizer:
     """Put judge and synthesizer together as the recipe says; arguments and errors of ``build_setting``."""
     spec = recipe.synthesis
+    if spec.beside:
+
+        def build(part: SynthesisSpec) -> Synthesizer:
+            alone = recipe.model_copy(update={"synthesis": part})
+            return build_synthesizer(alone, teacher, device, student, is_trial=is_trial)
+
+        own = build(spec.model_copy(update={"beside": ()}))
+        others = []
+        for place, other in enumerate(spec.beside):
+            try:
+                others.append((other.images, build(spec.of_beside(other))))
+            except RecipeError as error:
+                blamed = [re.sub(r"^synthesis\b", f"synthesis.beside[{place}]", line) for line in error.lines]
+                raise RecipeError(*blamed) from None
+        return MixedSynthesizer([*others, (1.0, own)])
     setting = build_setting(recipe, teacher, device, student, is_trial=is_trial)
     synthesizer = SYNTHESIZERS.build(spec.synthesizer, spec.options, setting, where="synthesis")
     if spec.select is None:
@@ -78,8 +96,19 @@ def build_synthesizer(
 
 def has_targets(recipe: Recipe) -> bool:
     """Whether images are made for a class each."""
-    spec = recipe.synthesis.targets
-    return bool(getattr(TARGETS.get(spec.kind, where="synthesis.targets"), "is_conditional", False))
+    return _is_conditional(recipe.synthesis.targets)
+
+
+def share_with_targets(recipe: Recipe) -> float:
+    """Share of a unit's images that are made for a class each, between 0 and 1."""
+    spec = recipe.synthesis
+    parts = [(1.0, spec.targets), *((other.images, other.targets) for other in spec.beside)]
+    asked = sum(images for images, targets in parts if _is_conditional(targets))
+    return asked / sum(images for images, _ in parts)
+
+
+def _is_conditional(targets: PluginSpec) -> bool:
+    return bool(getattr(TARGETS.get(targets.kind, where="synthesis.targets"), "is_conditional", False))
 
 
 def is_live(recipe: Recipe) -> bool:
@@ -114,6 +143,11 @@ def live_generator(
     Raises:
         RecipeError: the recipe's synthesizer trains no generator.
     """
+    if recipe.synthesis.beside:
+        raise RecipeError(
+            f"synthesis.beside has {recipe.synthesis.beside[0].kind}, but distill.source live trains one generator; "
+            "drop beside"
+        )
     if recipe.synthesis.select is not None:
         raise RecipeError(
             f"synthesis.select is {recipe.synthesis.select.kind}, but distill.source live trains on every image that "

@@ -51,6 +51,23 @@ class CleanConfidence(Selector):
         return posterior_of_the_higher(logits.double().softmax(1).amax(1))
 
 
+@SELECTORS.register("balanced_confidence")
+class BalancedConfidence(Selector):
+    """Keeps images at random, likelier the surer the teacher is of them and the rarer what it sees in them.
+
+    An image with probabilities p weighs max(p)^2 times the sum of p_k over the mean of p_k over all images that are
+    judged together, and images are drawn without replacement by these weights (Efraimidis & Spirakis 2006). For images
+    that nobody asked a class of, which are of few classes mostly.
+    """
+
+    @override
+    def scores(self, logits: Tensor, labels: Tensor, rng: torch.Generator) -> Tensor:
+        probabilities = logits.double().softmax(1)
+        rarity = (probabilities / probabilities.mean(0).clamp_min(1e-4)).sum(1)
+        weights = rarity * probabilities.amax(1).square()
+        return torch.rand(len(labels), generator=rng, dtype=torch.float64).log() / weights
+
+
 @SELECTORS.register("random")
 class AtRandom(Selector):
     """Keeps images at random: the control that shows what a selector's choice is worth."""

@@ -79,7 +79,7 @@ class Synthesizer(Protocol):
 
 SYNTHESIZERS: Registry[Synthesizer] = Registry(
     "synthesizer",
-    ["raydfkd.synthesis.pixels", "raydfkd.synthesis.generator", "raydfkd.synthesis.noise"],
+    ["raydfkd.synthesis.pixels", "raydfkd.synthesis.generator", "raydfkd.synthesis.drawn"],
     member="produce",
 )
 

@@ -201,11 +201,12 @@ def test_card_says_what_the_student_was_measured_on_and_leaves_the_license_open(
 
 def test_card_of_a_student_that_no_real_image_judged_says_so(tmp_path):
     report = {**JUDGED, "judged_on": "synthetic images that were held out"}
-    report |= {"teacher": {"top1": None}, "student": {"top1": None}}
+    report |= {"teacher": {"top1": None}, "student": {"top1": None}, "agreement_on_drawn": 0.5}
     folder, _ = exported(saved_student(tmp_path, report=report), "safetensors")
     card = (folder / "README.md").read_text()
     assert "top-1" not in card
     assert "| on 540 synthetic images that were held out |" in card
+    assert "| agreement on drawn images, unlike those | | 50.00% |" in card
     assert "nobody has measured" in card
 
 

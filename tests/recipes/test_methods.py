@@ -34,7 +34,7 @@ def short(method):
     """Settings under which the method takes a moment on the toy teacher."""
     synthesis = method_of(method)["synthesis"]
     half = f"synthesis.size={SPACE.height // 2}"
-    if synthesis.get("synthesizer", "generator") == "noise_images":
+    if synthesis.get("synthesizer", "generator") in ("noise_images", "procedural_images"):
         return []
     if "stages" in synthesis:
         return ["synthesis.stages=[{steps: 2}]", "synthesis.batch_size=8", "synthesis.warmup=0"]

@@ -71,6 +71,7 @@ def report() -> dict[str, Any]:
         },
         "skipped_pictures": {"count": 0, "first": []},
         "agreement": 0.9725,
+        "agreement_on_drawn": None,
         "judged_on": "real digits test images",
         "judged_images": 1797,
         "intended_class": 0.935,
@@ -319,11 +320,15 @@ def test_without_real_data_the_accuracy_is_not_judged(report):
     report["teacher"]["top1"] = report["student"]["top1"] = None
     report["judged_on"] = "synthetic images that were held out"
     report["class_names"] = report["teacher"]["top5"] = report["student"]["top5"] = None
-    report["student"]["ece"] = None
+    report["student"]["ece"], report["agreement_on_drawn"] = None, 0.413
     text = text_of(page_of(report))
     assert text.count("not judged (no real data)") == 4
     assert "points" not in text
-    assert "on 1,797 synthetic images that were held out. What the student does on real images nobody" in text
+    judged = "on 1,797 synthetic images that were held out, and 41.3 % on drawn images, unlike those. What the student"
+    assert f"{judged} does on real images nobody" in text
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(summary_table(report))
+    assert "agreement on drawn images, unlike those" in console.export_text()
     assert "top-1 on real images" in text
 
 

@@ -25,6 +25,8 @@ RENEWED = ("synthesis.emissions=1", "synthesis.conditional=true", "synthesis.ren
 META = (*RENEWED[:2], "synthesis.renewal={steps: 2, latent_lr: 0.1, meta: {lr: 0.05}}")
 NOISY = (*RENEWED[:2], "synthesis.renewal={steps: 2, noisy_layers: true, keep: 1, life: 2}")
 NOISE = "synthesis={synthesizer: noise_images, targets: none, batch_size: 2}"
+DRAWN = "synthesis={synthesizer: procedural_images, targets: none, batch_size: 2, select: balanced_confidence}"
+BESIDE = "synthesis.beside=[{kind: noise_images, targets: none, batch_size: 2}]"
 CONTRAST = "synthesis.objective=[cross_entropy, {term: contrast, width: 4, negatives: 3, bank: 7}]"
 SELECTED = ("synthesis.select={kind: random, candidates: 1.7, judged_at_once: 3}",)
 VARIANTS = {
@@ -39,6 +41,9 @@ VARIANTS = {
     "generator, meta-learned": ("generator", META),
     "generator, noisy layers": ("generator", NOISY),
     "noise": ("pixels", [NOISE]),
+    "drawn images": ("pixels", [DRAWN]),
+    "pixels beside noise": ("pixels", [BESIDE]),
+    "generator beside noise": ("generator", [BESIDE]),
     "generator, contrast": ("generator", [*RENEWED, CONTRAST]),
     "pixels, contrast": ("pixels", [CONTRAST]),
 }

@@ -178,3 +178,23 @@ def test_selection_that_cannot_be_made_is_refused_before_any_work(tmp_path, sett
     with pytest.raises(RecipeError, match=message) as error:
         check(toy_recipe(tmp_path, settings, synthesizer="generator"))
     assert "\n" not in str(error.value)
+
+
+def test_what_nobody_asked_a_class_of_is_kept_by_confidence_and_rarity():
+    rng = rng_from(0)
+    labels = (torch.rand(40_000, generator=rng) < 0.1).long()  # a class in ten images, the other in nine
+    sure = torch.rand(40_000, generator=rng) < 0.5
+    logits = torch.where(sure, 8.0, 1.0)[:, None] * torch.nn.functional.one_hot(labels, 2)
+    selector = SELECTORS.build("balanced_confidence", {}, where="test")
+    weights = logits.softmax(1)
+    weights = (weights / weights.mean(0)).sum(1) * weights.amax(1) ** 2
+    first = torch.zeros(40_000, dtype=torch.long)
+    rank = selector.scores(logits, labels, rng_from(1)).argsort(descending=True)[:2000]
+    first[rank] = 1
+    for label in (0, 1):
+        for is_sure in (True, False):
+            rows = (labels == label) & (sure == is_sure)
+            expected = 2000 * weights[rows].sum() / weights.sum()
+            assert first[rows].sum().item() == pytest.approx(expected.item(), rel=0.12)
+    again = selector.scores(logits, labels, rng_from(1)).argsort(descending=True)[:2000]
+    assert torch.equal(rank, again)

@@ -1,0 +1,62 @@
+"""Images unlike those that a student learned from, on which it is compared with its teacher."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from raydfkd.config.schema import ImageSpace
+from raydfkd.distillation.evaluate import batch_size
+from raydfkd.images.pixels import PixelRange
+from raydfkd.images.procedural import MODELS, Canvas, plain_grounds
+from raydfkd.networks.answers import logits_of
+from raydfkd.seeds import derive_seed, rng_from
+from raydfkd.synthesis.selection import BalancedConfidence
+
+IMAGES, CANDIDATES = 500, 2000
+"""Images of a probe, and those that they are chosen from."""
+MOST_PIXELS = 48
+"""Shorter edge up to which images are drawn as they are; larger ones are drawn like that and enlarged."""
+
+
+@torch.no_grad()
+def drawn_probe(teacher: nn.Module, space: ImageSpace, *, seed: int) -> Tensor:
+    """Drawn images, of no data, in which ``teacher`` sees all classes if it can: uint8 [IMAGES, C, H, W].
+
+    Equal parts of each model of ``images.procedural``, chosen as ``BalancedConfidence`` does; the same ones for the
+    same teacher and ``seed``.
+    """
+    rng = rng_from(derive_seed(seed, "probe"))
+    channels, height, width = space.shape
+    scale = min(1.0, MOST_PIXELS / min(height, width))
+    images = []
+    for model in MODELS.values():
+        canvas = Canvas(
+            count=CANDIDATES // len(MODELS),
+            channels=channels,
+            height=round(scale * height),
+            width=round(scale * width),
+            rng=rng,
+            plain=plain_grounds(space),
+        )
+        drawn = model(canvas).expand(-1, channels, -1, -1)
+        images.append((255 * drawn).round().to(torch.uint8))
+    candidates = torch.cat(images)
+    device = next(teacher.parameters()).device
+    pixels = PixelRange(space, device)
+
+    def enlarged(batch: Tensor) -> Tensor:
+        if scale == 1:
+            return batch
+        smooth = F.interpolate(batch.float(), (height, width), mode="bilinear", align_corners=False)
+        return smooth.round().to(torch.uint8)
+
+    batches = candidates.split(batch_size(space))
+    was_training = teacher.training
+    teacher.eval()
+    logits = torch.cat([logits_of(teacher(pixels.from_uint8(enlarged(batch).to(device)))).cpu() for batch in batches])
+    teacher.train(was_training)
+    scores = BalancedConfidence().scores(logits.float(), logits.argmax(1), rng)
+    best = scores.argsort(descending=True, stable=True)[:IMAGES]
+    return torch.cat([enlarged(batch) for batch in candidates[best].split(batch_size(space))])
