@@ -182,7 +182,7 @@ def _chosen(value: Any, annotation: Any, where: str) -> Iterator[Chosen]:
         family = next((leaf.name for leaf in flatten(annotation) if isinstance(leaf, Family)), None)
         assert family is not None, f"{where} has an annotation that names its family"
         yield Chosen(family=family, name=value.kind, options=value.options, where=where)
-    elif isinstance(value, BaseModel):
+    if isinstance(value, BaseModel):
         yield from chosen_in(type(value), dict(value), where)
 
 

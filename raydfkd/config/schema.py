@@ -287,11 +287,11 @@ class BesideSpec(PluginSpec):
 
     images: PositiveFloat = 1.0
     """Images of it for each one of the section's own synthesizer."""
-    objective: tuple[TermSpec, ...] = ()
+    objective: Annotated[tuple[TermSpec, ...], Field(strict=False)] = ()
     """Weighted terms, added up; none for a synthesizer that optimises nothing."""
     targets: Targets = PluginSpec(kind="balanced")
     """Labels that its images are made for."""
-    augment: tuple[Augmentation, ...] = ()
+    augment: Annotated[tuple[Augmentation, ...], Field(strict=False)] = ()
     """Augmentations through which the teacher sees its images, at every step."""
     select: Annotated[SelectSpec, Family("selectors")] | None = None
     """Choice of its images that are kept, of more than are wanted; all that are made unless given."""

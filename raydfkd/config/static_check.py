@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from raydfkd.config.families import family
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.registry import Chosen, chosen_in, keys_of
+from raydfkd.config.schema import TermSpec
 from raydfkd.errors import Mistakes
 
 
@@ -31,11 +32,17 @@ def plugins_of(recipe: Recipe) -> Iterator[Chosen]:
     """Every plug-in that the recipe chooses, but for those inside others."""
     synthesis = recipe.synthesis
     yield _network(recipe.teacher.network, recipe.teacher.options, "teacher")
-    for index, term in enumerate(synthesis.objective):
-        yield Chosen(family="terms", name=term.term, options=term.options, where=f"synthesis.objective[{index}]")
+    yield from _terms(synthesis.objective, "synthesis")
+    for place, beside in enumerate(synthesis.beside):
+        yield from _terms(beside.objective, f"synthesis.beside[{place}]")
     yield Chosen(family="synthesizers", name=synthesis.synthesizer, options=synthesis.options, where="synthesis")
     yield from chosen_in(type(recipe), dict(recipe), "")
     yield _network(recipe.student.network, recipe.student.options, "student")
+
+
+def _terms(objective: Sequence[TermSpec], where: str) -> Iterator[Chosen]:
+    for index, term in enumerate(objective):
+        yield Chosen(family="terms", name=term.term, options=term.options, where=f"{where}.objective[{index}]")
 
 
 def _network(name: str, options: dict[str, object], role: str) -> Chosen:
