@@ -346,8 +346,9 @@ class SynthesisSpec(OpenSpec):
         return self
 
     def of_beside(self, spec: BesideSpec) -> SynthesisSpec:
-        """The section of ``spec`` alone, with the arithmetic, pictures and sizes of this one."""
-        common = {"statistics", "size", "embeddings", "precision", "compile", "threads", "student_refresh"}
+        """The section of ``spec`` alone, with sizes and arithmetic of this one, and its statistics if it optimises."""
+        common = {"size", "embeddings", "precision", "compile", "threads", "student_refresh"}
+        common |= {"statistics"} if spec.objective else set()
         data = self.model_dump(include=common) | spec.model_dump(exclude={"kind", "images"})
         return SynthesisSpec.model_validate_json(json.dumps({"synthesizer": spec.kind, **data}))
 

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from PIL import Image
 from toy import CLASSES, batches_of, joined, toy_recipe, unit_of
 
 from raydfkd.config.recipe import Recipe
@@ -77,6 +78,19 @@ def test_what_is_beside_is_part_of_the_sets_digest_and_nothing_changes_without(t
     assert "beside" not in plain["synthesis"]
     assert plain == toy_recipe(tmp_path, synthesizer="generator").made_of("sha")
     assert one["synthesis"]["beside"] != other["synthesis"]["beside"]
+
+
+def test_pictures_of_the_section_are_for_those_that_optimise(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("L", (8, 8), 90).save(tmp_path / "pictures" / name)
+    moments = "synthesis.objective=[cross_entropy, {term: bn_moments, form: norm}]"
+    settings = [f"synthesis.statistics={tmp_path / 'pictures'}", moments, "synthesis.emissions=1"]
+    other = "{kind: generator, objective: [bn_moments], steps: 1, batch_per_class: 2, emissions: 1}"
+    check(mixed_recipe(tmp_path, *settings, beside=f"[{NOISE}, {other}]"))
+    specs = mixed_recipe(tmp_path, *settings, beside=f"[{NOISE}, {other}]").synthesis
+    found = [specs.of_beside(spec).statistics for spec in specs.beside]
+    assert found == [None, specs.statistics]
 
 
 WRONG = {
