@@ -75,8 +75,8 @@ def spectrum(canvas: Canvas) -> Tensor:
     shape = (canvas.count, canvas.channels, canvas.height, canvas.width // 2 + 1, 2)
     phases = torch.view_as_complex(torch.randn(shape, generator=canvas.rng))
     if canvas.channels > 1:
-        mixed = canvas.uniform()  # how much of the pattern the channels share
-        phases = mixed * phases + (1 - mixed) * phases.mean(1, keepdim=True)
+        own = canvas.uniform()  # against what all channels have in common
+        phases = own * phases + (1 - own) * phases.mean(1, keepdim=True)
     field: Tensor = torch.fft.irfft2(phases * amplitude, s=(canvas.height, canvas.width))
     field = field / field.std((1, 2, 3), keepdim=True)
     return (canvas.tone() + canvas.uniform(0.1, 0.6) * field).clamp(0, 1)
