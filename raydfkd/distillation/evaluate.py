@@ -45,7 +45,7 @@ def judge(
     device = next(teacher.parameters()).device
     with ExitStack() as stack:
         for network in (student, teacher):
-            stack.enter_context(_in_use(network))
+            stack.enter_context(in_eval_mode(network))
         for images, labels in batches:
             seen = pixels.from_uint8(images.to(device))
             comparison.add(logits_of(student(seen)).cpu(), logits_of(teacher(seen)).cpu(), labels)
@@ -53,7 +53,8 @@ def judge(
 
 
 @contextmanager
-def _in_use(network: nn.Module) -> Iterator[None]:
+def in_eval_mode(network: nn.Module) -> Iterator[None]:
+    """Have the network in eval mode for a while, and then as it was."""
     training = network.training
     network.eval()
     try:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -125,13 +126,11 @@ def figures(canvas: Canvas) -> Tensor:
         taper = canvas.uniform(-0.4, 0.4)
         shape = _Shape(middle=middle, radii=radii, angle=lean, is_box=form < 2 / 3, taper=taper)
         curve = pen.curve(0.3)
-
-        def covered(across: Tensor, *, shape: _Shape = shape, curve: _Curve = curve, form: Tensor = form) -> Tensor:
-            drawn = curve.covers(canvas, across, down, thickness)
-            return torch.where(form < 1 / 3, drawn, shape.covers(canvas, across, down))
-
-        mask = covered(across)
-        mask = torch.where(is_mirrored, torch.maximum(mask, covered(right - across)), mask) * (number >= place)
+        plain, mirrored = (
+            torch.where(form < 1 / 3, curve.covers(canvas, x, down, thickness), shape.covers(canvas, x, down))
+            for x in (across, right - across)
+        )
+        mask = torch.where(is_mirrored, torch.maximum(plain, mirrored), plain) * (number >= place)
         tone = (base + canvas.chance(0.5) * canvas.uniform(-0.3, 0.3)).clamp(0, 1)
         tone = torch.where(canvas.chance(0.12), ground, tone)  # a hole
         filled = torch.where(is_flat, tone, (tone + contrast * (filling - 0.5)).clamp(0, 1))
@@ -139,13 +138,37 @@ def figures(canvas: Canvas) -> Tensor:
     return images
 
 
-MODELS: dict[str, Callable[[Canvas], Tensor]] = {
+Model = Literal["spectrum", "dead_leaves", "strokes", "figures"]
+MODELS: dict[Model, Callable[[Canvas], Tensor]] = {
     "spectrum": spectrum,
     "dead_leaves": dead_leaves,
     "strokes": strokes,
     "figures": figures,
 }
 """Models of pictures by name; each draws images in [0, 1], [N, C, H, W]. In the spirit of Baradad et al. 2021."""
+
+
+def draw(
+    models: Sequence[Model], count: int, space: ImageSpace, rng: torch.Generator, *, plain: tuple[float, float]
+) -> Tensor:
+    """Images in [0, 1], [count, C, H, W], one model's after another's, as many of each as come out even.
+
+    Args:
+        models: names among ``MODELS``.
+        count: how many in all.
+        space: channels and size.
+        rng: draws.
+        plain: as ``Canvas`` has it.
+    """
+    drawn = []
+    for place, model in enumerate(models):
+        share = (place + 1) * count // len(models) - place * count // len(models)
+        if share:
+            canvas = Canvas(
+                count=share, channels=space.channels, height=space.height, width=space.width, rng=rng, plain=plain
+            )
+            drawn.append(MODELS[model](canvas))
+    return torch.cat(drawn)
 
 
 def plain_grounds(space: ImageSpace) -> tuple[float, float]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from raydfkd.config.schema import ImageSpace
-from raydfkd.distillation.evaluate import batch_size
+from raydfkd.distillation.evaluate import batch_size, in_eval_mode
 from raydfkd.images.pixels import PixelRange
-from raydfkd.images.procedural import MODELS, Canvas, plain_grounds
+from raydfkd.images.procedural import MODELS, draw, plain_grounds
 from raydfkd.networks.answers import logits_of
 from raydfkd.seeds import derive_seed, rng_from
 from raydfkd.synthesis.selection import BalancedConfidence
@@ -28,35 +27,20 @@ def drawn_probe(teacher: nn.Module, space: ImageSpace, *, seed: int) -> Tensor:
     same teacher and ``seed``.
     """
     rng = rng_from(derive_seed(seed, "probe"))
-    channels, height, width = space.shape
-    scale = min(1.0, MOST_PIXELS / min(height, width))
-    images = []
-    for model in MODELS.values():
-        canvas = Canvas(
-            count=CANDIDATES // len(MODELS),
-            channels=channels,
-            height=round(scale * height),
-            width=round(scale * width),
-            rng=rng,
-            plain=plain_grounds(space),
-        )
-        drawn = model(canvas).expand(-1, channels, -1, -1)
-        images.append((255 * drawn).round().to(torch.uint8))
-    candidates = torch.cat(images)
+    scale = min(1.0, MOST_PIXELS / min(space.height, space.width))
+    small = space.model_copy(update={"size": (round(scale * space.height), round(scale * space.width))})
+    drawn = draw(tuple(MODELS), CANDIDATES, small, rng, plain=plain_grounds(space))
+    candidates = (255 * drawn).round().to(torch.uint8)
     device = next(teacher.parameters()).device
-    pixels = PixelRange(space, device)
+    pixels, drawn_pixels = PixelRange(space, device), PixelRange(space, made=small)
 
     def enlarged(batch: Tensor) -> Tensor:
-        if scale == 1:
-            return batch
-        smooth = F.interpolate(batch.float(), (height, width), mode="bilinear", align_corners=False)
-        return smooth.round().to(torch.uint8)
+        return drawn_pixels.enlarged(batch.float()).round().to(torch.uint8)
 
     batches = candidates.split(batch_size(space))
-    was_training = teacher.training
-    teacher.eval()
-    logits = torch.cat([logits_of(teacher(pixels.from_uint8(enlarged(batch).to(device)))).cpu() for batch in batches])
-    teacher.train(was_training)
+    with in_eval_mode(teacher):
+        answers = [logits_of(teacher(pixels.from_uint8(enlarged(batch).to(device)))).cpu() for batch in batches]
+    logits = torch.cat(answers)
     scores = BalancedConfidence().scores(logits.float(), logits.argmax(1), rng)
     best = scores.argsort(descending=True, stable=True)[:IMAGES]
     return torch.cat([enlarged(batch) for batch in candidates[best].split(batch_size(space))])

@@ -45,6 +45,28 @@ NO_HOOK = NoHook()
 logger = logging.getLogger(__name__)
 
 
+class InnerHook(StepHook):
+    """The unit's hook for a synthesizer inside another, whose state is saved beside what the outer one goes on from.
+
+    Args:
+        hook: the unit's.
+        beside: makes the outer state, under keys other than ``synthesizer``.
+        is_resumed: whether the saved state, if there is one, is of this synthesizer.
+    """
+
+    def __init__(self, hook: StepHook, beside: Callable[[], Mapping[str, Any]], *, is_resumed: bool = True) -> None:
+        self._hook, self._beside, self._is_resumed = hook, beside, is_resumed
+
+    @override
+    def resumed(self) -> Mapping[str, Any] | None:
+        saved = self._hook.resumed() if self._is_resumed else None
+        return None if saved is None else saved["synthesizer"]
+
+    @override
+    def __call__(self, state: Callable[[], Mapping[str, Any]]) -> None:
+        self._hook(lambda: {"synthesizer": state(), **self._beside()})
+
+
 class UnitCheckpoint:
     """The newest saved state of a unit; of two attempts at once the later save counts, and both are right.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -14,16 +14,14 @@ from torch import Tensor
 from raydfkd.config.schema import Fraction, Positive, PositiveFloat
 from raydfkd.data.batches import SyntheticBatch
 from raydfkd.images.pixels import nominal_from_unit
-from raydfkd.images.procedural import MODELS, Canvas, plain_grounds
+from raydfkd.images.procedural import MODELS, Model, draw, plain_grounds
 from raydfkd.seeds import rng_from
 from raydfkd.synthesis.checkpoint import NO_HOOK, StepHook
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Log, Setting
 from raydfkd.units import Request
 
-Model = Literal["spectrum", "dead_leaves", "strokes", "figures"]
 
-
-class DrawnImages:
+class DrawnImages(ABC):
     """Draws images and asks the teacher what it sees; nothing is optimised, so there is no objective.
 
     Labels are the teacher's answers, so classes are as frequent as it finds them.
@@ -109,7 +107,7 @@ class ProceduralImages(DrawnImages):
         self,
         setting: Setting,
         *,
-        models: Annotated[tuple[Model, ...], Field(min_length=1)] = ("spectrum", "dead_leaves", "strokes", "figures"),
+        models: Annotated[tuple[Model, ...], Field(min_length=1)] = tuple(MODELS),
         black: Fraction | None = None,
         batch_size: Positive = 100,
     ) -> None:
@@ -118,21 +116,7 @@ class ProceduralImages(DrawnImages):
         self._plain = plain_grounds(setting.space) if black is None else (black, 0.0)
 
     def _draw(self, count: int, rng: torch.Generator) -> Tensor:
-        space, parts = self._setting.space, len(self._models)
-        drawn = []
-        for place, model in enumerate(self._models):
-            share = (place + 1) * count // parts - place * count // parts
-            if share:
-                canvas = Canvas(
-                    count=share,
-                    channels=space.channels,
-                    height=space.height,
-                    width=space.width,
-                    rng=rng,
-                    plain=self._plain,
-                )
-                drawn.append(MODELS[model](canvas))
-        return nominal_from_unit(torch.cat(drawn))
+        return nominal_from_unit(draw(self._models, count, self._setting.space, rng, plain=self._plain))
 
 
 def _state(made: int) -> dict[str, Any]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from typing_extensions import override
 
 from raydfkd.data.batches import SyntheticBatch
 from raydfkd.seeds import derive_seed
-from raydfkd.synthesis.checkpoint import NO_HOOK, StepHook
+from raydfkd.synthesis.checkpoint import NO_HOOK, InnerHook, StepHook
 from raydfkd.synthesis.synthesizer import Log, Synthesizer, num_steps_of
 from raydfkd.units import Request
 
@@ -33,7 +34,8 @@ class MixedSynthesizer(Synthesizer):
         first = 0 if saved is None else saved["part"]
         for part, (synthesizer, own) in enumerate(self._requests(request)):
             if part >= first and own.images_per_class:
-                yield from synthesizer.produce(own, log, _OfPart(hook, part, is_resumed=part == first))
+                inner = InnerHook(hook, partial(_state, part), is_resumed=part == first)
+                yield from synthesizer.produce(own, log, inner)
 
     def num_steps(self, request: Request) -> int:
         """Steps that all of them take."""
@@ -59,17 +61,5 @@ def _reseeded(request: Request, part: int) -> Request:
     return replace(request, seed=derive_seed(request.seed, "part", part), class_seeds=seeds)
 
 
-class _OfPart(StepHook):
-    """The unit's hook for one synthesizer, whose state is saved with its place."""
-
-    def __init__(self, hook: StepHook, part: int, *, is_resumed: bool) -> None:
-        self._hook, self._part, self._is_resumed = hook, part, is_resumed
-
-    @override
-    def resumed(self) -> Mapping[str, Any] | None:
-        saved = self._hook.resumed()
-        return None if saved is None or not self._is_resumed else saved["synthesizer"]
-
-    @override
-    def __call__(self, state: Callable[[], Mapping[str, Any]]) -> None:
-        self._hook(lambda: {"part": self._part, "synthesizer": state()})
+def _state(part: int) -> dict[str, Any]:
+    return {"part": part}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from raydfkd.config.registry import Registry
 from raydfkd.config.schema import SelectSpec
 from raydfkd.data.batches import SyntheticBatch
 from raydfkd.seeds import derive_seed, rng_from
-from raydfkd.synthesis.checkpoint import NO_HOOK, StepHook
+from raydfkd.synthesis.checkpoint import NO_HOOK, InnerHook, StepHook
 from raydfkd.synthesis.synthesizer import Log, Synthesizer, num_steps_of
 from raydfkd.units import Request
 
@@ -126,7 +126,8 @@ class SelectingSynthesizer(Synthesizer):
         saved = hook.resumed()
         if saved is not None:
             pool.load_state_dict(saved["selection"])
-        for batch in self._synthesizer.produce(candidates, log, _Beside(hook, pool.state_dict)):
+        inner = InnerHook(hook, lambda: {"selection": pool.state_dict()})
+        for batch in self._synthesizer.produce(candidates, log, inner):
             pool.add(batch)
             if len(pool) >= self._spec.judged_at_once:
                 yield from pool.drained()
@@ -209,19 +210,3 @@ class _Pool:
         self._waiting = [SyntheticBatch(**batch) for batch in state["waiting"]]
         self._seen = Counter(state["seen"])
         self._num_drained = state["num_drained"]
-
-
-class _Beside(StepHook):
-    """The unit's hook for a synthesizer whose state is saved beside that of the selection."""
-
-    def __init__(self, hook: StepHook, selection: Callable[[], Mapping[str, Any]]) -> None:
-        self._hook, self._selection = hook, selection
-
-    @override
-    def resumed(self) -> Mapping[str, Any] | None:
-        saved = self._hook.resumed()
-        return None if saved is None else saved["synthesizer"]
-
-    @override
-    def __call__(self, state: Callable[[], Mapping[str, Any]]) -> None:
-        self._hook(lambda: {"synthesizer": state(), "selection": self._selection()})

@@ -7,8 +7,8 @@ import torch
 from toy import batches_of, joined, toy_recipe
 
 from raydfkd.errors import RecipeError
+from raydfkd.images import procedural
 from raydfkd.runner.check import check
-from raydfkd.synthesis import drawn
 
 
 def noise_recipe(folder, **options):
@@ -65,7 +65,7 @@ def test_models_of_pictures_draw_equal_parts_of_a_batch(tmp_path, monkeypatch):
 
         return draw
 
-    monkeypatch.setattr(drawn, "MODELS", {name: model(name) for name in drawn.MODELS})
+    monkeypatch.setattr(procedural, "MODELS", {name: model(name) for name in procedural.MODELS})
     recipe = drawn_recipe(tmp_path, models="[strokes, spectrum]", black=0.25, batch_size=7)
     made = joined(batches_of(recipe))
     count = recipe.plan()[0].request.count
