@@ -10,7 +10,7 @@ import shlex
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,7 +27,8 @@ from raydfkd.config.static_check import plugins_of
 from raydfkd.devices import device_name, pick_device
 from raydfkd.errors import RecipeError
 from raydfkd.images.real_data import Split
-from raydfkd.networks.weights import read_weights, weights_exist
+from raydfkd.networks.build import build_network
+from raydfkd.networks.weights import load_weights, read_weights, weights_exist
 from raydfkd.report.redaction import redacted_setting
 from raydfkd.store.store import Store
 
@@ -49,6 +50,8 @@ class Cell:
     split: Split
     """Real images that judge: validation while choosing, test once at the end."""
     overrides: tuple[str, ...] = ()
+    with_evidence: bool = False
+    """Whether the evidence is collected too that needs no real image, in seconds beside the budget."""
 
     @property
     def title(self) -> str:
@@ -115,6 +118,8 @@ class Result:
     """Command that repeats this cell alone."""
     method: str | None = None
     """Method that stood in for the recipe's own."""
+    evidence: Mapping[str, float] | None = None
+    """See ``runner.evidence``; None where it was not asked for."""
 
 
 OnError = Callable[[Cell, Exception], None]
@@ -174,9 +179,23 @@ def _opened(cell: Cell, folder: Path) -> tuple[Recipe, str]:
     recipe = cell.load()
     if recipe.real_data is None:
         raise RecipeError(f"{cell.recipe}: real_data is missing, on which the student is judged; give it or use `run`")
-    if recipe.teacher.train is not None:
-        recipe = _with_weights(recipe, folder / "teachers" / _teacher_file(recipe))
+    recipe = _sharing_teacher(recipe, folder)
     return recipe, digest_of(recipe, is_control=cell.method == REAL)
+
+
+def taught(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with the weights of its teacher in ``folder``, which is trained unless they are there."""
+    recipe = _sharing_teacher(recipe, folder)
+    _teach(recipe, folder)
+    return recipe
+
+
+def _sharing_teacher(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with a file in ``folder`` for the teacher that it trains, the same for all that train such a one."""
+    if recipe.teacher.train is None:
+        return recipe
+    weights = folder / "teachers" / _teacher_file(recipe)
+    return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"weights": str(weights)})})
 
 
 def digest_of(recipe: Recipe, *, is_control: bool = False) -> str:
@@ -240,10 +259,6 @@ def _own_modules(recipe: Recipe) -> Iterator[tuple[str, str]]:
                 yield name, file
 
 
-def _with_weights(recipe: Recipe, weights: Path) -> Recipe:
-    return recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"weights": str(weights)})})
-
-
 def _teach(recipe: Recipe, folder: Path) -> None:
     from rich.console import Console
 
@@ -261,6 +276,7 @@ def measure(plan: Plan) -> Result:
     """Run one cell in this process; what it synthesizes is thrown away."""
     from raydfkd.runner.budget import run_within
     from raydfkd.runner.check import check
+    from raydfkd.runner.evidence import evidence
     from raydfkd.runner.run import judge_saved
 
     cell = plan.cell
@@ -272,6 +288,12 @@ def measure(plan: Plan) -> Result:
         outcome = run_within(recipe, cell.budget_s, synthesizer=control)
         # Of the recipe whose plan is whole; that of the outcome was cut.
         judged = judge_saved(prepared, str(outcome.student), split=cell.split)
+        found = None
+        if cell.with_evidence:
+            assert prepared.teacher is not None, "it was there to be judged"
+            student = build_network(recipe.student, recipe.teacher, where="student", seed=0)
+            load_weights(student, str(outcome.student), where="student")
+            found = evidence(recipe, prepared.teacher.module.cpu(), student)
     return Result(
         recipe=cell.recipe,
         digest=plan.digest,
@@ -290,6 +312,7 @@ def measure(plan: Plan) -> Result:
         versions=engine(),
         command=cell.command,
         method=cell.method,
+        evidence=found,
     )
 
 

@@ -16,6 +16,7 @@ from raydfkd.commands.output import DONE, Commands
 if TYPE_CHECKING:
     from raydfkd.bench.quality import Result
     from raydfkd.bench.table import Row
+    from raydfkd.bench.zoo import Row as ZooRow
 
 bench = typer.Typer(
     help="Measure speed against published loops and raw libraries, and accuracy for a budget.",
@@ -175,6 +176,50 @@ def bench_methods(  # noqa: PLR0913, PLR0917 - one option each
 
     found = measure(comparison, out.expanduser(), at_once=at_once, told=told)
     typer.echo(found.to_json() if as_json else f"{measured_with('auto')}\n\n{found.markdown()}")
+    return DONE
+
+
+@bench.command("zoo")
+def bench_zoo(  # noqa: PLR0913, PLR0917 - one option each
+    teachers: Annotated[list[str] | None, typer.Argument(metavar="[TEACHER]...", help="Teachers [all].")] = None,
+    budget: Annotated[str, typer.Option(help="Device-seconds for synthesis and student: 600s, 10m.")] = "600s",
+    seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ... of each.")] = 1,
+    student: Annotated[
+        Literal["half", "chosen", "both"], typer.Option(help="Half of the teacher, what init chooses, or both.")
+    ] = "both",
+    split: Annotated[
+        Literal["validation", "test"], typer.Option(help="validation to choose by, test to judge once.")
+    ] = "validation",
+    controls: Annotated[bool, typer.Option(help="Real images and noise with the teacher's answers too.")] = True,
+    out: Annotated[Path, typer.Option(help="Results and teachers; the same folder resumes.")] = Path("runs/zoo"),
+    at_once: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = 1,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> int:
+    """Recipes that init writes, on teachers of many kinds: student accuracy for equal device-seconds.
+
+    Teachers are trained here, in a minute or a few each. Those on which methods were chosen and those on which they are
+    judged are summed up apart.
+    """
+    from raydfkd.bench.engine import measured_with
+    from raydfkd.bench.zoo import STUDENTS, TEACHERS, Visit, markdown, to_json, visit_zoo
+
+    visit = Visit(
+        teachers=tuple(teachers or TEACHERS),
+        budget_s=seconds_of(budget, "--budget"),
+        seeds=tuple(range(seeds)),
+        split=split,
+        students=STUDENTS if student == "both" else (student,),
+        controls=controls,
+        overrides=tuple(overrides or ()),
+    )
+
+    def told(row: ZooRow) -> None:
+        result = row.result
+        typer.echo(f"{row.teacher}   {row.student}   {row.chosen}   {result.student_top1:.1%}", err=True)
+
+    rows = visit_zoo(visit, out.expanduser(), at_once=at_once, told=told)
+    typer.echo(to_json(rows) if as_json else f"{measured_with('auto')}\n\n{markdown(rows)}")
     return DONE
 
 

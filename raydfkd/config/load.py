@@ -30,7 +30,7 @@ A local one is kept as a path, which means the same to driver, workers and libra
 """
 RECIPES = Path(__file__).parents[1] / "recipes"
 """Recipes that come with raydfkd; in ``jobs`` those that also say where they run, in ``methods`` those for any teacher,
-in ``parts`` what several of them have in common.
+in ``parts`` what several of them have in common, in ``zoo`` teachers that methods have to hold for.
 """
 COMMON = "student_training"
 """Name of the part that all methods have in common: how a student is trained."""
@@ -111,7 +111,8 @@ def _share_out(spec: dict[str, Any], rounds: int) -> None:
 
 def packaged_path(name: str) -> Path | None:
     """The file of a packaged recipe, job or method; None where there is none of that name."""
-    paths = (RECIPES / f"{name}.yaml", *(RECIPES / group / f"{name}.yaml" for group in ("jobs", "methods", "parts")))
+    groups = ("jobs", "methods", "parts", "zoo")
+    paths = (RECIPES / f"{name}.yaml", *(RECIPES / group / f"{name}.yaml" for group in groups))
     return next((path for path in paths if re.fullmatch(r"[\w.-]+", name) and path.is_file()), None)
 
 

@@ -20,7 +20,9 @@ from raydfkd.networks.libraries import hub_hint, library_of, needs_permission
 from raydfkd.networks.taps import wrapped
 from raydfkd.seeds import rng_from, seeded
 
-NETWORKS: Registry[nn.Module] = Registry("network", ["raydfkd.networks.small"], member="forward")
+NETWORKS: Registry[nn.Module] = Registry(
+    "network", ["raydfkd.networks.small", "raydfkd.networks.families"], member="forward"
+)
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 """What networks raise on images of a size or channel count that they cannot take."""
 

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Literal
+
 from torch import Tensor, nn
 
 from raydfkd.config.schema import Positive
 from raydfkd.networks.build import NETWORKS
 
+Norm = Callable[[int], nn.Module]
+"""Makes the normalisation of so many channels."""
 
-def _conv_norm_relu(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+
+def _conv_norm_relu(inputs: int, outputs: int, stride: int, norm: Norm = nn.BatchNorm2d) -> nn.Sequential:
     convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+    return nn.Sequential(convolution, norm(outputs), nn.ReLU(inplace=True))
+
+
+def _group_norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(math.gcd(8, channels), channels)
+
+
+NormName = Literal["batch", "group"]
+NORMS: dict[NormName, Norm] = {"batch": nn.BatchNorm2d, "group": _group_norm}
+"""Normalisations by name; GroupNorm has eight groups or fewer."""
 
 
 @NETWORKS.register("convnet")
@@ -19,12 +35,21 @@ class ConvNet(nn.Module):
 
     Args:
         widths: output channels of each convolution.
+        norm: batch (BatchNorm) or group (GroupNorm).
     """
 
-    def __init__(self, classes: int, channels: int, *, widths: tuple[Positive, ...] = (32, 64, 128)) -> None:
+    def __init__(
+        self,
+        classes: int,
+        channels: int,
+        *,
+        widths: tuple[Positive, ...] = (32, 64, 128),
+        norm: NormName = "batch",
+    ) -> None:
         super().__init__()
         sizes = [channels, *widths]
-        self.body = nn.Sequential(*(_conv_norm_relu(a, b, 2) for a, b in zip(sizes, sizes[1:], strict=False)))
+        layers = (_conv_norm_relu(a, b, 2, NORMS[norm]) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.body = nn.Sequential(*layers)
         self.head = nn.Linear(sizes[-1], classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -34,14 +59,14 @@ class ConvNet(nn.Module):
 
 
 class _Residual(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: Norm) -> None:
         super().__init__()
-        self.first = _conv_norm_relu(inputs, outputs, stride)
-        self.second = nn.Sequential(nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs))
+        self.first = _conv_norm_relu(inputs, outputs, stride, norm)
+        self.second = nn.Sequential(nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), norm(outputs))
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             projection = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
-            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(outputs))
+            self.shortcut = nn.Sequential(projection, norm(outputs))
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,18 +81,28 @@ class SmallResNet(nn.Module):
     Args:
         depth: layers, 6n + 2 (8, 20, 32, 56).
         width: channels of the first stage.
+        norm: batch (BatchNorm) or group (GroupNorm).
     """
 
-    def __init__(self, classes: int, channels: int, *, depth: int = 20, width: Positive = 16) -> None:
+    def __init__(
+        self,
+        classes: int,
+        channels: int,
+        *,
+        depth: int = 20,
+        width: Positive = 16,
+        norm: NormName = "batch",
+    ) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"depth is {depth}; it must be 6n + 2, such as 8 or 20")
-        blocks: list[nn.Module] = [_conv_norm_relu(channels, width, 1)]
+        made = NORMS[norm]
+        blocks: list[nn.Module] = [_conv_norm_relu(channels, width, 1, made)]
         inputs = width
         for stage in range(3):
             for block in range((depth - 2) // 6):
                 outputs = width << stage
-                blocks.append(_Residual(inputs, outputs, 2 if stage and not block else 1))
+                blocks.append(_Residual(inputs, outputs, 2 if stage and not block else 1, made))
                 inputs = outputs
         self.body = nn.Sequential(*blocks)
         self.head = nn.Linear(inputs, classes)

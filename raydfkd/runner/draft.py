@@ -21,7 +21,7 @@ SMALL = 64
 """Pixels up to which generators are chosen, and batches of a hundred images."""
 WIDTHS = (4, 8, 12, 16, 24, 32, 48, 64)
 """Widths of the first layer of a student that nobody has named."""
-TRIAL = Sizes(batches_per_unit=1, units_per_class=2, student_steps=20, workers=1, executor="local")
+TRIAL = Sizes(batches_per_unit=1, units_per_class=2, student_steps=20, workers=1, executor="local", rounds=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,14 @@ class Draft:
         Raises:
             RecipeError: the teacher cannot be opened or inverted, or the budget has no room for a unit of each class.
         """
-        speed = measure(recipe_of(self._text(TRIAL, [])))
+        speed = measure(recipe_of(self.page_of(TRIAL)))
         groups = -(-self._classes // self._classes_per_unit)
-        return self._text(sizes_for(budget, speed, groups=groups), [*self._speed(speed, budget)])
+        sizes = sizes_for(budget, speed, groups=groups, rounds=self._rounds)
+        return self._text(sizes, [*self._speed(speed, budget)])
+
+    def page_of(self, sizes: Sizes) -> str:
+        """The commented recipe with those numbers of images, steps and rounds, whatever they take."""
+        return self._text(sizes, [])
 
     @property
     def method(self) -> str:
@@ -79,6 +84,11 @@ class Draft:
     @property
     def _synthesis_of_method(self) -> Mapping[str, Any]:
         return dict(page_data(self.method)["synthesis"])
+
+    @property
+    def _rounds(self) -> int:
+        """Rounds of the method."""
+        return int(page_data(self.method).get("rounds", 1))
 
     @property
     def _classes_per_unit(self) -> int:
@@ -187,6 +197,8 @@ class Draft:
         yield from _entry("images_per_class", per_class)
         unit = {"classes": self._classes_per_unit, "images_per_class": per_unit}
         yield from _entry("unit", unit, "what a worker makes at a time")
+        if self._rounds > 1:
+            yield f"rounds: {sizes.rounds}   # of synthesis and training, each against the student of the one before"
         yield "distill:"
         yield from _entry("steps", sizes.student_steps)
         if ":" in str(self.student.get("network", "")):

@@ -19,7 +19,7 @@ from raydfkd.images.pixels import PixelRange
 from raydfkd.networks.build import build_network
 from raydfkd.networks.teacher import open_teacher
 from raydfkd.runner.suits import with_synthesis
-from raydfkd.synthesis.build import build_synthesizer
+from raydfkd.synthesis.build import build_student, build_synthesizer
 
 RAY_SECONDS, LOCAL_SECONDS = 40.0, 5.0
 """What a run spends beside its work: on a cluster of its own, in this process."""
@@ -66,6 +66,8 @@ class Sizes:
     student_steps: int
     workers: int
     executor: str
+    rounds: int = 1
+    """Each but the first against the student of the one before; share out the units evenly."""
 
 
 def measure(whole: Recipe) -> Speed:
@@ -103,7 +105,8 @@ def measure(whole: Recipe) -> Speed:
 
 
 def _synthesis_seconds(recipe: Recipe, teacher: nn.Module, device: torch.device) -> float:
-    synthesizer, request = build_synthesizer(recipe, teacher, device), recipe.plan()[0].request
+    student = build_student(recipe, lambda _: None, device)
+    synthesizer, request = build_synthesizer(recipe, teacher, device, student), recipe.plan()[0].request
     return _second_time(lambda: sum(len(batch) for batch in synthesizer.produce(request, lambda _: None)), device)
 
 
@@ -137,13 +140,14 @@ def _peak_mib(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
-def sizes_for(budget: float, speed: Speed, *, groups: int) -> Sizes:
+def sizes_for(budget: float, speed: Speed, *, groups: int, rounds: int = 1) -> Sizes:
     """Divide a budget of seconds: half for images, the rest for the student, who learns meanwhile on a cluster.
 
     Args:
         budget: seconds on this machine.
         speed: of the recipe.
         groups: units that hold all classes once.
+        rounds: that there should be; fewer where there is no room for a unit of each class in all of them.
 
     Raises:
         RecipeError: it has no room for a unit of each class.
@@ -153,23 +157,27 @@ def sizes_for(budget: float, speed: Speed, *, groups: int) -> Sizes:
     workers = places - 1 if is_cluster else 1
     beside = RAY_SECONDS if is_cluster else LOCAL_SECONDS
     for_images = SYNTHESIS_SHARE * (budget - beside) * workers
-    units = int(for_images / (groups * speed.unit_seconds(1)))
-    if units < 1:
+    units, fewest = int(for_images / (groups * speed.unit_seconds(1))), min(rounds, 2)
+    if units < fewest:
         least = groups * speed.unit_seconds(1) / workers
         raise RecipeError(
-            f"--budget is {in_words(budget)}, but a unit of each class takes {in_words(least)} here; give at least "
-            f"{in_words(1.05 * least / SYNTHESIS_SHARE + beside)}"
+            f"--budget is {in_words(budget)}, but a unit of each class takes {in_words(least)} here"
+            f"{f', and {fewest} of them are needed' if fewest > 1 else ''}; give at least "
+            f"{in_words(1.05 * fewest * least / SYNTHESIS_SHARE + beside)}"
         )
-    batches = 1
-    while groups * PIECES * speed.unit_seconds(batches + 1) <= for_images:
+    batches, pieces = 1, max(PIECES, 2 * rounds)
+    while groups * pieces * speed.unit_seconds(batches + 1) <= for_images:
         batches += 1
+    units = max(1, int(for_images / (groups * speed.unit_seconds(batches))))
+    rounds = min(rounds, units)
     share = STUDENT_SHARE if is_cluster else 1 - SYNTHESIS_SHARE
     return Sizes(
         batches_per_unit=batches,
-        units_per_class=max(1, int(for_images / (groups * speed.unit_seconds(batches)))),
+        units_per_class=units - units % rounds,
         student_steps=max(FEWEST_STEPS, int(share * (budget - beside) / speed.student)),
         workers=workers,
         executor="ray" if is_cluster else "local",
+        rounds=rounds,
     )
 
 
