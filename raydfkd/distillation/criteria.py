@@ -62,10 +62,15 @@ class SoftKL(Criterion):
     finds likely, and those that it gives no probability hardly move. ``mixed`` is the share ``alpha`` of the first and
     the rest of the second.
 
+    ``standardised`` takes from each image's logits their mean and divides them by their deviation over the classes
+    (Sun et al. 2024), the teacher's and the student's, so that images on which a teacher's logits are large count no
+    more than others; the student's logits have a scale of their own then, and its confidence says little.
+
     Args:
         temperature: divides both logits.
         direction: forward, backward or mixed.
         alpha: share of forward in mixed.
+        standardised: whether logits are standardised.
     """
 
     def __init__(
@@ -74,13 +79,20 @@ class SoftKL(Criterion):
         temperature: float = 4.0,
         direction: Literal["forward", "backward", "mixed"] = "forward",
         alpha: Fraction = 0.5,
+        standardised: bool = False,
     ) -> None:
         self._temperature = _positive(temperature)
+        self._standardised = standardised
         self._forward = {"forward": 1.0, "backward": 0.0, "mixed": alpha}[direction]
 
     @override
     def __call__(self, student: Observation, teacher: Observation, labels: Tensor) -> Tensor:
-        ours, theirs = _log_shares(student, self._temperature), _log_shares(teacher, self._temperature)
+        ours, theirs = (
+            (_standardised(answer.logits) if self._standardised else answer.logits)
+            .div(self._temperature)
+            .log_softmax(1)
+            for answer in (student, teacher)
+        )
         divergence = ours.new_zeros(())
         if self._forward > 0:
             divergence = divergence + self._forward * _divergence(theirs, ours)
@@ -155,6 +167,12 @@ def _positive(temperature: float) -> float:
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; it must be positive")
     return temperature
+
+
+def _standardised(logits: Tensor) -> Tensor:
+    """Logits [N, K] of zero mean and a deviation of one over the classes of each image."""
+    centred = logits - logits.mean(1, keepdim=True)
+    return centred / (centred.square().mean(1, keepdim=True) + 1e-12).sqrt()
 
 
 def _log_shares(answer: Observation, temperature: float) -> Tensor:

@@ -51,6 +51,26 @@ def test_soft_kl_does_not_change_when_all_logits_of_an_image_are_shifted():
     torch.testing.assert_close(value_of("soft_kl", STUDENT + shift), value_of("soft_kl"))
 
 
+def test_standardised_kl_compares_logits_of_zero_mean_and_a_deviation_of_one():
+    student, teacher = STUDENT[[0, 1, 3]], TEACHER[[0, 1, 3]]
+    z, x = (
+        (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True, correction=0)
+        for logits in (teacher, student)
+    )
+    expected = value_of("soft_kl", x, z, temperature=2.0)
+    standardised = value_of("soft_kl", student, teacher, temperature=2.0, standardised=True)
+    torch.testing.assert_close(standardised, expected)
+    scales, shift = torch.tensor([[60.0], [1.0], [0.1]]), torch.tensor([[5.0], [-3.0], [0.0]])
+    again = value_of("soft_kl", student, scales * teacher + shift, temperature=2.0, standardised=True)
+    torch.testing.assert_close(again, standardised)
+
+
+def test_standardised_kl_has_a_gradient_where_all_classes_are_alike():
+    student = torch.zeros(1, 3).requires_grad_()
+    value_of("soft_kl", student, TEACHER[:1], standardised=True).backward()
+    assert student.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_mixed_kl_is_a_share_of_forward_and_the_rest_of_backward(alpha):
     parts = [value_of("soft_kl", direction=direction) for direction in ("forward", "backward")]
@@ -98,6 +118,7 @@ def test_hard_labels_of_mixed_images_is_the_cross_entropy_with_the_shares_of_the
         ("soft_kl", {}),
         ("soft_kl", {"direction": "backward"}),
         ("soft_kl", {"direction": "mixed", "alpha": 0.3}),
+        ("soft_kl", {"standardised": True}),
         ("js", {"temperature": 2.0}),
         ("logit_l1", {}),
         ("logit_mse", {}),
