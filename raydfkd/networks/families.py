@@ -56,7 +56,7 @@ class SmallVGG(nn.Module):
         for inputs, outputs in zip((channels, *widths), widths, strict=False):
             for taken in (inputs, outputs):
                 layers += [nn.Conv2d(taken, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-            layers.append(nn.MaxPool2d(2))
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1], classes)
 

@@ -14,6 +14,7 @@ from raydfkd.config.load import load_recipe, page_data
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.schema import is_own
 from raydfkd.devices import device_name
+from raydfkd.networks.build import NETWORKS, count_parameters
 from raydfkd.networks.scout import Found
 from raydfkd.runner.pace import Sizes, Speed, in_words, measure, sizes_for
 
@@ -163,16 +164,19 @@ class Draft:
             yield f"real_data: {_flow({'kind': 'image_folder', 'root': self.data})}   # judges, and nothing else"
 
     def _small_student(self) -> Mapping[str, Any]:
-        """A stack of convolutions, of a quarter of the teacher's weights at most where that is possible."""
-        depth = 3 if self._is_small else 5
-        stacks = [[min(width << layer, 8 * width) for layer in range(depth)] for width in WIDTHS]
-        fitting = [widths for widths in stacks if self._parameters(widths) <= self.found.parameters / 4]
-        return {"network": "convnet", "options": {"widths": (fitting or stacks)[-1 if fitting else 0]}}
+        """A stack of convolutions, of a quarter of the teacher's weights at most where that is possible.
 
-    def _parameters(self, widths: list[int]) -> int:
-        inputs = [self._space["channels"], *widths]
-        layers = sum(9 * a * b + 2 * b for a, b in zip(inputs, widths, strict=False))
-        return int(layers + (widths[-1] + 1) * self._classes)
+        For small images one that pools what it has seen at full size: where images are unlike those that it is asked
+        about later, strided convolutions learn far less (benchmarks.md).
+        """
+        network, depth = ("vgg_small", 3) if self._is_small else ("convnet", 5)
+        stacks = [[min(width << layer, 8 * width) for layer in range(depth)] for width in WIDTHS]
+        fitting = [widths for widths in stacks if self._parameters(network, widths) <= self.found.parameters / 4]
+        return {"network": network, "options": {"widths": (fitting or stacks)[-1 if fitting else 0]}}
+
+    def _parameters(self, network: str, widths: list[int]) -> int:
+        supplied = (self._classes, self._space["channels"])
+        return count_parameters(NETWORKS.build(network, {"widths": widths}, *supplied, where="student.options"))
 
     def _synthesis(self) -> Iterator[str]:
         jitter = max(1, round(min(self._edges) / 16))

@@ -22,6 +22,10 @@ def test_network_takes_images_of_any_small_size(name, channels):
         assert network(torch.rand(3, channels, size, size)).shape == (3, 7)
 
 
+def test_vgg_takes_images_that_are_smaller_than_its_poolings():
+    assert build("vgg_small", size=5, widths=[4, 6, 8])(torch.rand(2, 1, 5, 5)).shape == (2, 10)
+
+
 def test_plain_network_is_the_tutorials():
     network = PlainCNN(10, 1)
     assert count_parameters(network) == (9 * 32 + 32) + (9 * 32 * 64 + 64) + (64 * 144 * 128 + 128) + (128 * 10 + 10)
