@@ -146,7 +146,7 @@ class Row:
     """What the refusal says; empty where it is taken."""
     space: str = ""
     """Image space that must be found: channels x height x width."""
-    method: str = "renewed_generator"
+    method: str = "nayer"
     is_slow: bool = False
     needs: str = ""
     """Package without which it is skipped."""
@@ -275,14 +275,14 @@ ZOO = (
         name="TorchScript file",
         arguments=("--network", "torchscript:scripted.pt", "--allow-code", "--size", "32"),
         write=_torchscript,
-        method="renewed_procedural",
+        method="nayer_procedural",
     ),
     Row(
         name="torch.export program",
         arguments=("--network", "export:program.pt2", "--allow-code"),
         write=_exported,
         space="1x28x28",
-        method="renewed_procedural",
+        method="nayer_procedural",
     ),
     Row(
         name="TorchScript file without permission",
@@ -306,7 +306,7 @@ ZOO = (
     Row(
         name="torchvision:vgg11, no BatchNorm",
         arguments=("--network", "torchvision:vgg11", "--weights", "random", "--classes", "4", "--size", "32"),
-        method="renewed_procedural",
+        method="nayer_procedural",
         is_slow=True,
     ),
     Row(
@@ -314,7 +314,7 @@ ZOO = (
         arguments=_weights("torchvision.models:VisionTransformer", "vit.pt", "--options", VIT),
         write=lambda folder: torch.save(trained(_vit()).state_dict(), folder / "vit.pt"),
         space="3x32x32",
-        method="renewed_procedural",
+        method="nayer_procedural",
     ),
     Row(
         name="timm:resnet10t",
@@ -328,7 +328,7 @@ ZOO = (
         arguments=_weights("timm:vit_tiny_patch16_224", "tiny.pt", "--options", SMALL_VIT),
         write=_library("timm:vit_tiny_patch16_224", "tiny.pt", 32, **yaml.safe_load(SMALL_VIT)),
         space="3x32x32",
-        method="renewed_procedural",
+        method="nayer_procedural",
         needs="timm",
     ),
     Row(
@@ -359,7 +359,7 @@ ZOO = (
         arguments=("--network", "zoo:Small", "--options", "{channels: 4}"),
         space="4x32x32",
     ),
-    Row(name="28x28, grey", arguments=("--network", "zoo:plain"), space="1x28x28", method="renewed_procedural"),
+    Row(name="28x28, grey", arguments=("--network", "zoo:plain"), space="1x28x28", method="nayer_procedural"),
     Row(name="96x64", arguments=("--network", "zoo:tall"), space="3x96x64", method="deepinversion"),
     Row(name="normalises by itself", arguments=("--network", "zoo:Normalized")),
     Row(name="takes 0..255", arguments=("--network", "zoo:Bytes", "--mean", "0,0,0", "--std", "0.0039,0.0039,0.0039")),

@@ -18,6 +18,7 @@ from raydfkd.images.real_data import Split
 from raydfkd.networks.scout import scout
 from raydfkd.runner.draft import Draft
 from raydfkd.runner.pace import Sizes
+from raydfkd.runner.suits import why_not
 
 CHOSEN_ON = (
     *("digits-convnet", "digits-lenet", "fashion-lenet", "fashion-resnet"),
@@ -50,6 +51,8 @@ class Visit:
     students: tuple[Student, ...] = STUDENTS
     controls: bool = True
     """Whether real images and noise are measured too, on the first of ``students``."""
+    methods: tuple[str, ...] = ()
+    """Packaged methods that are measured beside the one that init chooses; those that do not suit have no row."""
     overrides: tuple[str, ...] = ()
     """Changes to every recipe: for trials."""
 
@@ -60,8 +63,10 @@ class Row:
 
     teacher: str
     student: Student
-    chosen: str
-    """The method that init chose."""
+    method: str
+    """The one that init chose, another, or a control."""
+    is_chosen: bool
+    """Whether init chose it."""
     result: Result
 
     @property
@@ -91,14 +96,17 @@ def visit_zoo(
     for name in visit.teachers:
         recipe = taught(load_recipe(name), folder)
         for student in visit.students:
-            page, method = _draft(recipe, name, student, folder)
+            page, chosen = _draft(recipe, name, student, folder)
             for cell in _cells(recipe, page, visit, is_first=student == visit.students[0]):
-                cells[cell] = (name, student, cell.method or method)
+                if cell.method in (None, REAL) or not why_not(cell.load()):
+                    cells[cell] = (name, student, chosen)
     rows = []
     by_command = {cell.command: known for cell, known in cells.items()}
     for result in bench_quality(list(cells), folder, at_once=at_once):
-        name, student, method = by_command[result.command]
-        row = Row(teacher=name, student=student, chosen=method, result=result)
+        name, student, chosen = by_command[result.command]
+        is_chosen = result.method is None
+        method = chosen if result.method is None else result.method
+        row = Row(teacher=name, student=student, method=method, is_chosen=is_chosen, result=result)
         told(row)
         rows.append(row)
     return rows
@@ -130,8 +138,8 @@ def _draft(recipe: Recipe, name: str, student: Student, folder: Path) -> tuple[P
 def _cells(recipe: Recipe, page: Path, visit: Visit, *, is_first: bool) -> Iterator[Cell]:
     assert recipe.real_data is not None, "every page of the zoo names some"
     real_data = json.dumps(recipe.real_data.model_dump(mode="json"))
-    methods = (None, REAL, NOISE) if visit.controls and is_first else (None,)
-    for method in methods:
+    controls = (REAL, NOISE) if visit.controls and is_first else ()
+    for method in dict.fromkeys((None, *visit.methods, *controls)):
         for seed in visit.seeds if method is None else visit.seeds[:1]:
             yield Cell(
                 recipe=str(page),
@@ -162,24 +170,19 @@ def markdown(rows: Sequence[Row]) -> str:
         own = [row for row in rows if row.teacher == name]
         if not own:
             continue
-        method = next((row.chosen for row in own if row.chosen not in (REAL, NOISE)), "-")
+        method = next((row.method for row in own if row.is_chosen), "-")
         cells = [f"{100 * own[0].result.teacher_top1:.1f}"]
         for control in (REAL, NOISE):
-            cells.append(spread([100 * row.result.student_top1 for row in own if row.chosen == control], ".1f"))
+            cells.append(spread([100 * row.result.student_top1 for row in own if row.method == control], ".1f"))
         for student in students:
-            made = [row for row in _made(own) if row.student == student]
+            made = [row for row in own if row.is_chosen and row.student == student]
             cells.append(spread([100 * row.result.student_top1 for row in made], ".1f"))
             cells.append(spread([row.share for row in made], ".3f"))
         lines.append(f"| {name} | {method} | {' | '.join(cells)} |")
     for title, half in (("chosen on", CHOSEN_ON), ("judged on", JUDGED_ON)):
-        shares = [row.share for row in _made(rows) if row.teacher in half]
+        shares = [row.share for row in rows if row.is_chosen and row.teacher in half]
         if shares:
             lines.append(
                 f"\nHalf that methods were {title}: mean {statistics.mean(shares):.3f}, least {min(shares):.3f}."
             )
     return "\n".join(lines)
-
-
-def _made(rows: Sequence[Row]) -> list[Row]:
-    """Those that are no controls."""
-    return [row for row in rows if row.chosen not in (REAL, NOISE)]

@@ -190,6 +190,9 @@ def bench_zoo(  # noqa: PLR0913, PLR0917 - one option each
     split: Annotated[
         Literal["validation", "test"], typer.Option(help="validation to choose by, test to judge once.")
     ] = "validation",
+    method: Annotated[
+        list[str] | None, typer.Option(help="A packaged method beside the one that init chooses; repeatable.")
+    ] = None,
     controls: Annotated[bool, typer.Option(help="Real images and noise with the teacher's answers too.")] = True,
     out: Annotated[Path, typer.Option(help="Results and teachers; the same folder resumes.")] = Path("runs/zoo"),
     at_once: Annotated[int, typer.Option(min=1, help="Processes of one thread each.")] = 1,
@@ -211,12 +214,13 @@ def bench_zoo(  # noqa: PLR0913, PLR0917 - one option each
         split=split,
         students=STUDENTS if student == "both" else (student,),
         controls=controls,
+        methods=tuple(method or ()),
         overrides=tuple(overrides or ()),
     )
 
     def told(row: ZooRow) -> None:
         result = row.result
-        typer.echo(f"{row.teacher}   {row.student}   {row.chosen}   {result.student_top1:.1%}", err=True)
+        typer.echo(f"{row.teacher}   {row.student}   {row.method}   {result.student_top1:.1%}", err=True)
 
     rows = visit_zoo(visit, out.expanduser(), at_once=at_once, told=told)
     typer.echo(to_json(rows) if as_json else f"{measured_with('auto')}\n\n{markdown(rows)}")

@@ -58,7 +58,7 @@ class Draft:
         """The packaged method that layers and size of images suggest."""
         has_moments = self.found.statistics > 0
         if self._is_small and all(edge % 4 == 0 for edge in self._edges):
-            return "renewed_generator" if has_moments else "renewed_procedural"
+            return "nayer" if has_moments else "nayer_procedural"
         return "deepinversion" if has_moments else "deepdream"
 
     @property

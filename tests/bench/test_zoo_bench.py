@@ -54,20 +54,22 @@ def test_student_is_at_most_half_of_the_teacher(name):
 @pytest.mark.usefixtures("quickly_taught")
 def test_recipe_is_inits_own_and_measured_once_between_the_controls(tmp_path, monkeypatch):
     told = []
-    rows = visit_zoo(VISIT, tmp_path, told=told.append)
+    visit = replace(VISIT, methods=("dafl", "deepinversion"))
+    rows = visit_zoo(visit, tmp_path, told=told.append)
     assert rows == told
-    assert {row.chosen for row in rows} == {"renewed_procedural", REAL, NOISE}
+    assert {row.method for row in rows} == {"nayer_procedural", "dafl", REAL, NOISE}, "the last needs BatchNorm"
+    assert [row.method for row in rows if row.is_chosen] == ["nayer_procedural"]
     assert all(row.teacher == "digits-lenet" and row.student == "half" for row in rows)
     assert all(row.share == row.result.student_top1 / row.result.teacher_top1 for row in rows)
     assert all({"drawn", "pixels_moved", "steady_generated"} <= row.result.evidence.keys() for row in rows)
     page = (tmp_path / "recipes/digits-lenet-half.yaml").read_text()
-    assert "recipe: renewed_procedural " in page
+    assert "recipe: nayer_procedural " in page
     assert "Written by `raydfkd bench zoo digits-lenet`" in page
     monkeypatch.setattr(quality, "ProcessPoolExecutor", None)
     monkeypatch.setattr(teach, "teach", None)
-    again = visit_zoo(VISIT, tmp_path)
-    assert sorted(again, key=lambda row: row.chosen) == sorted(rows, key=lambda row: row.chosen)
-    assert len(json.loads(to_json(rows))) == 3
+    again = visit_zoo(visit, tmp_path)
+    assert sorted(again, key=lambda row: row.method) == sorted(rows, key=lambda row: row.method)
+    assert len(json.loads(to_json(rows))) == 4
 
 
 def test_teacher_that_is_not_there_is_named_before_any_work(tmp_path):
@@ -77,10 +79,10 @@ def test_teacher_that_is_not_there_is_named_before_any_work(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def row(teacher, chosen, top1, student="half"):
-    return Row(
-        teacher=teacher, student=student, chosen=chosen, result=replace(RESULT, student_top1=top1, teacher_top1=0.8)
-    )
+def row(teacher, method, top1, student="half"):
+    result = replace(RESULT, student_top1=top1, teacher_top1=0.8)
+    is_chosen = method not in (REAL, NOISE, "dafl")
+    return Row(teacher=teacher, student=student, method=method, is_chosen=is_chosen, result=result)
 
 
 def test_table_has_shares_of_the_teachers_and_sums_up_each_half_apart():
@@ -88,6 +90,7 @@ def test_table_has_shares_of_the_teachers_and_sums_up_each_half_apart():
         *(row("fashion-vgg", "nayer", 0.4), row("fashion-vgg", "nayer", 0.6), row("fashion-vgg", REAL, 0.8)),
         *(row("letters", "deepdream", 0.2, "chosen"), row("mnist-plain", "procedural", 0.72)),
         *(row("letters", NOISE, 0.02), row("mnist-plain", NOISE, 0.04)),
+        row("letters", "dafl", 0.7),
     ]
     lines = markdown(rows).splitlines()
     assert lines[2] == "| mnist-plain | procedural | 80.0 | - | 4.0 | 72.0 | 0.900 | - | - |"

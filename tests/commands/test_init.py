@@ -119,7 +119,10 @@ def test_longer_budget_is_more_images_and_steps(begun, tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--budget", "10s"], "--budget is 10 s, but a unit of each class takes 3 s here; give at least 11.3 s"),
+        (
+            ["--budget", "10s"],
+            "--budget is 10 s, but a unit of each class takes 3 s here, and 2 of them are needed; give at least 17.6 s",
+        ),
         (["--budget", "soon"], "--budget is 'soon'; write it as 90s, 30m or 2h"),
         (["--size", "big"], "--size is 'big'; write it as 32, or as 96x64 for height and width"),
         (["--mean", "grey"], "--mean is 'grey'; write a number for each channel, such as 0.5,0.5,0.5"),

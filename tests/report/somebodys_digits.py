@@ -54,7 +54,7 @@ def digits(space):
 
     return RealData(class_names=tuple("0123456789"), channels=1, load=load)
 '''
-RECIPE = """recipe: renewed_procedural
+RECIPE = """recipe: nayer_procedural
 name: somebodys
 teacher:
   network: somebodys:build

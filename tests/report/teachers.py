@@ -40,7 +40,8 @@ Image space: channels x height x width, and where from. "a guess" means that the
 well; the recipe says so beside the value. A method that needs BatchNorm statistics is chosen where there are some:
 `raydfkd show --for RECIPE` says which methods suit a teacher, and why others do not.
 
-Since commit 8e43044 `init` chooses `renewed_procedural` where a row has `renewed_generator_logits`.
+Since then `init` chooses `nayer` where a row has `renewed_generator`, and `nayer_procedural` where it has
+`renewed_generator_logits`; the rows are of before.
 
 Not taken: code that nobody allowed (pickled modules never, TorchScript files and exported programs with
 `allow_code: true`), teachers of several labels an image, layers without a gradient, such as quantised ones.
