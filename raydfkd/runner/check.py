@@ -20,6 +20,7 @@ from raydfkd.images.real_data import RealData
 from raydfkd.job import dependencies_of, transfer_set_of
 from raydfkd.networks.build import build_network
 from raydfkd.networks.embeddings import outside_knowledge
+from raydfkd.networks.hardness import hardness
 from raydfkd.networks.probe import probe_student, probe_teacher
 from raydfkd.networks.teacher import Teacher, build_teacher, open_teacher
 from raydfkd.networks.weights import weights_exist
@@ -88,7 +89,7 @@ def check(recipe: Recipe, *, writes_run: bool = True, writes_set: bool = True) -
         with mistakes.gathered():
             if recipe.teacher.train is None or weights_exist(recipe.teacher.weights, where="teacher.weights"):
                 teacher = open_teacher(recipe, network, say=notes.append)
-                notes += probe_teacher(teacher.module, recipe.teacher)
+                notes += [*probe_teacher(teacher.module, recipe.teacher), *hardness(teacher.module, recipe.teacher)]
             else:
                 check_teaching(recipe)
     pictures = _read_pictures(recipe, mistakes)
