@@ -92,7 +92,7 @@ def test_recipe_of_init_judges_on_the_pictures(there, monkeypatch):
     assert recipe.real_data.kind == "image_folder"
     assert recipe.teacher.image_space.std == (0.5,)
     few = {"images_per_class": 4, "unit": {"classes": 10, "images_per_class": 2}}
-    changes = {"transfer_set": few, "synthesis.steps": 2, "synthesis.renewal.steps": 1, "distill.steps": 4}
+    changes = {"transfer_set": few, "synthesis.steps": 2, "synthesis.renewal.steps": 1, "distill.steps": 4, "rounds": 2}
     report = run(
         load_recipe("build.yaml", {**changes, "distill.source.wait_for": 1, "runtime.executor": "local"})
     ).report
