@@ -12,11 +12,16 @@ from raydfkd.devices import device_name, pick_device
 
 
 @cache
-def code_digest() -> str:
-    """Eight hexadecimal digits of the SHA-256 of the package's version and Python files; no commit is needed for it."""
+def code_digest(*parts: str) -> str:
+    """Eight hexadecimal digits of the SHA-256 of the package's version and Python files; no commit is needed for it.
+
+    Of the folders and files ``parts`` alone, where there are some.
+    """
     found = hashlib.sha256(raydfkd.__version__.encode())
     folder = Path(raydfkd.__file__).parent
     for path in sorted(folder.rglob("*.py")):
+        if parts and not any(folder / part in (path, *path.parents) for part in parts):
+            continue
         found.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return found.hexdigest()[:8]
 

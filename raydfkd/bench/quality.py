@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from raydfkd.bench.controls import NOISE, REAL, RealImages
-from raydfkd.bench.engine import engine
+from raydfkd.bench.engine import code_digest, engine
 from raydfkd.config.families import family
 from raydfkd.config.load import load_recipe, load_with_method
 from raydfkd.config.recipe import Recipe
@@ -32,6 +32,8 @@ from raydfkd.networks.weights import load_weights, read_weights, weights_exist
 from raydfkd.report.redaction import redacted_setting
 from raydfkd.store.store import Store
 
+TEACHING = ("networks", "images", "runner/teach.py", "bench/zoo_data.py", "devices.py", "seeds.py")
+"""Code that a teacher's training depends on."""
 _NOWHERE = "not-there"
 """Run folder of a recipe while nothing is run: paths within it are not part of a digest."""
 
@@ -232,7 +234,7 @@ def _teacher_file(recipe: Recipe) -> str:
         "seed": recipe.seed,
         "teacher": recipe.teacher.model_dump(mode="json", exclude={"weights"}),
         "real_data": None if recipe.real_data is None else recipe.real_data.model_dump(mode="json"),
-        "engine": engine(),
+        "engine": {**engine(), "raydfkd": code_digest(*TEACHING)},
     }
     return f"{recipe.teacher.network.rpartition(':')[2]}-{_short_digest(payload)}.safetensors"
 
