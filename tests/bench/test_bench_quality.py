@@ -140,12 +140,14 @@ def test_a_recipe_that_was_changed_is_another_cell_and_one_that_was_moved_is_not
     assert files_of(monkeypatch, tmp_path, moved) == [before]
 
 
-def test_a_changed_engine_is_another_cell_and_another_teacher(tmp_path, monkeypatch):
+def test_a_changed_engine_is_another_cell_and_another_teacher_where_it_trains_one(tmp_path, monkeypatch):
     cells = [Cell(recipe=name, budget_s=60, seed=0, split="test") for name in ("digits-generators", "digits-adaptive")]
     before = files_of(monkeypatch, tmp_path, *cells)
     teacher = quality._teacher_file(load_recipe("digits-generators"))
     monkeypatch.setattr("raydfkd.bench.engine.code_digest", lambda: "another")
     assert not set(before) & set(files_of(monkeypatch, tmp_path, *cells))
+    assert quality._teacher_file(load_recipe("digits-generators")) == teacher
+    monkeypatch.setattr(quality, "code_digest", lambda *parts: "another" if parts == quality.TEACHING else "same")
     assert quality._teacher_file(load_recipe("digits-generators")) != teacher
 
 
