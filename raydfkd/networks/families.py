@@ -25,7 +25,7 @@ class PlainCNN(nn.Module):
         channels: int,
         *,
         widths: tuple[Positive, Positive, Positive] = (32, 64, 128),
-        size: Positive = 28,
+        size: Positive = 32,
         norm: bool = False,
     ) -> None:
         super().__init__()

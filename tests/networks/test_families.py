@@ -27,7 +27,7 @@ def test_vgg_takes_images_that_are_smaller_than_its_poolings():
 
 
 def test_plain_network_is_the_tutorials():
-    network = PlainCNN(10, 1)
+    network = PlainCNN(10, 1, size=28)
     assert count_parameters(network) == (9 * 32 + 32) + (9 * 32 * 64 + 64) + (64 * 144 * 128 + 128) + (128 * 10 + 10)
     assert network(torch.rand(2, 1, 28, 28)).shape == (2, 10)
     assert not layers_with_statistics(network)
