@@ -115,7 +115,7 @@ def visit_zoo(
 def _draft(recipe: Recipe, name: str, student: Student, folder: Path) -> tuple[Path, str]:
     """Write the recipe that init writes for the teacher; returns its file and the method that it begins with."""
     teacher = recipe.teacher
-    space = teacher.image_space.model_dump(mode="json", exclude={"stretch"})
+    space = teacher.image_space.model_dump(mode="json")
     found = scout(
         teacher.network,
         options=teacher.options,

@@ -16,7 +16,8 @@ TOO_SURE = 0.98
 """Mean confidence in noise from which a teacher is said to be sure of it; teachers of the zoo have 0.57 to 0.95."""
 FEW_BATCHES = 20
 """Of fewer batches what a fresh layer begins with still weighs an eighth, with the usual momentum of 0.1."""
-NOISE_IMAGES = 64
+NOISE_IMAGES = 16
+"""Few, since every check asks the teacher about them, however large it is."""
 
 
 def hardness(teacher: nn.Module, spec: TeacherSpec) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from raydfkd.config.load import page_data
 from raydfkd.config.recipe import Recipe
-from raydfkd.distillation.evaluate import batch_size, in_eval_mode, judge
+from raydfkd.distillation.evaluate import batch_size, in_eval_mode
 from raydfkd.images.augment import Affine
 from raydfkd.images.pixels import PixelRange, nominal_from_uint8, nominal_to_uint8
 from raydfkd.networks.answers import logits_of
@@ -49,10 +49,10 @@ def evidence(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> dict[str
     found = {}
     for kind, images in _kinds(recipe, teacher):
         moved = _moved(images, recipe, kind)
-        for name, shown in ((kind, images), (f"{kind}_moved", moved)):
-            found[name] = _agreement(recipe, teacher, student, shown)
-        answers, again = (_answers(recipe, teacher, shown) for shown in (images, moved))
-        found[f"steady_{kind}"] = (answers.argmax(1) == again.argmax(1)).float().mean().item()
+        answers, moved_answers = (_answers(recipe, teacher, shown) for shown in (images, moved))
+        found[kind] = _share_alike(answers, _answers(recipe, student, images))
+        found[f"{kind}_moved"] = _share_alike(moved_answers, _answers(recipe, student, moved))
+        found[f"steady_{kind}"] = _share_alike(answers, moved_answers)
         found[f"sure_{kind}"] = answers.softmax(1).amax(1).mean().item()
     return {name: round(value, 4) for name, value in found.items()}
 
@@ -112,17 +112,16 @@ def _moved(images: Tensor, recipe: Recipe, kind: str) -> Tensor:
     )
 
 
-def _agreement(recipe: Recipe, teacher: nn.Module, student: nn.Module, images: Tensor) -> float:
-    space = recipe.teacher.image_space
-    batches = ((batch, None) for batch in images.split(batch_size(space)))
-    pixels = PixelRange(space, next(teacher.parameters()).device)
-    return judge(student, teacher, batches, pixels, classes=recipe.teacher.classes).agreement
+def _share_alike(logits: Tensor, others: Tensor) -> float:
+    """Share of images to which both [n, K] give the same class."""
+    return (logits.argmax(1) == others.argmax(1)).float().mean().item()
 
 
 @torch.no_grad()
-def _answers(recipe: Recipe, teacher: nn.Module, images: Tensor) -> Tensor:
-    space, device = recipe.teacher.image_space, next(teacher.parameters()).device
+def _answers(recipe: Recipe, network: nn.Module, images: Tensor) -> Tensor:
+    """Logits [n, K] of ``network``, on the CPU."""
+    space, device = recipe.teacher.image_space, next(network.parameters()).device
     pixels = PixelRange(space, device)
-    with in_eval_mode(teacher):
-        parts = [logits_of(teacher(pixels.from_uint8(batch.to(device)))).cpu() for batch in images.split(BATCH)]
-    return torch.cat(parts).float()
+    batches = images.split(batch_size(space))
+    with in_eval_mode(network):
+        return torch.cat([logits_of(network(pixels.from_uint8(batch.to(device)))).cpu().float() for batch in batches])
