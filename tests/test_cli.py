@@ -203,7 +203,7 @@ def test_run_for_people_ends_with_a_table_and_where_to_look(raydfkd):
 
 
 JUDGED = (
-    *("teacher", "student", "agreement", "agreement_on_drawn", "judged_on", "judged_images", "class_names"),
+    *("teacher", "student", "agreement", "judged_on", "judged_images", "class_names"),
     *("images_per_class", "confusion", "skipped_pictures"),
 )
 

@@ -131,7 +131,8 @@ def _draft(recipe: Recipe, name: str, student: Student, folder: Path) -> tuple[P
     )
     path = folder / "recipes" / f"{name}-{student}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(draft.page_of(SIZES), encoding="utf-8")
+    arithmetic, _ = draft.fastest()
+    path.write_text(draft.page_of(SIZES, arithmetic), encoding="utf-8")
     return path, draft.method
 
 

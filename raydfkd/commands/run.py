@@ -92,9 +92,9 @@ def evaluate(
     ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Judge a saved student on the recipe's real data, or by its agreement with the teacher where there is none."""
+    """Judge a saved student on the recipe's real data; without any, estimate its agreement with the teacher."""
     plan = load(recipe, overrides, run_dir)
-    from raydfkd.report.page import FIGURES
+    from raydfkd.report.page import FIGURES, estimated
     from raydfkd.runner.judge import skipped_line
     from raydfkd.runner.run import evaluate as judge
 
@@ -108,9 +108,11 @@ def evaluate(
                 f"{name} {judged[role][key]:.2%}" for key, name in FIGURES.items() if judged[role][key] is not None
             ]
             typer.echo("   ".join([f"{role:10} {judged[role]['top1']:.2%}", *beside]))
-    typer.echo(f"agreement  {judged['agreement']:.2%}   on {judged['judged_images']:,} {judged['judged_on']}")
-    if judged["agreement_on_drawn"] is not None:
-        typer.echo(f"elsewhere  {judged['agreement_on_drawn']:.2%}   on drawn images, unlike those")
+    estimate = judged["student"]["estimate"]
+    if estimate is not None:
+        typer.echo(f"estimate   {estimated(estimate)}   agreement on real images; {estimate['words']}")
+    if judged["agreement"] is not None:
+        typer.echo(f"agreement  {judged['agreement']:.2%}   on {judged['judged_images']:,} {judged['judged_on']}")
     for warning in skipped_line(judged["skipped_pictures"]):
         typer.echo(f"warning    {warning}")
     return DONE

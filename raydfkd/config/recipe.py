@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -317,6 +318,10 @@ class Recipe(Spec):
             "embeddings": embeddings and _located(embeddings),
         }
         return self.synthesis.model_copy(update=moved)
+
+    def with_synthesis(self, synthesis: Mapping[str, Any]) -> Recipe:
+        """The recipe with another section ``synthesis``."""
+        return Recipe.model_validate_json(json.dumps({**self.model_dump(mode="json"), "synthesis": dict(synthesis)}))
 
     def shown(self) -> dict[str, Any]:
         """The recipe as plain data without secrets, for reports and logs."""

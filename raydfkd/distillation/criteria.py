@@ -15,6 +15,9 @@ from raydfkd.config.registry import Registry
 from raydfkd.config.schema import BelowOne, Fraction
 from raydfkd.networks.observed import Observation, Tap
 
+LEAST_DEVIATION = 0.1
+"""Of logits over the classes, so that an image of which the teacher says nothing is not blown up."""
+
 
 class Criterion(ABC):
     """A scalar to minimise, a mean over images; declares what it needs beside the answers of student and teacher."""
@@ -62,15 +65,16 @@ class SoftKL(Criterion):
     finds likely, and those that it gives no probability hardly move. ``mixed`` is the share ``alpha`` of the first and
     the rest of the second.
 
-    ``standardised`` takes from each image's logits their mean and divides them by their deviation over the classes
-    (Sun et al. 2024), the teacher's and the student's, so that images on which a teacher's logits are large count no
-    more than others; the student's logits have a scale of their own then, and its confidence says little.
+    ``standardised`` divides each image's logits by their deviation over the classes, so that images on which a
+    teacher's logits are large count no more than others. ``teacher`` divides those of both by the teacher's: a
+    temperature that fits the image. ``each`` divides the student's by its own (Sun et al. 2024), which leaves their
+    scale open, so that its confidence says little.
 
     Args:
         temperature: divides both logits.
         direction: forward, backward or mixed.
         alpha: share of forward in mixed.
-        standardised: whether logits are standardised.
+        standardised: by whose deviation; by none unless given.
     """
 
     def __init__(
@@ -79,7 +83,7 @@ class SoftKL(Criterion):
         temperature: float = 4.0,
         direction: Literal["forward", "backward", "mixed"] = "forward",
         alpha: Fraction = 0.5,
-        standardised: bool = False,
+        standardised: Literal["teacher", "each"] | None = None,
     ) -> None:
         self._temperature = _positive(temperature)
         self._standardised = standardised
@@ -87,11 +91,13 @@ class SoftKL(Criterion):
 
     @override
     def __call__(self, student: Observation, teacher: Observation, labels: Tensor) -> Tensor:
+        scales: tuple[Tensor | float, Tensor | float] = (1.0, 1.0)
+        if self._standardised is not None:
+            scale = _deviation(teacher.logits)
+            scales = (scale if self._standardised == "teacher" else _deviation(student.logits), scale)
         ours, theirs = (
-            (_standardised(answer.logits) if self._standardised else answer.logits)
-            .div(self._temperature)
-            .log_softmax(1)
-            for answer in (student, teacher)
+            answer.logits.div(scale * self._temperature).log_softmax(1)
+            for answer, scale in zip((student, teacher), scales, strict=True)
         )
         divergence = ours.new_zeros(())
         if self._forward > 0:
@@ -169,10 +175,10 @@ def _positive(temperature: float) -> float:
     return temperature
 
 
-def _standardised(logits: Tensor) -> Tensor:
-    """Logits [N, K] of zero mean and a deviation of one over the classes of each image."""
+def _deviation(logits: Tensor) -> Tensor:
+    """Deviation of logits [N, K] over the classes of each image, [N, 1]; never nearly zero."""
     centred = logits - logits.mean(1, keepdim=True)
-    return centred / (centred.square().mean(1, keepdim=True) + 1e-12).sqrt()
+    return (centred.square().mean(1, keepdim=True) + LEAST_DEVIATION**2).sqrt()
 
 
 def _log_shares(answer: Observation, temperature: float) -> Tensor:

@@ -13,6 +13,7 @@ from raydfkd.export.libraries import is_timm, is_transformers
 from raydfkd.export.plain import own_module
 from raydfkd.export.student import SavedStudent
 from raydfkd.networks.build import count_parameters
+from raydfkd.report.page import estimated
 from raydfkd.report.redaction import redacted
 
 LICENSE = "# license: fill in, such as apache-2.0; it may depend on that of the teacher"
@@ -115,17 +116,21 @@ def _figures(student: SavedStudent) -> Iterator[str]:
         yield "It was not judged: the run has no report of this training."
         return
     count = "" if report["judged_images"] is None else f"{report['judged_images']:,} "
-    measured = f"{count}{report['judged_on']}"
-    yield "| on " + measured + " | teacher | student |"
+    estimate = report["student"]["estimate"]
+    yield "| | teacher | student |"
     yield "|---|---|---|"
     if report["student"]["top1"] is not None:
-        yield f"| top-1 | {report['teacher']['top1']:.2%} | {report['student']['top1']:.2%} |"
-    yield f"| agreement with the teacher | | {report['agreement']:.2%} |"
-    if report["agreement_on_drawn"] is not None:
-        yield f"| agreement on drawn images, unlike those | | {report['agreement_on_drawn']:.2%} |"
+        top1 = [f"{report[role]['top1']:.2%}" for role in ("teacher", "student")]
+        yield f"| top-1 on {count}{report['judged_on']} | {' | '.join(top1)} |"
+    if estimate is not None:
+        yield f"| agreement with the teacher on real images, estimated | | {estimated(estimate)} |"
+    if report["agreement"] is not None:
+        yield f"| agreement with the teacher on {count}{report['judged_on']} | | {report['agreement']:.2%} |"
     if report["student"]["top1"] is None:
         yield ""
         yield "What it does on real images nobody has measured."
+    if estimate is not None:
+        yield f"The estimate: {estimate['words']}."
 
 
 def _loading(student: SavedStudent, forms: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -33,7 +33,6 @@ FIGURES = {"top5": "top-5", "ece": "calibration error"}
 """Figures beside top-1 that a network may have, and what they are called."""
 NEWER_KEYS: Mapping[str, JSON] = {
     "judged_images": None,
-    "agreement_on_drawn": None,
     "student_images": None,
     "held_out_images": 0,
     "intended_class": None,
@@ -153,7 +152,7 @@ def _rendered(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page.filters.update(percent=percent, count=count, duration=duration)
+    page.filters.update(percent=percent, count=count, duration=duration, estimated=estimated)
     return page.get_template(template).render(**values)
 
 
@@ -172,10 +171,20 @@ def summary_table(report: Mapping[str, JSON]) -> Table:
     table.add_column("student", justify="right")
     if data["student"]["top1"] is not None:
         table.add_row(str(data["judged_on"]), percent(data["teacher"]["top1"]), percent(data["student"]["top1"]))
-    table.add_row(f"agreement on {images}{data['judged_on']}", "-", percent(data["agreement"]))
-    if data["agreement_on_drawn"] is not None:
-        table.add_row("agreement on drawn images, unlike those", "-", percent(data["agreement_on_drawn"]))
+    estimate = data["student"]["estimate"]
+    if estimate is not None:
+        table.add_row("agreement on real images, estimated", "-", estimated(estimate))
+    if data["agreement"] is not None:
+        table.add_row(f"agreement on {images}{data['judged_on']}", "-", percent(data["agreement"]))
     return table
+
+
+def estimated(estimate: Mapping[str, Any]) -> str:
+    """An estimate with its interval, or that it is unknown."""
+    if estimate["agreement"] is None:
+        return "unknown"
+    agreement, low, high = (round(100 * estimate[key]) for key in ("agreement", "low", "high"))
+    return f"{agreement} % ({low} to {high})"
 
 
 def _judged(data: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -323,4 +332,5 @@ def _plain(report: Mapping[str, JSON]) -> dict[str, Any]:
     data: dict[str, Any] = json.loads(json.dumps(finite({**NEWER_KEYS, **report})))
     for role in ("teacher", "student"):
         data[role] = {**_NEWER_FIGURES, **data[role]}
+    data["student"].setdefault("estimate", None)
     return data

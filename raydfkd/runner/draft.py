@@ -12,11 +12,11 @@ import yaml
 
 from raydfkd.config.load import load_recipe, page_data
 from raydfkd.config.recipe import Recipe
-from raydfkd.config.schema import is_own
+from raydfkd.config.schema import Precision, is_own
 from raydfkd.devices import device_name
 from raydfkd.networks.build import NETWORKS, count_parameters
 from raydfkd.networks.scout import Found
-from raydfkd.runner.pace import Sizes, Speed, in_words, measure, sizes_for
+from raydfkd.runner.pace import Arithmetic, Sizes, Speed, fastest, in_words, sizes_for
 
 SMALL = 64
 """Pixels up to which generators are chosen, and batches of a hundred images."""
@@ -44,14 +44,22 @@ class Draft:
         Raises:
             RecipeError: the teacher cannot be opened or inverted, or the budget has no room for a unit of each class.
         """
-        speed = measure(recipe_of(self.page_of(TRIAL)))
+        arithmetic, speed = self.fastest()
         groups = -(-self._classes // self._classes_per_unit)
         sizes = sizes_for(budget, speed, groups=groups, rounds=self._rounds)
-        return self._text(sizes, [*self._speed(speed, budget)])
+        return self._text(sizes, arithmetic, [*self._speed(speed, budget)])
 
-    def page_of(self, sizes: Sizes) -> str:
+    def fastest(self) -> tuple[Arithmetic, Speed]:
+        """The arithmetic that is fastest on this machine, and how fast it is.
+
+        Raises:
+            RecipeError: the teacher cannot be opened or inverted.
+        """
+        return fastest(lambda arithmetic: recipe_of(self.page_of(TRIAL, arithmetic)))
+
+    def page_of(self, sizes: Sizes, arithmetic: Arithmetic) -> str:
         """The commented recipe with those numbers of images, steps and rounds, whatever they take."""
-        return self._text(sizes, [])
+        return self._text(sizes, arithmetic, [])
 
     @property
     def method(self) -> str:
@@ -101,8 +109,14 @@ class Draft:
         """Images of each class in a batch of about a hundred, or twenty where they are large."""
         return max(1, (100 if self._is_small else 20) // self._classes_per_unit)
 
-    def _text(self, sizes: Sizes, speed: list[str]) -> str:
-        sections = (self._head(speed), self._teacher(), self._student(), self._synthesis(), self._numbers(sizes))
+    def _text(self, sizes: Sizes, arithmetic: Arithmetic, speed: list[str]) -> str:
+        sections = (
+            self._head(speed),
+            self._teacher(),
+            self._student(),
+            self._synthesis(arithmetic.synthesis),
+            self._numbers(sizes, arithmetic.student),
+        )
         return "\n".join(line for section in sections for line in section) + "\n"
 
     def _head(self, speed: list[str]) -> Iterator[str]:
@@ -178,9 +192,11 @@ class Draft:
         supplied = (self._classes, self._space["channels"])
         return count_parameters(NETWORKS.build(network, {"widths": widths}, *supplied, where="student.options"))
 
-    def _synthesis(self) -> Iterator[str]:
+    def _synthesis(self, precision: Precision) -> Iterator[str]:
         jitter = max(1, round(min(self._edges) / 16))
         yield "synthesis:"
+        if precision != "float32":
+            yield from _entry("precision", precision, "faster than float32 on this machine")
         yield from _entry("augment", [{"kind": "jitter", "pixels": jitter}], "a sixteenth of the image")
         if self._is_generator:
             yield from _entry("batch_per_class", self._batch_per_class)
@@ -193,7 +209,7 @@ class Draft:
                 "stages", [{"steps": steps}], "the network takes no images of half the size to begin with"
             )
 
-    def _numbers(self, sizes: Sizes) -> Iterator[str]:
+    def _numbers(self, sizes: Sizes, precision: Precision) -> Iterator[str]:
         beside = sum(part.get("images", 1) for part in self._synthesis_of_method.get("beside", ()))
         per_unit = round(sizes.batches_per_unit * self._batch_per_class * (1 + beside))
         per_class = sizes.units_per_class * per_unit
@@ -205,6 +221,8 @@ class Draft:
             yield f"rounds: {sizes.rounds}   # of synthesis and training, each against the student of the one before"
         yield "distill:"
         yield from _entry("steps", sizes.student_steps)
+        if precision != "float32":
+            yield from _entry("precision", precision)
         if ":" in str(self.student.get("network", "")):
             yield from _entry("optimizer", {"kind": "adam", "lr": 1e-3}, "lower than the method's, for larger networks")
         wait = min(per_class, 2 * per_unit) * self._classes

@@ -1,7 +1,8 @@
-"""Evidence of how well a student knows its teacher that no real image is needed for: agreement on images of many kinds.
+"""Evidence of how well a student knows its teacher that no real image is needed for: agreement on images of two kinds.
 
-None of the images is the student's own. What they are follows from the teacher and a seed alone, so that students of
-different methods are compared on the same ones.
+One kind owes the teacher nothing, the other all: real images are somewhere between. None of them is the student's own.
+What they are follows from the teacher and a seed alone, so that students of different methods are compared on the same
+ones.
 """
 
 from __future__ import annotations
@@ -20,26 +21,30 @@ from raydfkd.images.pixels import PixelRange, nominal_from_uint8, nominal_to_uin
 from raydfkd.networks.answers import logits_of
 from raydfkd.networks.batchnorm import layers_with_statistics
 from raydfkd.runner.probe import drawn_probe
-from raydfkd.runner.suits import with_synthesis
 from raydfkd.seeds import derive_seed, rng_from
 from raydfkd.synthesis.build import build_synthesizer
 from raydfkd.units import Request
 
+KINDS = ("drawn", "generated")
+SHARES = tuple(f"{kind}{how}" for kind in KINDS for how in ("", "_moved", "_firm"))
+"""Names of the agreements."""
+OF_TEACHER = tuple(f"{what}_{kind}" for what in ("steady", "sure") for kind in KINDS)
+"""Names of what is found of the teacher alone."""
 IMAGES = 200
-"""Images of a kind that is optimised, about."""
+"""Generated images, about."""
 BATCH = 100
-"""Images that are optimised at a time; of more classes than these some are left out."""
-PIXEL_STEPS, GENERATOR_STEPS, RENEWAL_STEPS = 50, 60, 20
+"""Images that are generated at a time; of more classes than these some are left out."""
+GENERATOR_STEPS, RENEWAL_STEPS = 60, 20
 MOVES = Affine(degrees=15, scale=0.2, shift=0.15)
 """Moves an image as far as it may come in a picture, and no further."""
 
 
 def evidence(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> dict[str, float]:
-    """Agreement of student and teacher on images of several kinds, each as it is and ``moved``, and the teacher's own.
+    """Agreement of student and teacher on ``drawn`` and ``generated`` images, and how the teacher takes them; shares.
 
-    Kinds are images that are drawn, whose pixels are optimised, that a generator makes, and ``mixed`` halves of the
-    first and the last. ``steady_...`` is how often the teacher gives an image and its moved copy the same class,
-    ``sure_...`` its mean confidence.
+    Of each kind there is the agreement on the images, on ``..._moved`` copies, and on ``..._firm`` images, those whose
+    moved copy the teacher gives the same class, as it does with most real ones; each is the mean over the classes that
+    the teacher finds. ``steady_...`` is the share of firm images, ``sure_...`` the teacher's mean confidence.
 
     Args:
         recipe: whose image space, classes and seed count.
@@ -50,49 +55,40 @@ def evidence(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> dict[str
     for kind, images in _kinds(recipe, teacher):
         moved = _moved(images, recipe, kind)
         answers, moved_answers = (_answers(recipe, teacher, shown) for shown in (images, moved))
-        found[kind] = _share_alike(answers, _answers(recipe, student, images))
-        found[f"{kind}_moved"] = _share_alike(moved_answers, _answers(recipe, student, moved))
-        found[f"steady_{kind}"] = _share_alike(answers, moved_answers)
+        classes, moved_classes = answers.argmax(1), moved_answers.argmax(1)
+        alike = classes == _answers(recipe, student, images).argmax(1)
+        firm = classes == moved_classes
+        found[kind] = _over_classes(alike, classes)
+        found[f"{kind}_moved"] = _over_classes(
+            moved_classes == _answers(recipe, student, moved).argmax(1), moved_classes
+        )
+        found[f"{kind}_firm"] = _over_classes(alike[firm], classes[firm]) if firm.any() else found[kind]
+        found[f"steady_{kind}"] = firm.float().mean().item()
         found[f"sure_{kind}"] = answers.softmax(1).amax(1).mean().item()
     return {name: round(value, 4) for name, value in found.items()}
 
 
 def _kinds(recipe: Recipe, teacher: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Names of kinds and their images, uint8 [n, C, H, W]."""
-    drawn = drawn_probe(teacher, recipe.teacher.image_space, seed=recipe.seed)
-    yield "drawn", drawn
-    yield "pixels", _optimised(recipe, teacher, _pixels(teacher))
-    generated = _optimised(recipe, teacher, _generator(teacher))
-    yield "generated", generated
-    count = min(len(drawn), len(generated))
-    order = torch.randperm(len(drawn), generator=rng_from(derive_seed(recipe.seed, "mixed evidence")))[:count]
-    yield "mixed", ((drawn[order].int() + generated[:count].int()) // 2).to(torch.uint8)
+    yield "drawn", drawn_probe(teacher, recipe.teacher.image_space, seed=recipe.seed)
+    yield "generated", _generated(recipe, teacher)
 
 
-def _pixels(teacher: nn.Module) -> dict[str, Any]:
-    name = "deepinversion" if layers_with_statistics(teacher) else "deepdream"
-    return {**page_data(name)["synthesis"], "stages": [{"steps": PIXEL_STEPS}], "batch_size": BATCH}
-
-
-def _generator(teacher: nn.Module) -> dict[str, Any]:
-    name = "renewed_generator" if layers_with_statistics(teacher) else "renewed_generator_logits"
-    synthesis = dict(page_data(name)["synthesis"])
-    return {
-        **synthesis,
-        "steps": GENERATOR_STEPS,
-        "renewal": {**synthesis["renewal"], "steps": RENEWAL_STEPS},
-    }
-
-
-def _optimised(recipe: Recipe, teacher: nn.Module, synthesis: dict[str, Any]) -> Tensor:
+def _generated(recipe: Recipe, teacher: nn.Module) -> Tensor:
+    method = "renewed_generator" if layers_with_statistics(teacher) else "renewed_generator_logits"
     seed = derive_seed(recipe.seed, "evidence")
     order = torch.randperm(recipe.teacher.classes, generator=rng_from(seed))[:BATCH]
     classes = tuple(sorted(order.tolist()))
     each = max(1, BATCH // len(classes))
-    if "batch_size" not in synthesis:
-        synthesis["batch_per_class"] = each
+    synthesis: dict[str, Any] = dict(page_data(method)["synthesis"])
+    synthesis |= {
+        "steps": GENERATOR_STEPS,
+        "renewal": {**synthesis["renewal"], "steps": RENEWAL_STEPS},
+        "batch_per_class": each,
+        "compile": False,  # takes longer than so few steps
+    }
     device = next(teacher.parameters()).device
-    synthesizer = build_synthesizer(with_synthesis(recipe, synthesis), teacher, device)
+    synthesizer = build_synthesizer(recipe.with_synthesis(synthesis), teacher, device)
     request = Request(
         classes=classes,
         images_per_class=each * max(1, IMAGES // (each * len(classes))),
@@ -112,9 +108,9 @@ def _moved(images: Tensor, recipe: Recipe, kind: str) -> Tensor:
     )
 
 
-def _share_alike(logits: Tensor, others: Tensor) -> float:
-    """Share of images to which both [n, K] give the same class."""
-    return (logits.argmax(1) == others.argmax(1)).float().mean().item()
+def _over_classes(alike: Tensor, classes: Tensor) -> float:
+    """Mean over the ``classes`` that occur of the share of images that are ``alike``; both [n]."""
+    return torch.stack([alike[classes == label].float().mean() for label in classes.unique()]).mean().item()
 
 
 @torch.no_grad()

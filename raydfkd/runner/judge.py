@@ -19,7 +19,7 @@ from raydfkd.images.real_data import RealData, Split
 from raydfkd.job import Job
 from raydfkd.networks.build import count_parameters
 from raydfkd.networks.teacher import Teacher
-from raydfkd.runner.probe import drawn_probe
+from raydfkd.runner.estimate import estimate
 from raydfkd.runner.view import SetView
 from raydfkd.synthesis.build import share_with_targets
 
@@ -28,7 +28,7 @@ SAMPLE = 5000
 NAMED = 10
 """Broken pictures that are named, beside their number."""
 HELD_OUT = "synthetic images that were held out"
-TRAINED_ON = "synthetic images that it was trained on"
+NOTHING = "no image: none is real, and none was held out"
 
 
 def judge_student(
@@ -38,12 +38,13 @@ def judge_student(
 
     One pass over the images, of which no more are in memory than a batch and some.
 
-    ``judged_on`` names the images: real ones and their split, synthetic ones that were held out from training, or,
-    where nothing could be held out, those that the student was trained on. Where there are no real ones,
-    ``agreement_on_drawn`` is that on drawn images (see ``drawn_probe``), which say whether it carries to others.
+    ``judged_on`` names the images: real ones and their split, or synthetic ones that were held out from training; where
+    nothing could be held out there are none, and ``agreement`` is None: that on the images that a student learned from
+    says nothing. Where there are no real ones, the student has an ``estimate`` of its agreement on them (see
+    ``runner.estimate``).
 
     Raises:
-        RecipeError: there is no image to judge on, or the data do not have that split.
+        RecipeError: the data do not have that split, or the set is empty.
     """
     recipe, broken = job.recipe, Broken()
     space, device = recipe.teacher.image_space, pick_device(recipe.runtime.driver_device)
@@ -52,8 +53,8 @@ def judge_student(
     if data is not None:
         batches, judged_on = data.load(split).batches(size, broken.add), f"real {data_name(recipe)} {split} images"
     else:
-        images, judged_on = _synthetic(job, view)
-        batches = ((batch, None) for batch in images.split(size))
+        images, judged_on = _held_out(job, view)
+        batches = () if images is None else ((batch, None) for batch in images.split(size))
     found = judge(
         student.to(device),
         teacher.module.to(device),
@@ -63,23 +64,17 @@ def judge_student(
     )
     return {
         "teacher": {**_figures(found.teacher), "parameters": count_parameters(teacher.module)},
-        "student": {**_figures(found.student), "parameters": count_parameters(student)},
-        "agreement": found.agreement,
-        "agreement_on_drawn": None if data is not None else _on_drawn(recipe, teacher.module, student),
+        "student": {
+            **_figures(found.student),
+            "parameters": count_parameters(student),
+            "estimate": None if data is not None else estimate(recipe, teacher.module, student).as_json(),
+        },
+        "agreement": found.agreement if found.images else None,
         "judged_on": judged_on,
         "judged_images": found.images,
         **_by_class(recipe, found, data),
         "skipped_pictures": asdict(broken),
     }
-
-
-def _on_drawn(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> float:
-    """Agreement on drawn images; both networks are where they judge."""
-    space = recipe.teacher.image_space
-    images = drawn_probe(teacher, space, seed=recipe.seed)
-    batches = ((batch, None) for batch in images.split(batch_size(space)))
-    device = next(teacher.parameters()).device
-    return judge(student, teacher, batches, PixelRange(space, device), classes=recipe.teacher.classes).agreement
 
 
 @dataclass(slots=True)
@@ -139,12 +134,11 @@ def data_name(recipe: Recipe) -> str:
     return "" if recipe.real_data is None else recipe.real_data.kind
 
 
-def _synthetic(job: Job, view: SetView) -> tuple[Tensor, str]:
-    for units, name in ((job.held_out, HELD_OUT), (None, TRAINED_ON)):
-        rows = view.sample(SAMPLE, units) if units is None or units else None
-        if rows is not None:
-            return rows.images, name
-    raise RecipeError(f"transfer_set.uri is {job.recipe.transfer_set.uri}: there is no image yet; synthesize first")
+def _held_out(job: Job, view: SetView) -> tuple[Tensor | None, str]:
+    if not view.snapshot.images:
+        raise RecipeError(f"transfer_set.uri is {job.recipe.transfer_set.uri}: there is no image yet; synthesize first")
+    rows = view.sample(SAMPLE, job.held_out) if job.held_out else None
+    return (None, NOTHING) if rows is None else (rows.images, HELD_OUT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,11 +47,6 @@ def _why_not(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> str:
     return ""
 
 
-def with_synthesis(recipe: Recipe, synthesis: Mapping[str, Any]) -> Recipe:
-    """The recipe with another section ``synthesis``."""
-    return Recipe.model_validate_json(json.dumps({**recipe.model_dump(mode="json"), "synthesis": dict(synthesis)}))
-
-
 def with_method(recipe: Recipe, method: Mapping[str, Any]) -> Recipe:
     """The recipe with another method's synthesis, source and rounds, in one process."""
     data = recipe.model_dump(mode="json")

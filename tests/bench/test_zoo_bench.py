@@ -25,7 +25,7 @@ VISIT = Visit(teachers=("digits-lenet",), budget_s=0.5, seeds=(0,), split="valid
 @pytest.fixture
 def quickly_taught(monkeypatch):
     """Teachers of an epoch, cells in this process, evidence of two steps."""
-    for steps in ("PIXEL_STEPS", "GENERATOR_STEPS", "RENEWAL_STEPS"):
+    for steps in ("GENERATOR_STEPS", "RENEWAL_STEPS"):
         monkeypatch.setattr(evidence, steps, 2)
     monkeypatch.setattr(quality, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(zoo, "load_recipe", lambda name: load_recipe(name, QUICK))
@@ -61,7 +61,7 @@ def test_recipe_is_inits_own_and_measured_once_between_the_controls(tmp_path, mo
     assert [row.method for row in rows if row.is_chosen] == ["nayer_procedural"]
     assert all(row.teacher == "digits-lenet" and row.student == "half" for row in rows)
     assert all(row.share == row.result.student_top1 / row.result.teacher_top1 for row in rows)
-    assert all({"drawn", "pixels_moved", "steady_generated"} <= row.result.evidence.keys() for row in rows)
+    assert all({"drawn", "generated_moved", "steady_generated"} <= row.result.evidence.keys() for row in rows)
     page = (tmp_path / "recipes/digits-lenet-half.yaml").read_text()
     assert "recipe: nayer_procedural " in page
     assert "Written by `raydfkd bench zoo digits-lenet`" in page

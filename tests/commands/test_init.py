@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from zoo import CLASSES, ZOO, make
 from raydfkd.cli import app
 from raydfkd.config.load import load_recipe, packaged_methods
 from raydfkd.errors import RecipeError
-from raydfkd.runner import draft
+from raydfkd.runner import pace
 from raydfkd.runner.pace import Speed
 from raydfkd.runner.run import run
 
@@ -42,7 +43,7 @@ def slow_machine(monkeypatch):
         **{"synthesis": 3 / 80, "student": 0.1, "first_batch": 80, "next_batch": 30, "peak_mib": 100},
         device=torch.device("cpu"),
     )
-    monkeypatch.setattr(draft, "measure", lambda path: speed)
+    monkeypatch.setattr(pace, "measure", lambda recipe: speed)
 
 
 def shape(recipe):
@@ -137,6 +138,29 @@ def test_what_is_wrong_is_said_in_a_line_and_nothing_is_written(begun, tmp_path,
         begun(row_called("28x28, grey"), *more)
     assert str(error.value).startswith(message)
     assert not (tmp_path / "mine.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("synthesis", "student", "expected"),
+    [
+        (2.0, 0.9, ("bfloat16", "float32")),
+        (1.1, 3.0, ("float32", "bfloat16")),
+        (1.1, 0.5, ("float32", "float32")),
+    ],
+)
+def test_recipe_computes_in_bfloat16_where_that_is_clearly_faster(
+    begun, slow_machine, monkeypatch, synthesis, student, expected
+):
+    exact = pace.measure(None)
+
+    def measure(recipe):
+        short = {"synthesis": exact.synthesis / synthesis, "student": exact.student / student}
+        assert recipe.distill.precision == recipe.synthesis.precision
+        return replace(exact, **short) if recipe.synthesis.precision == "bfloat16" else exact
+
+    monkeypatch.setattr(pace, "measure", measure)
+    recipe = load_recipe(begun(row_called("28x28, grey"), budget="100s"))
+    assert (recipe.synthesis.precision, recipe.distill.precision) == expected
 
 
 def test_file_that_is_there_is_not_written_over(begun, tmp_path):

@@ -51,23 +51,38 @@ def test_soft_kl_does_not_change_when_all_logits_of_an_image_are_shifted():
     torch.testing.assert_close(value_of("soft_kl", STUDENT + shift), value_of("soft_kl"))
 
 
-def test_standardised_kl_compares_logits_of_zero_mean_and_a_deviation_of_one():
-    student, teacher = STUDENT[[0, 1, 3]], TEACHER[[0, 1, 3]]
-    z, x = (
-        (logits - logits.mean(1, keepdim=True)) / logits.std(1, keepdim=True, correction=0)
-        for logits in (teacher, student)
+@pytest.mark.parametrize("whose", ["teacher", "each"])
+def test_standardised_kl_compares_logits_in_units_of_their_deviation(whose):
+    student, teacher = 40 * STUDENT[[0, 1, 3]], 40 * TEACHER[[0, 1, 3]]
+    scale = {"teacher": teacher, "each": student}[whose].std(1, keepdim=True, correction=0)
+    expected = value_of(
+        "soft_kl", student / scale, teacher / teacher.std(1, keepdim=True, correction=0), temperature=2.0
     )
-    expected = value_of("soft_kl", x, z, temperature=2.0)
-    standardised = value_of("soft_kl", student, teacher, temperature=2.0, standardised=True)
-    torch.testing.assert_close(standardised, expected)
-    scales, shift = torch.tensor([[60.0], [1.0], [0.1]]), torch.tensor([[5.0], [-3.0], [0.0]])
-    again = value_of("soft_kl", student, scales * teacher + shift, temperature=2.0, standardised=True)
-    torch.testing.assert_close(again, standardised)
+    standardised = value_of("soft_kl", student, teacher, temperature=2.0, standardised=whose)
+    torch.testing.assert_close(standardised, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_standardised_kl_has_a_gradient_where_all_classes_are_alike():
+@pytest.mark.parametrize("whose", ["teacher", "each"])
+def test_image_with_large_logits_counts_no_more_than_others(whose):
+    shift = torch.tensor([[5.0], [-3.0], [0.0]])
+    student, teacher = 40 * STUDENT[[0, 1, 3]], 40 * TEACHER[[0, 1, 3]]
+    plain = value_of("soft_kl", student, teacher, temperature=2.0, standardised=whose)
+    larger = value_of("soft_kl", 60 * student, 60 * teacher + shift, temperature=2.0, standardised=whose)
+    torch.testing.assert_close(larger, plain, rtol=1e-3, atol=1e-5)
+
+
+def test_student_keeps_the_teachers_scale_unless_each_has_its_own():
+    teacher = 40 * TEACHER[[0, 1, 3]]
+    assert value_of("soft_kl", 3 * teacher, teacher, standardised="each").item() == pytest.approx(0, abs=1e-5)
+    assert value_of("soft_kl", 3 * teacher, teacher, standardised="teacher").item() > 0.01
+    assert value_of("soft_kl", teacher, teacher, standardised="teacher").item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("whose", ["teacher", "each"])
+def test_standardised_kl_has_a_gradient_where_all_classes_are_alike(whose):
     student = torch.zeros(1, 3).requires_grad_()
-    value_of("soft_kl", student, TEACHER[:1], standardised=True).backward()
+    value_of("soft_kl", student, torch.zeros(1, 3), standardised=whose).backward()
+    value_of("soft_kl", student, TEACHER[:1], standardised=whose).backward()
     assert student.grad.isfinite().all()
 
 
@@ -118,7 +133,8 @@ def test_hard_labels_of_mixed_images_is_the_cross_entropy_with_the_shares_of_the
         ("soft_kl", {}),
         ("soft_kl", {"direction": "backward"}),
         ("soft_kl", {"direction": "mixed", "alpha": 0.3}),
-        ("soft_kl", {"standardised": True}),
+        ("soft_kl", {"standardised": "teacher"}),
+        ("soft_kl", {"standardised": "each"}),
         ("js", {"temperature": 2.0}),
         ("logit_l1", {}),
         ("logit_mse", {}),

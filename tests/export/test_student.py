@@ -32,7 +32,7 @@ JUDGED = {
     "judged_on": "real digits test images",
     "judged_images": 540,
     "teacher": {"top1": 0.987, "parameters": 1},
-    "student": {"top1": 0.97, "parameters": 1},
+    "student": {"top1": 0.97, "parameters": 1, "estimate": None},
     "agreement": 0.98,
 }
 WITHOUT_RAYDFKD = "import sys, runpy; sys.modules['raydfkd'] = None; sys.path.insert(0, sys.argv[1]); import load\n"
@@ -194,20 +194,22 @@ def test_card_says_what_the_student_was_measured_on_and_leaves_the_license_open(
     assert head["pipeline_tag"] == "image-classification"
     assert "license" not in head
     assert "# license: fill in" in card
-    assert "| on 540 real digits test images | teacher | student |\n|---|---|---|\n| top-1 | 98.70% | 97.00% |" in card
-    assert "| agreement with the teacher | | 98.00% |" in card
+    assert "| | teacher | student |\n|---|---|---|\n| top-1 on 540 real digits test images | 98.70% | 97.00% |" in card
+    assert "| agreement with the teacher on 540 real digits test images | | 98.00% |" in card
     assert str(tmp_path) not in card, "a folder of this machine is nobody's business"
 
 
 def test_card_of_a_student_that_no_real_image_judged_says_so(tmp_path):
     report = {**JUDGED, "judged_on": "synthetic images that were held out"}
-    report |= {"teacher": {"top1": None}, "student": {"top1": None}, "agreement_on_drawn": 0.5}
+    estimate = {"agreement": 0.5, "low": 0.3, "high": 0.7, "words": "from a lot", "evidence": {}}
+    report |= {"teacher": {"top1": None}, "student": {"top1": None, "estimate": estimate}}
     folder, _ = exported(saved_student(tmp_path, report=report), "safetensors")
     card = (folder / "README.md").read_text()
     assert "top-1" not in card
-    assert "| on 540 synthetic images that were held out |" in card
-    assert "| agreement on drawn images, unlike those | | 50.00% |" in card
-    assert "nobody has measured" in card
+    estimated = "| agreement with the teacher on real images, estimated | | 50 % (30 to 70) |"
+    held_out = "| agreement with the teacher on 540 synthetic images that were held out | | 98.00% |"
+    assert card.index(estimated) < card.index(held_out)
+    assert "nobody has measured.\nThe estimate: from a lot." in card
 
 
 def test_card_has_no_figures_of_another_training(tmp_path):

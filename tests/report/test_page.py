@@ -62,7 +62,8 @@ def report() -> dict[str, Any]:
         "recipe": {"name": "toy", "teacher": {"network": "big_net"}, "student": {"network": "small_net"}},
         "seed": 17,
         "teacher": {"top1": 0.991, "top5": 0.999, "ece": 0.012, "per_class": [1.0, 0.98, None], "parameters": 62346},
-        "student": {"top1": 0.967, "top5": 0.995, "ece": 0.031, "per_class": [0.9, 0.7, None], "parameters": 9842},
+        "student": {"top1": 0.967, "top5": 0.995, "ece": 0.031, "per_class": [0.9, 0.7, None], "parameters": 9842}
+        | {"estimate": None},
         "class_names": ["crow", "jay", "owl"],
         "images_per_class": [1000, 797, 0],
         "confusion": {
@@ -71,7 +72,6 @@ def report() -> dict[str, Any]:
         },
         "skipped_pictures": {"count": 0, "first": []},
         "agreement": 0.9725,
-        "agreement_on_drawn": None,
         "judged_on": "real digits test images",
         "judged_images": 1797,
         "intended_class": 0.935,
@@ -320,16 +320,36 @@ def test_without_real_data_the_accuracy_is_not_judged(report):
     report["teacher"]["top1"] = report["student"]["top1"] = None
     report["judged_on"] = "synthetic images that were held out"
     report["class_names"] = report["teacher"]["top5"] = report["student"]["top5"] = None
-    report["student"]["ece"], report["agreement_on_drawn"] = None, 0.413
+    report["student"]["ece"] = None
+    report["student"]["estimate"] = {
+        "agreement": 0.8123,
+        "low": 0.65,
+        "high": 0.913,
+        "words": "from a lot",
+        "evidence": {},
+    }
     text = text_of(page_of(report))
     assert text.count("not judged (no real data)") == 4
-    assert "points" not in text
-    judged = "on 1,797 synthetic images that were held out, and 41.3 % on drawn images, unlike those. What the student"
-    assert f"{judged} does on real images nobody" in text
-    console = Console(width=80, record=True, file=io.StringIO())
+    assert "agreement on real images, estimated 81 % (65 to 91) from a lot." in text.partition("main")[0]
+    held_out = "agreement on synthetic images that were held out, of the kind that it learned from – 97.2 %"
+    assert text.index("agreement on real images, estimated – 81 % (65 to 91)") < text.index(held_out)
+    console = Console(width=90, record=True, file=io.StringIO())
     console.print(summary_table(report))
-    assert "agreement on drawn images, unlike those" in console.export_text()
+    table = console.export_text().replace("\N{NO-BREAK SPACE}", " ")
+    assert table.index("81 % (65 to 91)") < table.index("97.2 %")
     assert "top-1 on real images" in text
+
+
+def test_what_nobody_can_estimate_is_unknown_and_says_why(report):
+    report["teacher"]["top1"] = report["student"]["top1"] = report["agreement"] = None
+    report["class_names"], report["judged_on"] = None, "no image"
+    unknown = {"agreement": None, "low": None, "high": None, "words": "the teacher has 300 classes", "evidence": {}}
+    report["student"]["estimate"] = unknown
+    text = text_of(page_of(report))
+    assert "estimated unknown Nobody can say how the student does on real images: the teacher has 300 classes." in text
+    console = Console(width=90, record=True, file=io.StringIO())
+    console.print(summary_table(report))
+    assert console.export_text().split()[-1] == "unknown"
 
 
 @pytest.mark.parametrize("write", ["report", "pictures"])

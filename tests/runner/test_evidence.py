@@ -12,14 +12,12 @@ from toy import toy_recipe
 from raydfkd.networks.build import build_network
 from raydfkd.networks.teacher import open_teacher
 from raydfkd.runner import evidence as module
-from raydfkd.runner.evidence import evidence
-
-KINDS = ("drawn", "pixels", "generated", "mixed")
+from raydfkd.runner.evidence import KINDS, OF_TEACHER, SHARES, evidence
 
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    for steps in ("PIXEL_STEPS", "GENERATOR_STEPS", "RENEWAL_STEPS"):
+    for steps in ("GENERATOR_STEPS", "RENEWAL_STEPS"):
         monkeypatch.setattr(module, steps, 3)
 
 
@@ -33,15 +31,13 @@ def pair(tmp_path):
 def test_student_that_is_the_teacher_agrees_everywhere(pair):
     recipe, teacher = pair
     found = evidence(recipe, teacher, copy.deepcopy(teacher))
-    assert found.keys() == {
-        name for kind in KINDS for name in (kind, f"{kind}_moved", f"steady_{kind}", f"sure_{kind}")
-    }
-    assert all(found[name] == 1 for kind in KINDS for name in (kind, f"{kind}_moved"))
+    assert found.keys() == {*SHARES, *OF_TEACHER}
+    assert all(found[name] == 1 for name in SHARES)
     assert all(0.25 <= found[f"sure_{kind}"] <= 1 for kind in KINDS)
     assert any(found[f"steady_{kind}"] < 1 for kind in KINDS), "not all answers outlast the move"
 
 
-def test_student_that_always_gives_one_class_agrees_where_the_teacher_gives_it(pair):
+def test_student_that_always_gives_one_class_agrees_in_one_class_of_those_that_the_teacher_finds(pair):
     recipe, teacher = pair
 
     class Stubborn(nn.Module):
@@ -56,7 +52,21 @@ def test_student_that_always_gives_one_class_agrees_where_the_teacher_gives_it(p
     images = dict(module._kinds(recipe, teacher))
     for kind, shown in images.items():
         answers = module._answers(recipe, teacher, shown).argmax(1)
-        assert found[kind] == pytest.approx((answers == 2).float().mean().item(), abs=1e-4)
+        share = (answers == 2).any().item() / len(answers.unique())
+        assert found[kind] == pytest.approx(share, abs=1e-4)
+
+
+def test_firm_images_are_those_whose_moved_copy_the_teacher_takes_for_the_same(pair, monkeypatch):
+    recipe, teacher = pair
+    shown = torch.randint(256, (6, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    rows = {"shown": [0, 0, 1, 1, 2, 2], "moved": [0, 1, 1, 0, 2, 2], "student": [0, 1, 1, 1, 3, 2]}
+    answers = iter(["shown", "moved", "student", "student"])
+    monkeypatch.setattr(module, "_kinds", lambda recipe, teacher: iter([("drawn", shown)]))
+    monkeypatch.setattr(module, "_answers", lambda *_: torch.eye(4)[rows[next(answers)]])
+    found = evidence(recipe, teacher, teacher)
+    assert found["drawn"] == pytest.approx((0.5 + 1 + 0.5) / 3, abs=1e-4)
+    assert found["drawn_firm"] == pytest.approx((1 + 1 + 0.5) / 3, abs=1e-4), "of images 0, 2, 4 and 5"
+    assert found["steady_drawn"] == pytest.approx(4 / 6, abs=1e-4)
 
 
 def test_images_follow_from_teacher_and_seed_and_not_from_the_students_recipe(pair):

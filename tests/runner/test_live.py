@@ -60,7 +60,7 @@ def test_adversarial_recipe_runs_in_one_process_and_keeps_some_images_to_look_at
     assert (result.outcome.attempted, result.missing) == (0, frozenset())
     report = result.report
     assert report["images"] == 10
-    assert (report["judged_on"], report["judged_images"]) == ("synthetic images that it was trained on", 10)
+    assert (report["judged_on"], report["judged_images"]) == ("no image: none is real, and none was held out", 0)
     assert report["units"] == {"planned": 0, "committed": 1, "attempted": 0, "quarantined": 0}
     assert result.page.is_file()
     entries = [entry for entry in read_metrics(tmp_path / "run" / "metrics.jsonl") if entry["event"] == "student"]
