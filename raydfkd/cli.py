@@ -19,6 +19,7 @@ from raydfkd.commands import run as running
 from raydfkd.commands import storage
 from raydfkd.commands.bench import bench
 from raydfkd.commands.export import export
+from raydfkd.commands.heats import heats
 from raydfkd.commands.init import init
 from raydfkd.commands.output import DONE, INCOMPLETE, INTERRUPTED, WRONG_INPUT, Commands, complain
 from raydfkd.errors import RecipeError, RunError
@@ -56,6 +57,7 @@ def options(
 
 for command in (
     init,
+    heats,
     running.run,
     running.teach,
     running.synthesize,

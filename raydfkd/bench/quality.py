@@ -278,7 +278,7 @@ def measure(plan: Plan) -> Result:
     """Run one cell in this process; what it synthesizes is thrown away."""
     from raydfkd.runner.budget import run_within
     from raydfkd.runner.check import check
-    from raydfkd.runner.evidence import evidence
+    from raydfkd.runner.evidence import Evidence
     from raydfkd.runner.run import judge_saved
 
     cell = plan.cell
@@ -295,7 +295,7 @@ def measure(plan: Plan) -> Result:
             assert prepared.teacher is not None, "it was there to be judged"
             student = build_network(recipe.student, recipe.teacher, where="student", seed=0)
             load_weights(student, str(outcome.student), where="student")
-            found = evidence(recipe, prepared.teacher.module.cpu(), student)
+            found = Evidence(recipe, prepared.teacher.module.cpu()).of(student)
     return Result(
         recipe=cell.recipe,
         digest=plan.digest,

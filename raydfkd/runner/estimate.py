@@ -14,7 +14,7 @@ from torch import nn
 
 from raydfkd.config.recipe import Recipe
 from raydfkd.errors import RecipeError
-from raydfkd.runner.evidence import SHARES, evidence
+from raydfkd.runner.evidence import SHARES, Evidence
 from raydfkd.synthesis.judge import ObjectiveNotFiniteError
 
 CALIBRATION = Path(__file__).parent / "calibration.json"
@@ -112,7 +112,7 @@ def estimate(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> Estimate
     if why := calibration.out_of_reach(recipe):
         return Estimate.unknown(why)
     try:
-        found = evidence(recipe, teacher, student)
+        found = Evidence(recipe, teacher).of(student)
     except (ObjectiveNotFiniteError, RecipeError) as error:
         return Estimate.unknown(f"no images can be made of this teacher that it would rest on ({error})")
     return weighed(calibration, found, recipe.teacher.classes)

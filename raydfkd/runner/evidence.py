@@ -8,6 +8,7 @@ ones.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,33 +40,59 @@ MOVES = Affine(degrees=15, scale=0.2, shift=0.15)
 """Moves an image as far as it may come in a picture, and no further."""
 
 
-def evidence(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> dict[str, float]:
-    """Agreement of student and teacher on ``drawn`` and ``generated`` images, and how the teacher takes them; shares.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shown:
+    """Images of a kind, their moved copies, and the classes that the teacher gives both."""
 
-    Of each kind there is the agreement on the images, on ``..._moved`` copies, and on ``..._firm`` images, those whose
-    moved copy the teacher gives the same class, as it does with most real ones; each is the mean over the classes that
-    the teacher finds. ``steady_...`` is the share of firm images, ``sure_...`` the teacher's mean confidence.
+    images: Tensor
+    moved: Tensor
+    classes: Tensor
+    moved_classes: Tensor
+    sure: float
+    """The teacher's mean confidence in ``images``."""
+
+
+class Evidence:
+    """Images of both kinds with the teacher's answers to them, on which any number of students can be asked.
 
     Args:
         recipe: whose image space, classes and seed count.
-        teacher: on the device on which both are asked.
-        student: on the same one.
+        teacher: on the device on which networks are asked.
     """
-    found = {}
-    for kind, images in _kinds(recipe, teacher):
-        moved = _moved(images, recipe, kind)
-        answers, moved_answers = (_answers(recipe, teacher, shown) for shown in (images, moved))
-        classes, moved_classes = answers.argmax(1), moved_answers.argmax(1)
-        alike = classes == _answers(recipe, student, images).argmax(1)
-        firm = classes == moved_classes
-        found[kind] = _over_classes(alike, classes)
-        found[f"{kind}_moved"] = _over_classes(
-            moved_classes == _answers(recipe, student, moved).argmax(1), moved_classes
-        )
-        found[f"{kind}_firm"] = _over_classes(alike[firm], classes[firm]) if firm.any() else found[kind]
-        found[f"steady_{kind}"] = firm.float().mean().item()
-        found[f"sure_{kind}"] = answers.softmax(1).amax(1).mean().item()
-    return {name: round(value, 4) for name, value in found.items()}
+
+    def __init__(self, recipe: Recipe, teacher: nn.Module) -> None:
+        self._recipe = recipe
+        self._shown: dict[str, _Shown] = {}
+        for kind, images in _kinds(recipe, teacher):
+            moved = _moved(images, recipe, kind)
+            answers = _answers(recipe, teacher, images)
+            self._shown[kind] = _Shown(
+                images=images,
+                moved=moved,
+                classes=answers.argmax(1),
+                moved_classes=_answers(recipe, teacher, moved).argmax(1),
+                sure=answers.softmax(1).amax(1).mean().item(),
+            )
+
+    def of(self, student: nn.Module) -> dict[str, float]:
+        """Agreement of a student with the teacher on both kinds, and how the teacher takes them; shares.
+
+        Of each kind there is the agreement on the images, on ``..._moved`` copies, and on ``..._firm`` images, those
+        whose moved copy the teacher gives the same class, as it does with most real ones; each is the mean over the
+        classes that the teacher finds. ``steady_...`` is the share of firm images, ``sure_...`` the teacher's mean
+        confidence.
+        """
+        found = {}
+        for kind, shown in self._shown.items():
+            alike = shown.classes == _answers(self._recipe, student, shown.images).argmax(1)
+            alike_moved = shown.moved_classes == _answers(self._recipe, student, shown.moved).argmax(1)
+            firm = shown.classes == shown.moved_classes
+            found[kind] = _over_classes(alike, shown.classes)
+            found[f"{kind}_moved"] = _over_classes(alike_moved, shown.moved_classes)
+            found[f"{kind}_firm"] = _over_classes(alike[firm], shown.classes[firm]) if firm.any() else found[kind]
+            found[f"steady_{kind}"] = firm.float().mean().item()
+            found[f"sure_{kind}"] = shown.sure
+        return {name: round(value, 4) for name, value in found.items()}
 
 
 def _kinds(recipe: Recipe, teacher: nn.Module) -> Iterator[tuple[str, Tensor]]:

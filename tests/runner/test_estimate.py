@@ -102,7 +102,7 @@ def test_nothing_is_collected_for_teachers_that_nobody_calibrated(tmp_path, monk
     network = open_teacher(recipe).module
     calibration = Calibration(**{key: getattr(CALIBRATION, key) for key in CALIBRATION.__slots__} | {"ranges": ranges})
     monkeypatch.setattr(module, "packaged_calibration", lambda: calibration)
-    monkeypatch.setattr(module, "evidence", None)
+    monkeypatch.setattr(module, "Evidence", None)
     found = module.estimate(recipe, network, network)
     assert (found.agreement, found.words, found.evidence) == (None, words, {})
 

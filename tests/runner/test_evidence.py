@@ -12,7 +12,7 @@ from toy import toy_recipe
 from raydfkd.networks.build import build_network
 from raydfkd.networks.teacher import open_teacher
 from raydfkd.runner import evidence as module
-from raydfkd.runner.evidence import KINDS, OF_TEACHER, SHARES, evidence
+from raydfkd.runner.evidence import KINDS, OF_TEACHER, SHARES, Evidence
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def pair(tmp_path):
 
 def test_student_that_is_the_teacher_agrees_everywhere(pair):
     recipe, teacher = pair
-    found = evidence(recipe, teacher, copy.deepcopy(teacher))
+    found = Evidence(recipe, teacher).of(copy.deepcopy(teacher))
     assert found.keys() == {*SHARES, *OF_TEACHER}
     assert all(found[name] == 1 for name in SHARES)
     assert all(0.25 <= found[f"sure_{kind}"] <= 1 for kind in KINDS)
@@ -48,7 +48,7 @@ def test_student_that_always_gives_one_class_agrees_in_one_class_of_those_that_t
         def forward(self, images):
             return torch.eye(4)[torch.full((len(images),), 2)]
 
-    found = evidence(recipe, teacher, Stubborn())
+    found = Evidence(recipe, teacher).of(Stubborn())
     images = dict(module._kinds(recipe, teacher))
     for kind, shown in images.items():
         answers = module._answers(recipe, teacher, shown).argmax(1)
@@ -63,7 +63,7 @@ def test_firm_images_are_those_whose_moved_copy_the_teacher_takes_for_the_same(p
     answers = iter(["shown", "moved", "student", "student"])
     monkeypatch.setattr(module, "_kinds", lambda recipe, teacher: iter([("drawn", shown)]))
     monkeypatch.setattr(module, "_answers", lambda *_: torch.eye(4)[rows[next(answers)]])
-    found = evidence(recipe, teacher, teacher)
+    found = Evidence(recipe, teacher).of(teacher)
     assert found["drawn"] == pytest.approx((0.5 + 1 + 0.5) / 3, abs=1e-4)
     assert found["drawn_firm"] == pytest.approx((1 + 1 + 0.5) / 3, abs=1e-4), "of images 0, 2, 4 and 5"
     assert found["steady_drawn"] == pytest.approx(4 / 6, abs=1e-4)
@@ -84,7 +84,7 @@ def test_both_networks_are_left_as_they_were(pair):
     recipe, teacher = pair
     student = build_network(recipe.student, recipe.teacher, where="student", seed=0).train()
     before = [copy.deepcopy(network.state_dict()) for network in (teacher, student)]
-    evidence(recipe, teacher, student)
+    Evidence(recipe, teacher).of(student)
     assert student.training
     for network, state in zip((teacher, student), before, strict=True):
         assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())
