@@ -82,8 +82,14 @@ def scout(
         raise RecipeError(f"--weights is missing, and {network} comes with none; give their file")
     section.setdefault("weights", known.get("weights", "pretrained"))
     state = _state_of(section["weights"])
-    classes, classes_from = _classes(section, known, state)
-    space = {**known.get("image_space", {}), **_channels_in(state, known), **given.get("image_space", {})}
+    space = {**known.get("image_space", {}), **given.get("image_space", {})}
+    outline = _built(section, int(section.get("classes") or known.get("classes") or 2), space)
+    classes, classes_from = _classes(section, known, state, outline)
+    space = {
+        **known.get("image_space", {}),
+        **_channels_in(state, known, outline),
+        **given.get("image_space", {}),
+    }
     module = _built(section, classes or 2, space)
     trial = _Trial(module, channels=space.get("channels") or _channels(module))
     sources = {"channels": "of its first layer", **_sources_of(known, given), "classes": classes_from}
@@ -117,23 +123,33 @@ def _state_of(weights: str) -> State:
     return max(states.values(), key=len, default={})
 
 
-def _classes(section: Mapping[str, Any], known: Description, state: State) -> tuple[int, str]:
+def _classes(section: Mapping[str, Any], known: Description, state: State, outline: nn.Module) -> tuple[int, str]:
     """Number of classes and where it is known from; 0 where only an answer can tell."""
     if "classes" in section:
         return int(section["classes"]), "given"
     if "classes" in known:
         return int(known["classes"]), "from its library"
-    heads = [len(value) for key, value in state.items() if value.ndim == 2 and key.endswith("weight")]
     if ":" in str(section["network"]) and not known:  # a callable of one's own knows it
         return 0, ""
-    if not heads:
-        return 0, ""
-    return max(2, heads[-1]), "of the last linear layer in the file of weights"
+    heads = _weights_of(outline, nn.Linear, state, dimensions=2)
+    return (max(2, len(heads[-1])), "of the last linear layer in the file of weights") if heads else (0, "")
 
 
-def _channels_in(state: State, known: Description) -> Description:
+def _weights_of(outline: nn.Module, kind: type[nn.Module], state: State, *, dimensions: int) -> list[Tensor]:
+    """Weights of such layers in a file, in the network's order, which a file of safetensors does not keep."""
+    names = [f"{name}.weight" for name, module in outline.named_modules() if isinstance(module, kind)]
+    found = [
+        value
+        for name in names
+        for key, value in state.items()
+        if value.ndim == dimensions and (key == name or key.endswith(f".{name}"))
+    ]
+    return found or [value for key, value in state.items() if value.ndim == dimensions and key.endswith("weight")]
+
+
+def _channels_in(state: State, known: Description, outline: nn.Module) -> Description:
     """Channels of the first convolution in a file of weights, and constants for them where the library's are others."""
-    first = next((value for key, value in state.items() if value.ndim == 4 and key.endswith("weight")), None)
+    first = next(iter(_weights_of(outline, nn.Conv2d, state, dimensions=4)), None)
     space = known.get("image_space", {})
     if first is None or space.get("channels") == first.shape[1] or first.shape[1] > MOST_CHANNELS:
         return {}

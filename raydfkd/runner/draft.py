@@ -175,7 +175,7 @@ class Draft:
         if student.get("options"):
             yield from _entry("options", student["options"])
         if self.data is None:
-            yield "real_data: null   # judged on images held out; for pictures of yours {kind: image_folder, root: ...}"
+            yield "real_data: null   # an estimate judges; or pictures of yours, {kind: image_folder, root: ...}"
         else:
             yield f"real_data: {_flow({'kind': 'image_folder', 'root': self.data})}   # judges, and nothing else"
 
@@ -225,6 +225,8 @@ class Draft:
         yield from _entry("steps", sizes.student_steps)
         if precision != "float32":
             yield from _entry("precision", precision)
+        if self._is_small and self.data is None:
+            yield from _entry("holdout", 0, "of the images; the estimate needs none")
         if self._is_small and not self.found.statistics:
             yield from _entry("criterion", UNEVEN, "its answers to such images differ in size more than in kind")
         if ":" in str(self.student.get("network", "")):

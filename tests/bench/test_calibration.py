@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from raydfkd.bench.calibration import Known, cross_validated, fit
-from raydfkd.runner.estimate import log_odds, midst, share_of, with_chance
+from raydfkd.runner.estimate import above_chance, log_odds, midst, share_of, with_chance
 from raydfkd.runner.evidence import OF_TEACHER, SHARES
 
 
@@ -57,6 +57,17 @@ def test_accuracy_is_what_the_estimates_come_to():
     assert accuracy.rank_correlation > 0.8
     assert 0.85 <= accuracy.inside <= 0.97, "nine of ten, on teachers that were left out"
     assert accuracy.unknown == 0
+
+
+def test_an_estimate_that_is_too_high_counts_thrice():
+    evidence = {name: 0.8 for name in SHARES} | {name: 0.8 for name in OF_TEACHER}
+    known = [
+        Known(teacher=f"t{index}", agreement=agreement, evidence=evidence, classes=10, edge=28)
+        for index, agreement in enumerate([0.5, 0.9, 0.5, 0.9])
+    ]
+    odds = [one.wanted for one in known]
+    estimate, *_ = fit(known).estimate(evidence, 10)
+    assert log_odds(above_chance(estimate, 10)) == pytest.approx((3 * odds[0] + odds[1]) / 4, abs=1e-3)
 
 
 def test_nothing_is_said_of_a_teacher_unlike_all_others():

@@ -7,6 +7,7 @@ import torch
 from zoo import Normalized, Small, tall, trained
 
 from raydfkd.errors import RecipeError
+from raydfkd.networks.build import NETWORKS
 from raydfkd.networks.scout import scout
 
 
@@ -85,3 +86,12 @@ def test_network_is_left_as_it_is():
 def test_zoo_is_the_same_each_time():
     first, second = trained(Normalized()), trained(Normalized())
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_file_that_does_not_keep_the_layers_order_says_the_same(tmp_path):
+    teacher = NETWORKS.build("lenet5", {}, 7, 1, where="teacher.options")
+    shuffled = dict(sorted(teacher.state_dict().items(), reverse=True))
+    torch.save(shuffled, tmp_path / "shuffled.pt")
+    seen = scout("lenet5", options={}, weights=str(tmp_path / "shuffled.pt"), given={"image_space": {"size": 32}})
+    assert space_of(seen) == {"channels": 1, "size": 32}
+    assert seen.section["classes"] == 7
