@@ -278,7 +278,9 @@ class Recipe(Spec):
         """The section without some keys, and without later ones that are not given, as digests had it before."""
         spec = self.distill
         fields = type(spec).model_fields
-        not_given = {key for key in ("clip_norm", "accumulate", "ema") if getattr(spec, key) == fields[key].default}
+        not_given = {
+            key for key in ("clip_norm", "accumulate", "ema", "select") if getattr(spec, key) == fields[key].default
+        }
         distill = spec.model_dump(mode="json", exclude=keys | not_given)
         if not spec.optimizer.warmup:
             del distill["optimizer"]["warmup"]

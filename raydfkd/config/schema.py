@@ -533,6 +533,9 @@ class DistillSpec(Spec):
     """Steps between entries of the learning curve."""
     publish_every: Positive = 500
     """Steps between versions of the student for synthesis, where a term of the objective asks it."""
+    select: Literal["last", "estimate"] = "last"
+    """Student that is the result: that of the last step, or the best, by the evidence that the report's estimate rests
+    on, of the versions of the second half of the steps (`publish_every`) and the last."""
     threads: Positive = 1
     """CPU threads of a train worker."""
 

@@ -7,6 +7,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from raydfkd.data.epochs import EpochLog
 from raydfkd.data.sources import SOURCES, Feed, LiveGenerator, Ranks
 from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
 from raydfkd.distillation.loss import StudentLoss
+from raydfkd.distillation.selection import JudgeStudent, StudentSelection
 from raydfkd.distillation.trainer import Pace, StudentTrainer, TrainingHooks, by_steps
 from raydfkd.errors import differences
 from raydfkd.images.pixels import PixelRange
@@ -45,6 +47,7 @@ class StudentTraining:
         hooks: functions that are told of the training.
         ranks: the processes that train.
         generator: makes the generator of a live source.
+        judge: of the students among which the best is the result; the last is, unless given.
         parallel: wraps the student, and what is trained along with it, for data parallelism.
         device: the recipe's unless given.
     """
@@ -58,6 +61,7 @@ class StudentTraining:
         hooks: TrainingHooks,
         ranks: Ranks | None = None,
         generator: MakeGenerator | None = None,
+        judge: JudgeStudent | None = None,
         parallel: Callable[[nn.Module], nn.Module] = lambda student: student,
         device: torch.device | None = None,
     ) -> None:
@@ -69,6 +73,9 @@ class StudentTraining:
         self._phase = phase
         self._phase_ends = {phase.until_step for phase in job.phases[:-1]}
         self._student = lay_channels_last(job.fresh_student().to(device))
+        self._selection = None if judge is None or ranks.rank else StudentSelection(judge)
+        step_hooks = hooks.of_student(lambda: self.trainer.student, self.state_dict, is_first=ranks.rank == 0)
+        self._publish = step_hooks.on_publish
         self.trainer = StudentTrainer(
             self._student,
             ObservedNetwork(
@@ -82,7 +89,7 @@ class StudentTraining:
             device=device,
             seed=derive_seed(recipe.seed, "student"),
             rank=ranks.rank,
-            hooks=hooks.of_student(lambda: self.trainer.student, self.state_dict, is_first=ranks.rank == 0),
+            hooks=replace(step_hooks, on_publish=self._select),
             parallel=parallel,
         )
         self._source = SOURCES.build(
@@ -91,6 +98,15 @@ class StudentTraining:
             self._feed(generator, device),
             where="distill.source",
         )
+
+    def _select(self, step: int) -> None:
+        """Look at a version of the second half of the schedule before it is published, and end with the best."""
+        if self._selection is not None:
+            if 2 * self.trainer.place >= self._spec.steps:
+                self._selection.look(self.trainer.student)
+            if self.trainer.place >= self._spec.steps:
+                self._selection.restore(self.trainer.student)
+        self._publish(step)
 
     def _feed(self, generator: MakeGenerator | None, device: torch.device) -> Feed:
         job = self._job
@@ -131,6 +147,7 @@ class StudentTraining:
             "student": self.trainer.student.state_dict(),
             "trainer": self.trainer.state_dict(),
             "source": self._source.state_dict(),
+            **({} if self._selection is None else {"selection": self._selection.state_dict()}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -138,6 +155,8 @@ class StudentTraining:
         self.trainer.student.load_state_dict(state["student"])
         self.trainer.load_state_dict(state["trainer"])
         self._source.load_state_dict(state["source"])
+        if self._selection is not None:
+            self._selection.load_state_dict(state.get("selection", {}))
         if self.trainer.place in self._phase_ends:
             self._source.start_over()
 

@@ -27,6 +27,7 @@ from raydfkd.distillation.trainer import TrainingHooks
 from raydfkd.distillation.training import StudentTraining
 from raydfkd.job import job_of
 from raydfkd.networks.teacher import open_teacher
+from raydfkd.runner.estimate import judge_of
 from raydfkd.synthesis.build import generator_maker
 
 STATE = "state.pt"
@@ -63,6 +64,7 @@ class _TrainWorker:
             ),
             ranks=Ranks(rank=self._rank, size=self._world_size, agree=self._agree, gather=_gathered),
             generator=generator_maker(recipe, teacher.module, parallel=_data_parallel),
+            judge=judge_of(recipe, teacher.module),
             parallel=_data_parallel,
             device=_device(recipe.runtime),
         )

@@ -20,6 +20,7 @@ from raydfkd.distillation.training import StudentTraining
 from raydfkd.errors import RecipeError
 from raydfkd.job import Job, open_job
 from raydfkd.networks.teacher import Teacher, open_teacher
+from raydfkd.runner.estimate import judge_of
 from raydfkd.runner.run import save_student
 from raydfkd.synthesis.build import build_student, build_synthesizer, generator_maker, is_live
 from raydfkd.synthesis.judge import ObjectiveNotFiniteError
@@ -168,6 +169,7 @@ class _Rounds:
             phases[number],
             hooks=TrainingHooks(on_log=ignore),
             generator=generator_maker(recipe, self._teacher.module),
+            judge=judge_of(recipe, self._teacher.module),
         )
         if before is not None:
             training.load_state_dict(before.state_dict())

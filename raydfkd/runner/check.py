@@ -24,6 +24,7 @@ from raydfkd.networks.hardness import hardness
 from raydfkd.networks.probe import probe_student, probe_teacher
 from raydfkd.networks.teacher import Teacher, build_teacher, open_teacher
 from raydfkd.networks.weights import weights_exist
+from raydfkd.runner.evidence import check_evidence
 from raydfkd.runner.teach import check_teaching, judging_data
 from raydfkd.store.store import Store
 from raydfkd.synthesis.build import build_student, build_synthesizer, is_live, live_generator
@@ -85,6 +86,8 @@ def check(recipe: Recipe, *, writes_run: bool = True, writes_set: bool = True) -
             check_synthesis(recipe, network, student)
         with mistakes.gathered():
             check_layers(recipe.distill, student, network, recipe.teacher.image_space.shape)
+        with mistakes.gathered():
+            _check_selection(recipe, network)
     if network is not None:
         with mistakes.gathered():
             if recipe.teacher.train is None or weights_exist(recipe.teacher.weights, where="teacher.weights"):
@@ -136,6 +139,17 @@ def check_synthesis(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> N
     if not recipe.transfer_set.images_per_class:
         raise RecipeError("transfer_set.images_per_class is missing; say how many images to make of each class")
     build_synthesizer(recipe, teacher, cpu, build_student(recipe, lambda _: None, cpu), is_trial=True)
+
+
+def _check_selection(recipe: Recipe, teacher: nn.Module) -> None:
+    if recipe.distill.select == "last":
+        return
+    try:
+        check_evidence(recipe, teacher)
+    except RecipeError as error:
+        raise RecipeError(
+            f"distill.select is estimate, for which a generator has to suit the teacher ({error}); use last"
+        ) from None
 
 
 def _read_pictures(recipe: Recipe, mistakes: Mistakes) -> Mapping[str, PictureFolder]:

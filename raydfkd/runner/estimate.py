@@ -13,7 +13,9 @@ from typing import Any, Self
 from torch import nn
 
 from raydfkd.config.recipe import Recipe
+from raydfkd.distillation.selection import JudgeStudent
 from raydfkd.errors import RecipeError
+from raydfkd.networks.observed import frozen_copy
 from raydfkd.runner.evidence import SHARES, Evidence
 from raydfkd.synthesis.judge import ObjectiveNotFiniteError
 
@@ -116,6 +118,23 @@ def estimate(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> Estimate
     except (ObjectiveNotFiniteError, RecipeError) as error:
         return Estimate.unknown(f"no images can be made of this teacher that it would rest on ({error})")
     return weighed(calibration, found, recipe.teacher.classes)
+
+
+def judge_of(recipe: Recipe, teacher: nn.Module) -> JudgeStudent | None:
+    """What chooses among the students of a training by the evidence; None where the last is the result.
+
+    The evidence is made when the first student is judged, on its device.
+    """
+    if recipe.distill.select == "last":
+        return None
+    made: list[Evidence] = []
+
+    def judge(student: nn.Module) -> float:
+        if not made:
+            made.append(Evidence(recipe, frozen_copy(teacher).to(next(student.parameters()).device)))
+        return midst(made[0].of(student), recipe.teacher.classes)
+
+    return judge
 
 
 def weighed(calibration: Calibration, found: Mapping[str, float], classes: int) -> Estimate:

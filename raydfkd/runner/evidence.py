@@ -101,21 +101,34 @@ def _kinds(recipe: Recipe, teacher: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield "generated", _generated(recipe, teacher)
 
 
-def _generated(recipe: Recipe, teacher: nn.Module) -> Tensor:
+def check_evidence(recipe: Recipe, teacher: nn.Module) -> None:
+    """Put together once what makes the generated images, on the CPU.
+
+    Raises:
+        RecipeError: it does not suit the teacher.
+    """
+    build_synthesizer(_of_generator(recipe, teacher, 1), teacher, torch.device("cpu"), is_trial=True)
+
+
+def _of_generator(recipe: Recipe, teacher: nn.Module, batch_per_class: int) -> Recipe:
     method = "renewed_generator" if layers_with_statistics(teacher) else "renewed_generator_logits"
-    seed = derive_seed(recipe.seed, "evidence")
-    order = torch.randperm(recipe.teacher.classes, generator=rng_from(seed))[:BATCH]
-    classes = tuple(sorted(order.tolist()))
-    each = max(1, BATCH // len(classes))
     synthesis: dict[str, Any] = dict(page_data(method)["synthesis"])
     synthesis |= {
         "steps": GENERATOR_STEPS,
         "renewal": {**synthesis["renewal"], "steps": RENEWAL_STEPS},
-        "batch_per_class": each,
+        "batch_per_class": batch_per_class,
         "compile": False,  # takes longer than so few steps
     }
+    return recipe.with_synthesis(synthesis)
+
+
+def _generated(recipe: Recipe, teacher: nn.Module) -> Tensor:
+    seed = derive_seed(recipe.seed, "evidence")
+    order = torch.randperm(recipe.teacher.classes, generator=rng_from(seed))[:BATCH]
+    classes = tuple(sorted(order.tolist()))
+    each = max(1, BATCH // len(classes))
     device = next(teacher.parameters()).device
-    synthesizer = build_synthesizer(recipe.with_synthesis(synthesis), teacher, device)
+    synthesizer = build_synthesizer(_of_generator(recipe, teacher, each), teacher, device)
     request = Request(
         classes=classes,
         images_per_class=each * max(1, IMAGES // (each * len(classes))),

@@ -13,6 +13,7 @@ from raydfkd.distillation.trainer import TrainingHooks
 from raydfkd.distillation.training import StudentCheckpoint, StudentTraining, forget_epochs, outdated
 from raydfkd.job import Job, SynthesisOutcome
 from raydfkd.networks.teacher import Teacher
+from raydfkd.runner.estimate import judge_of
 from raydfkd.runner.events import Events
 from raydfkd.runner.executor import Executor, one_after_the_other, tell_of_new_training
 from raydfkd.runner.setbacks import Setbacks
@@ -96,6 +97,7 @@ class LocalExecutor(Executor):
             phase,
             hooks=TrainingHooks(on_log=events.student, on_checkpoint=checkpoint.save, on_publish=job.publisher()),
             generator=generator_maker(job.recipe, teacher.module),
+            judge=judge_of(job.recipe, teacher.module),
         )
         if saved is not None:
             training.load_state_dict(saved)
