@@ -22,6 +22,7 @@ from raydfkd.commands.export import export
 from raydfkd.commands.heats import heats
 from raydfkd.commands.init import init
 from raydfkd.commands.output import DONE, INCOMPLETE, INTERRUPTED, WRONG_INPUT, Commands, complain
+from raydfkd.commands.plan import plan
 from raydfkd.errors import RecipeError, RunError
 from raydfkd.report.redaction import redacted, secrets_of_environment, secrets_of_settings
 
@@ -58,6 +59,7 @@ def options(
 for command in (
     init,
     heats,
+    plan,
     running.run,
     running.teach,
     running.synthesize,
