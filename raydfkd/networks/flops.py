@@ -12,7 +12,7 @@ from raydfkd.networks.answers import logits_of
 
 
 def forward_flops(network: nn.Module, shape: tuple[int, ...]) -> int:
-    """Of the answer to an image [C, H, W], or a vector: of convolutions, matrix products and attention, as elsewhere."""
+    """Of the answer to an image [C, H, W] or a vector: convolutions, matrix products and attention, as elsewhere."""
     return _count(network, shape, backward=None)
 
 
