@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from raydfkd.commands.options import AsJson, Overrides, Source, load
 from raydfkd.commands.output import DONE
 from raydfkd.errors import RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from raydfkd.runner.simulation import Run
+
+
+SHARES = (0.5, 0.9)
+"""Of simulated runs, that percentiles are of."""
 
 
 def plan(
@@ -22,6 +30,14 @@ def plan(
         Path | None,
         typer.Option(metavar="FILE", help="A table of your own, with prices; the packaged one says how it is written."),
     ] = None,
+    fleet: Annotated[
+        str | None,
+        typer.Option(
+            "--simulate",
+            metavar="KEY=VALUE,...",
+            help="Run the queue in simulated time: nodes=64,preempt_per_hour=0.1,start_s=180.",
+        ),
+    ] = None,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> int:
@@ -30,7 +46,9 @@ def plan(
     Hours are the counted arithmetic over what a device was measured to reach, or is guessed to where the table says so.
     """
     planned = load(recipe, overrides, None)
-    from raydfkd.runner.plan import DEVICES, devices_in, work_of
+    from raydfkd.runner.pace import in_words
+    from raydfkd.runner.plan import DEVICES, checkpoint_share, devices_in, work_of
+    from raydfkd.runner.simulation import Fleet, percentiles
 
     table = {row.name: row for row in devices_in(devices or DEVICES)}
     for name in device or ():
@@ -39,8 +57,18 @@ def plan(
     work, runtime = work_of(planned), planned.runtime
     workers, student_workers = max(1, runtime.workers.max), runtime.student_workers.max
     costs = [work.on(table[name], workers=workers, student_workers=student_workers) for name in device or table]
+    runs: dict[str, list[Run]] = {}
+    if fleet is not None:
+        machines, units = Fleet.parse(fleet), planned.plan()
+        for cost in costs:
+            each = 3600 * cost.synthesis_hours / len(units)
+            runs[cost.device.name] = percentiles(units, each, each * checkpoint_share(planned), machines, SHARES)
     if as_json:
-        typer.echo(json.dumps(work.to_json(costs)))
+        found = {
+            name: {f"p{100 * share:.0f}": asdict(run) for share, run in zip(SHARES, some, strict=True)}
+            for name, some in runs.items()
+        }
+        typer.echo(json.dumps({**work.to_json(costs), "simulated": found}))
         return DONE
     typer.echo(
         f"{work.images:,} images x {work.tflop_per_image:.3g} TFLOP = {work.synthesis_pflop:.3g} PFLOP, the student "
@@ -53,4 +81,13 @@ def plan(
         usd = "-" if cost.usd is None else f"{cost.usd:,.2f}"
         hours = f"{cost.synthesis_hours:12.3g} {cost.student_hours:10.3g} {cost.wall_hours:10.3g} h"
         typer.echo(f"{cost.device.name:14} {hours}   {usd}{note}")
+    for name, some in runs.items():
+        price = table[name].usd_per_hour
+        typer.echo(f"{name}, {fleet}, simulated, for the images alone:")
+        for share, run in zip(SHARES, some, strict=True):
+            usd = "" if price is None else f", {price * run.machine_s / 3600:,.2f} usd"
+            typer.echo(
+                f"  {share:.0%} of runs within {in_words(run.wall_s)}, {run.machine_s / 3600:.3g} machine-hours{usd}, "
+                f"{run.preemptions} machines taken away with {in_words(run.wasted_s)} of work"
+            )
     return DONE

@@ -171,6 +171,13 @@ def _per_image(recipe: Recipe, kind: str, options: Mapping[str, Any], asked: lis
     raise RecipeError(f"synthesis.synthesizer is {kind!r}, whose work plan cannot count; it knows pixels and generator")
 
 
+def checkpoint_share(recipe: Recipe) -> float:
+    """Share of a unit's work between two checkpoints of it; 1 where there is none."""
+    options = recipe.synthesis.model_dump(mode="json")
+    steps: int = sum(stage["steps"] for stage in options["stages"]) if "stages" in options else options.get("steps", 1)
+    return min(1.0, recipe.runtime.checkpoint_every / steps)
+
+
 def devices_in(path: Path = DEVICES) -> list[Device]:
     """The table of devices in a file of YAML, the packaged one unless another is named.
 
