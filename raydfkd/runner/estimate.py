@@ -63,7 +63,12 @@ class Calibration:
         """What lies outside all that was calibrated, in words; None where nothing does."""
         for name, (least, most) in self.ranges.items():
             if name in found and not least - SLACK <= found[name] <= most + SLACK:
-                return f"{name} is {found[name]:.2f}, and was {least:.2f} to {most:.2f} wherever this was calibrated"
+                what, kind = name.split("_")
+                says = {
+                    "steady": f"the teacher gives {found[name]:.0%} of the {kind} images the class of their moved copies",
+                    "sure": f"the teacher is {found[name]:.0%} sure of the {kind} images",
+                }
+                return f"{says[what]}, which was {least:.0%} to {most:.0%} wherever this was calibrated"
         return None
 
     def out_of_reach(self, recipe: Recipe) -> str | None:
@@ -103,7 +108,7 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> Estimate:
-    """Estimate without a real image; takes ten seconds to a minute on a core, for images that are optimised.
+    """Estimate without a real image; takes ten seconds to a minute on a core, for a generator.
 
     Args:
         recipe: whose image space, classes and seed count.

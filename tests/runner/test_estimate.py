@@ -67,7 +67,10 @@ def test_full_agreement_on_a_few_hundred_images_is_not_certainty(share):
 def test_teacher_that_takes_images_as_none_before_did_is_unknown():
     found = weighed(CALIBRATION, {**EVIDENCE, "steady_drawn": 0.3}, 10)
     assert (found.agreement, found.low, found.high) == (None, None, None)
-    assert found.words == "steady_drawn is 0.30, and was 0.50 to 0.90 wherever this was calibrated"
+    assert found.words == (
+        "the teacher gives 30% of the drawn images the class of their moved copies, which was 50% to 90% wherever this "
+        "was calibrated"
+    )
     assert found.evidence["steady_drawn"] == 0.3
 
 
