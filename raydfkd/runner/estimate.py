@@ -65,8 +65,8 @@ class Calibration:
             if name in found and not least - SLACK <= found[name] <= most + SLACK:
                 what, kind = name.split("_")
                 says = {
-                    "steady": f"the teacher gives {found[name]:.0%} of the {kind} images the class of their moved copies",
-                    "sure": f"the teacher is {found[name]:.0%} sure of the {kind} images",
+                    "steady": f"the teacher gives {found[name]:.0%} of {kind} images the class of their moved copies",
+                    "sure": f"the teacher is {found[name]:.0%} sure of {kind} images",
                 }
                 return f"{says[what]}, which was {least:.0%} to {most:.0%} wherever this was calibrated"
         return None

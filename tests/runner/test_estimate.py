@@ -68,7 +68,7 @@ def test_teacher_that_takes_images_as_none_before_did_is_unknown():
     found = weighed(CALIBRATION, {**EVIDENCE, "steady_drawn": 0.3}, 10)
     assert (found.agreement, found.low, found.high) == (None, None, None)
     assert found.words == (
-        "the teacher gives 30% of the drawn images the class of their moved copies, which was 50% to 90% wherever this "
+        "the teacher gives 30% of drawn images the class of their moved copies, which was 50% to 90% wherever this "
         "was calibrated"
     )
     assert found.evidence["steady_drawn"] == 0.3
