@@ -32,8 +32,8 @@ def _no_statistics(teacher: nn.Module) -> Iterator[str]:
     if not layers_with_statistics(teacher):
         yield (
             "the teacher has no BatchNorm, whose statistics tell most of its images: students of three such teachers "
-            "came to 0.88 of their accuracy, of four with BatchNorm to 0.95 (benchmarks.md); judge on real images if you"
-            " can; 100 unlabelled ones for pixels to start from (synthesis.start.images) gave 13 points on Fashion-MNIST"
+            "came to 0.88 of their accuracy, of four with BatchNorm to 0.95 (benchmarks.md); judge on real ones if you"
+            " can; 100 unlabelled ones for pixels to start from (synthesis.start.images) gave 13 points on Fashion"
         )
 
 
