@@ -12,6 +12,7 @@ from zoo import CLASSES, ZOO, make
 from raydfkd.cli import app
 from raydfkd.config.load import load_recipe, packaged_methods
 from raydfkd.errors import RecipeError
+from raydfkd.networks.build import NETWORKS
 from raydfkd.runner import pace
 from raydfkd.runner.pace import Speed
 from raydfkd.runner.run import run
@@ -194,3 +195,15 @@ def test_show_says_which_methods_suit(begun, capsys):
 def test_method_is_no_recipe_by_itself():
     with pytest.raises(RecipeError, match="deepinversion is a method, for any teacher; `raydfkd init` writes a recipe"):
         load_recipe("deepinversion")
+
+
+@pytest.mark.usefixtures("slow_machine")
+def test_unit_holds_all_of_some_dozen_classes_so_that_a_run_by_the_clock_can_end_after_any_batch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    teacher = NETWORKS.build("lenet5", {}, 26, 1, where="teacher.options")
+    torch.save(teacher.state_dict(), "letters.pt")
+    arguments = ["init", "--network", "lenet5", "--weights", "letters.pt", "--size", "32", "--budget", "20h"]
+    assert app([*arguments, "--name", "letters"], standalone_mode=False) == 0
+    recipe = load_recipe(tmp_path / "letters.yaml")
+    assert recipe.transfer_set.unit.classes == recipe.teacher.classes == 26
+    assert recipe.synthesis.batch_per_class == 3, "of a hundred images"
