@@ -322,8 +322,9 @@ class Recipe(Spec):
         return self.synthesis.model_copy(update=moved)
 
     def with_synthesis(self, synthesis: Mapping[str, Any]) -> Recipe:
-        """The recipe with another section ``synthesis``."""
-        return Recipe.model_validate_json(json.dumps({**self.model_dump(mode="json"), "synthesis": dict(synthesis)}))
+        """The recipe with another section ``synthesis``, which is checked by itself."""
+        spec = SynthesisSpec.model_validate_json(json.dumps(dict(synthesis)))
+        return self.model_copy(update={"synthesis": spec})
 
     def shown(self) -> dict[str, Any]:
         """The recipe as plain data without secrets, for reports and logs."""

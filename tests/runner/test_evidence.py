@@ -88,3 +88,10 @@ def test_both_networks_are_left_as_they_were(pair):
     assert student.training
     for network, state in zip((teacher, student), before, strict=True):
         assert all(torch.equal(state[name], value) for name, value in network.state_dict().items())
+
+
+def test_recipe_whose_last_unit_the_clock_has_cut_short_has_the_same_evidence(pair):
+    recipe, teacher = pair
+    cut = recipe.model_copy(update={"transfer_set": recipe.transfer_set.model_copy(update={"images_per_class": 5})})
+    student = build_network(recipe.student, recipe.teacher, where="student", seed=0)
+    assert Evidence(cut, teacher).of(student) == Evidence(recipe, teacher).of(student)
