@@ -17,7 +17,7 @@ from raydfkd.errors import RecipeError, did_you_mean
 from raydfkd.images.real_data import Split
 from raydfkd.networks.scout import scout
 from raydfkd.runner.draft import Draft
-from raydfkd.runner.pace import Sizes
+from raydfkd.runner.pace import Arithmetic, Sizes
 from raydfkd.runner.suits import why_not
 
 CHOSEN_ON = (
@@ -131,7 +131,11 @@ def _draft(recipe: Recipe, name: str, student: Student, folder: Path) -> tuple[P
     )
     path = folder / "recipes" / f"{name}-{student}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    arithmetic, _ = draft.fastest()
+    if path.exists():  # measured again it might be another, and nothing would be resumed
+        before = load_recipe(path)
+        arithmetic = Arithmetic(synthesis=before.synthesis.precision, student=before.distill.precision)
+    else:
+        arithmetic, _ = draft.fastest()
     path.write_text(draft.page_of(SIZES, arithmetic), encoding="utf-8")
     return path, draft.method
 
