@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import yaml
+
 from raydfkd.bench.controls import NOISE, REAL
 from raydfkd.bench.quality import Cell, Result, bench_quality, spread, taught
 from raydfkd.config.load import load_recipe
@@ -132,8 +134,11 @@ def _draft(recipe: Recipe, name: str, student: Student, folder: Path) -> tuple[P
     path = folder / "recipes" / f"{name}-{student}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():  # measured again it might be another, and nothing would be resumed
-        before = load_recipe(path)
-        arithmetic = Arithmetic(synthesis=before.synthesis.precision, student=before.distill.precision)
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+        arithmetic = Arithmetic(
+            synthesis=before["synthesis"].get("precision", "float32"),
+            student=before["distill"].get("precision", "float32"),
+        )
     else:
         arithmetic, _ = draft.fastest()
     path.write_text(draft.page_of(SIZES, arithmetic), encoding="utf-8")
