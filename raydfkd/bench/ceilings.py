@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+
+from raydfkd.networks.flops import image_gradient_flops
 
 PASSES = 9
 """Times that a step must move each BatchNorm input through memory where everything between two convolutions is one
@@ -55,9 +56,11 @@ def cost_of_step(teacher: nn.Module, images: Tensor, *, precision: torch.dtype) 
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.register_forward_pre_hook(add_input)
-    with FlopCounterMode(display=False) as counter:
-        network(images.detach().to("meta").requires_grad_()).sum().backward()
-    return Cost(flops=counter.get_total_flops(), bytes=PASSES * precision.itemsize * activations)
+    with torch.no_grad():
+        network(images.to("meta"))
+    channels, height, width = images.shape[1:]
+    flops = len(images) * image_gradient_flops(teacher, (channels, height, width))
+    return Cost(flops=flops, bytes=PASSES * precision.itemsize * activations)
 
 
 def measure_ceilings(device: torch.device, precision: torch.dtype) -> Ceilings:

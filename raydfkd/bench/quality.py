@@ -27,8 +27,7 @@ from raydfkd.config.static_check import plugins_of
 from raydfkd.devices import device_name, pick_device
 from raydfkd.errors import RecipeError
 from raydfkd.images.real_data import Split
-from raydfkd.networks.build import build_network
-from raydfkd.networks.weights import load_weights, read_weights, weights_exist
+from raydfkd.networks.weights import read_weights, weights_exist
 from raydfkd.report.redaction import redacted_setting
 from raydfkd.store.store import Store
 
@@ -279,7 +278,7 @@ def measure(plan: Plan) -> Result:
     from raydfkd.runner.budget import run_within
     from raydfkd.runner.check import check
     from raydfkd.runner.evidence import Evidence
-    from raydfkd.runner.run import judge_saved
+    from raydfkd.runner.run import judge_saved, saved_student
 
     cell = plan.cell
     with tempfile.TemporaryDirectory() as scratch:
@@ -293,9 +292,7 @@ def measure(plan: Plan) -> Result:
         found = None
         if cell.with_evidence:
             assert prepared.teacher is not None, "it was there to be judged"
-            student = build_network(recipe.student, recipe.teacher, where="student", seed=0)
-            load_weights(student, str(outcome.student), where="student")
-            found = Evidence(recipe, prepared.teacher.module.cpu()).of(student)
+            found = Evidence(recipe, prepared.teacher.module.cpu()).of(saved_student(recipe, outcome.student))
     return Result(
         recipe=cell.recipe,
         digest=plan.digest,

@@ -46,7 +46,6 @@ def plan(
     Hours are the counted arithmetic over what a device was measured to reach, or is guessed to where the table says so.
     """
     planned = load(recipe, overrides, None)
-    from raydfkd.runner.pace import in_words
     from raydfkd.runner.plan import DEVICES, checkpoint_share, devices_in, work_of
     from raydfkd.runner.simulation import Fleet, percentiles
 
@@ -54,12 +53,13 @@ def plan(
     for name in device or ():
         if name not in table:
             raise RecipeError(f"--device is {name!r}, which is not in the table; {did_you_mean(name, list(table))}")
+    machines = None if fleet is None else Fleet.parse(fleet)
     work, runtime = work_of(planned), planned.runtime
     workers, student_workers = max(1, runtime.workers.max), runtime.student_workers.max
     costs = [work.on(table[name], workers=workers, student_workers=student_workers) for name in device or table]
     runs: dict[str, list[Run]] = {}
-    if fleet is not None:
-        machines, units = Fleet.parse(fleet), planned.plan()
+    if machines is not None:
+        units = planned.plan()
         for cost in costs:
             each = 3600 * cost.synthesis_hours / len(units)
             runs[cost.device.name] = percentiles(units, each, each * checkpoint_share(planned), machines, SHARES)
@@ -82,12 +82,17 @@ def plan(
         hours = f"{cost.synthesis_hours:12.3g} {cost.student_hours:10.3g} {cost.wall_hours:10.3g} h"
         typer.echo(f"{cost.device.name:14} {hours}   {usd}{note}")
     for name, some in runs.items():
-        price = table[name].usd_per_hour
         typer.echo(f"{name}, {fleet}, simulated, for the images alone:")
         for share, run in zip(SHARES, some, strict=True):
-            usd = "" if price is None else f", {price * run.machine_s / 3600:,.2f} usd"
-            typer.echo(
-                f"  {share:.0%} of runs within {in_words(run.wall_s)}, {run.machine_s / 3600:.3g} machine-hours{usd}, "
-                f"{run.preemptions} machines taken away with {in_words(run.wasted_s)} of work"
-            )
+            typer.echo(f"  {share:.0%} of runs within {_in_words(run, table[name].usd_per_hour)}")
     return DONE
+
+
+def _in_words(run: Run, price: float | None) -> str:
+    from raydfkd.runner.pace import in_words
+
+    usd = "" if price is None else f", {price * run.machine_s / 3600:,.2f} usd"
+    return (
+        f"{in_words(run.wall_s)}, {run.machine_s / 3600:.3g} machine-hours{usd}, {run.preemptions} machines taken away "
+        f"with {in_words(run.wasted_s)} of work"
+    )

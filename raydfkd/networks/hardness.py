@@ -33,7 +33,7 @@ def _no_statistics(teacher: nn.Module) -> Iterator[str]:
         yield (
             "the teacher has no BatchNorm, whose statistics tell most of its images: students of three such teachers "
             "came to 0.88 of their accuracy, of four with BatchNorm to 0.95 (benchmarks.md); judge on real ones if you"
-            " can; 100 unlabelled ones for pixels to start from (synthesis.start.images) gave 13 points on Fashion"
+            " can; 100 unlabelled ones to start from (synthesis.start.images) gave 13 points on Fashion-MNIST"
         )
 
 

@@ -83,14 +83,15 @@ def scout(
     section.setdefault("weights", known.get("weights", "pretrained"))
     state = _state_of(section["weights"])
     space = {**known.get("image_space", {}), **given.get("image_space", {})}
-    outline = _built(section, int(section.get("classes") or known.get("classes") or 2), space)
+    guess = (int(section.get("classes") or known.get("classes") or 2), space.get("channels"))
+    outline = _built(section, guess[0], space)
     classes, classes_from = _classes(section, known, state, outline)
     space = {
         **known.get("image_space", {}),
         **_channels_in(state, known, outline),
         **given.get("image_space", {}),
     }
-    module = _built(section, classes or 2, space)
+    module = outline if (classes or 2, space.get("channels")) == guess else _built(section, classes or 2, space)
     trial = _Trial(module, channels=space.get("channels") or _channels(module))
     sources = {"channels": "of its first layer", **_sources_of(known, given), "classes": classes_from}
     if "size" not in space:

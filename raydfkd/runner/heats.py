@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from raydfkd.config.recipe import Recipe
 from raydfkd.devices import pick_device
 from raydfkd.errors import RecipeError, one_line
-from raydfkd.networks.build import build_network
 from raydfkd.networks.teacher import open_teacher
-from raydfkd.networks.weights import load_weights
 from raydfkd.runner.budget import run_within
 from raydfkd.runner.estimate import Estimate, midst, packaged_calibration, weighed
 from raydfkd.runner.evidence import Evidence
+from raydfkd.runner.run import saved_student
 
 PORTFOLIO = (
     *("nayer", "nayer_procedural", "procedural", "renewed_procedural"),
@@ -108,8 +107,7 @@ def _heat(method: str, recipe: Recipe, number: int, seconds: float, evidence: Ev
                 images=0,
                 student_steps=0,
             )
-        student = build_network(recipe.student, recipe.teacher, where="student", seed=0)
-        load_weights(student, str(outcome.student), where="student")
+        student = saved_student(recipe, outcome.student)
     found = evidence.of(student.to(pick_device(recipe.runtime.device)))
     classes = recipe.teacher.classes
     return Heat(

@@ -230,8 +230,7 @@ def judge_saved(prepared: Prepared, weights: str, *, split: Split) -> dict[str, 
         raise RecipeError(f"--student is {weights!r}: no such file; `raydfkd run` or `distill` writes it")
     if prepared.teacher is None:
         raise RecipeError(f"teacher.weights is {recipe.teacher.weights!r}: no such file; `raydfkd teach` makes it")
-    network = build_network(recipe.student, recipe.teacher, where="student", seed=0)
-    load_weights(network, weights, where="--student")
+    network = saved_student(recipe, weights, where="--student")
     job = open_job(recipe, prepared.teacher)
     return judge_student(job, prepared.teacher, network, SetView(job), prepared.data, split=split)
 
@@ -327,6 +326,17 @@ def student_of(recipe: Recipe, state: Mapping[str, Tensor]) -> nn.Module:
     network = build_network(recipe.student, recipe.teacher, where="student", seed=0)
     network.load_state_dict({key: value.cpu() for key, value in state.items()})
     return network.eval()
+
+
+def saved_student(recipe: Recipe, weights: str | os.PathLike[str], *, where: str = "student") -> nn.Module:
+    """The recipe's student with the weights of a file, on the CPU.
+
+    Raises:
+        RecipeError: they are of another network; ``where`` is the option that names them.
+    """
+    network = build_network(recipe.student, recipe.teacher, where="student", seed=0)
+    load_weights(network, str(weights), where=where)
+    return network
 
 
 def student_path(recipe: Recipe) -> Path:
