@@ -30,6 +30,10 @@ class RecipeError(ValueError):
         return tuple(" ".join(str(mistake).splitlines()) for mistake in self.args)
 
 
+class MissingError(RecipeError):
+    """Something that a recipe names is not here: a package that is not installed, a file, a hub out of reach."""
+
+
 class Mistakes:
     """Gathers the mistakes in parts that do not depend on each other, so that all of them are said at once."""
 

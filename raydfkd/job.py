@@ -203,7 +203,7 @@ def transfer_set_of(recipe: Recipe, made_of: Mapping[str, object]) -> TransferSe
         made_of=made_of,
         storage_options=spec.storage_options,
         part_rows=spec.part_rows,
-        encoding=Encoding(kind=spec.encoding.kind, quality=spec.encoding.quality),
+        encoding=Encoding(kind=spec.encoding.kind, quality=spec.encoding.quality, top_k=spec.logits.top_k),
     )
 
 

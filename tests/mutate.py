@@ -70,7 +70,7 @@ MUTANTS = (
     ),
     Mutant("data/commits.py", 'rf"^parts/{UNIT_ID}\\.parquet$"', 'r"^.*$"', SECURITY),
     # the set
-    Mutant("data/transfer_set.py", "if header.digest != self.digest:", "if False:", SET),
+    Mutant("data/transfer_set.py", "header is not None and header.digest != self.digest:", "False:", SET),
     Mutant("data/transfer_set.py", "if header.format != FORMAT:", "if False:", SET),
     Mutant("data/transfer_set.py", "if found != part.xxh3:", "if False:", SET),
     Mutant("data/transfer_set.py", "if len(rows) != part.rows:", "if False:", f"{SET} {SECURITY}"),
@@ -91,6 +91,14 @@ MUTANTS = (
     # shards and shuffle
     Mutant("data/shards.py", "            row.update(label)\n", "", SHARDS),
     Mutant("data/shards.py", "if schema.equals(expected, check_metadata=True):", "if True:", f"{SHARDS} {SECURITY}"),
+    Mutant(
+        "data/shards.py", "if not 0 <= int(classes.min()) <= int(classes.max()) < form.classes:", "if False:", SHARDS
+    ),
+    Mutant("data/shards.py", "if 2 * count * form.classes > LOGITS_BYTES:", "if False:", SHARDS),
+    Mutant("data/logits.py", "values.scatter(-1, classes, -math.inf)", "values", "tests/data/test_logits.py"),
+    Mutant("data/logits.py", " - math.log(num_classes - k)", "", "tests/data/test_logits.py"),
+    Mutant("data/shuffle_buffer.py", "            begin += len(copy)\n", "", BUFFER),
+    Mutant("data/shuffle_buffer.py", "copy if len(copy) == len(rows) else", "copy if True else", BUFFER),
     Mutant("data/shuffle_buffer.py", "picked[begin:end] - first", "picked[begin:end]", BUFFER),
     # garbage
     Mutant("data/garbage.py", "for entry in by_unit[unit][0] if entry.path not in named]", "for entry in []]", GC),
@@ -125,9 +133,9 @@ MUTANTS = (
     Mutant("job.py", 'return {"transfer_set": self.digest, "held_out"', 'return {"held_out"', JOB),
     Mutant("job.py", "for unit in phase.units if unit.id not in self.held_out]", "for unit in phase.units]", JOB),
     Mutant("config/recipe.py", '            "classes": list(self.classes),\n', "", JOB),
-    Mutant(
-        "config/recipe.py", '"images_per_class": self.transfer_set.images_per_class,\n            "enc', '"enc', JOB
-    ),
+    Mutant("config/recipe.py", '"images_per_class": self.transfer_set.images_per_class,\n            **', "**", JOB),
+    Mutant("config/recipe.py", "            **self.transfer_set.stored_as(),\n", "", JOB),
+    Mutant("config/schema.py", '{"logits"} if self.logits.top_k is None', '{"logits"} if True', f"{JOB} {RESUME}"),
     # saved states of units
     Mutant("synthesis/checkpoint.py", 'if state.get("digest") != self._digest:', "if False:", RESUME),
     Mutant("synthesis/worker.py", "(Interrupted, StoreError, KeyboardInterrupt, SystemExit)", "Interrupted", RESUME),

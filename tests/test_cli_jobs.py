@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from raydfkd.config.load import load_recipe
+from raydfkd.runner.run import run
 
 JOBS = Path(__file__).parents[1] / "jobs"
 NAMES = sorted(path.name for path in JOBS.glob("*.yaml"))
@@ -82,3 +83,24 @@ def test_large_jobs_differ_from_the_smallest_in_scale_only():
         assert changed["recipe"] == "one-gpu.yaml"
         assert changed.keys() <= {"recipe", "name", "run_dir", "teacher", "transfer_set", "distill", "runtime"}
         assert changed["distill"].keys() <= {"steps", "batch_size", "optimizer", "checkpoint_every"}
+
+
+IMAGENET = [name for name in NAMES if name.startswith("imagenet-")]
+
+
+@pytest.mark.parametrize("name", [one for one in IMAGENET if one != "imagenet-dream.yaml"])
+def test_job_for_imagenet_makes_images_of_all_classes(name):
+    recipe = load_recipe(JOBS / name)
+    assert (len(recipe.classes), recipe.teacher.image_space.size) == (1000, 224)
+    assert {len(unit.request.classes) for unit in recipe.plan()} == {recipe.transfer_set.unit.classes}
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_small_form_of_a_job_for_imagenet_goes_the_whole_way(name, tmp_path):
+    recipe = load_recipe(JOBS / name, ["scale=smoke"], run_dir=tmp_path)
+    assert recipe.synthesis.synthesizer == load_recipe(JOBS / name).synthesis.synthesizer
+    report = run(recipe).report
+    assert (report["images"], report["units"]["committed"]) == (16, len(recipe.plan()))
+    assert report["verifier"]["images"] == 16
+    assert report["moment_distance"]["synthetic"] < report["moment_distance"]["noise"]
+    assert "goldfish" in (tmp_path / "report.html").read_text()

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ from test_readme import TINY
 import raydfkd
 from raydfkd.config import load
 from raydfkd.data.batches import SyntheticBatch
+from raydfkd.data.encodings import Encoding
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.units import Request, WorkUnit
 
@@ -73,3 +75,20 @@ def test_set_opens_as_pictures_as_printed(library, rows, pixels, tmp_path, monke
     assert all(isinstance(picture, Image.Image) for picture in pictures)
     found = torch.from_numpy(np.stack([np.array(picture) for picture in pictures])).permute(0, 3, 1, 2)
     assert torch.equal(found, pixels[list(rows)])
+
+
+def test_all_logits_are_those_that_our_readers_return_as_printed(tmp_path):
+    found = TransferSet(str(tmp_path), digest="d", encoding=Encoding(top_k=10))
+    found.create()
+    logits = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0)).half()
+    request = Request(classes=(0,), images_per_class=3, seed=1, class_seeds=(0,))
+    sink = found.open(WorkUnit(id="r000", request=request))
+    images = torch.zeros(3, 3, 64, 64, dtype=torch.uint8)
+    sink.write(SyntheticBatch(images=images, labels=torch.zeros(3).long(), teacher_logits=logits, objective=0.0))
+    (part,) = sink.commit(seconds=0.0).parts
+    preamble, rebuilt, *_ = blocks("transfer-set.md")
+    names: dict[str, object] = {}
+    exec(compile(preamble + rebuilt, "transfer-set.md", "exec"), names)
+    rows = pq.read_table(tmp_path / part.path).to_pylist()
+    read = [names["all_logits"](row["teacher_logits"], row["top_classes"]) for row in rows]
+    assert np.array_equal(np.stack(read), found.read(part).teacher_logits.numpy())

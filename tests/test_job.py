@@ -36,6 +36,7 @@ ANOTHER_STUDENT = {
     "student.options.widths=[3]": "student.options.widths is [4, 6] there and [3] here",
     "transfer_set.images_per_class=9": "images_per_class is 6 there and 9 here",
     "transfer_set.encoding=jpeg": "encoding",
+    "transfer_set.logits={kind: top_k, k: 2}": "logits is not given there and ",
     "transfer_set.classes=[0, 1]": "classes is [0, 1, 2, 3] there and [0, 1] here",
     "synthesis.batch_size=2": "transfer_set is ",
     "seed=8": "transfer_set is ",

@@ -20,7 +20,8 @@ from raydfkd.config.recipe import Recipe
 from raydfkd.config.registry import Registry
 from raydfkd.config.schema import ImageSpace
 from raydfkd.data.batches import SyntheticBatch
-from raydfkd.data.shards import encode_rows, write_part
+from raydfkd.data.encodings import Encoding
+from raydfkd.data.shards import RAW, encode_rows, write_part
 from raydfkd.distillation.trainer import TrainingHooks
 from raydfkd.distillation.training import StudentTraining
 from raydfkd.errors import RecipeError
@@ -183,11 +184,13 @@ class SmallMemory(ConvNet):
         return super().forward(images)
 
 
-def encode_part(batches: Sequence[SyntheticBatch], *, unit: str, seed: int, first_index: int) -> bytes:
-    """Write checked batches as one Parquet file of raw pixels; see ``encode_rows`` and ``write_part``."""
+def encode_part(
+    batches: Sequence[SyntheticBatch], *, unit: str, seed: int, first_index: int, encoding: Encoding = RAW
+) -> bytes:
+    """Write checked batches as one Parquet file, of raw pixels unless told; see ``encode_rows`` and ``write_part``."""
     tables, index = [], first_index
     for batch in batches:
-        tables.append(encode_rows(batch, unit=unit, seed=seed, first_index=index))
+        tables.append(encode_rows(batch, unit=unit, seed=seed, first_index=index, encoding=encoding))
         index += len(batch)
     return write_part(tables)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from typing import get_args
 
 import torch
 from torch.nn import functional as F
@@ -16,7 +17,7 @@ from raydfkd.data.transfer_set import TransferSet
 from raydfkd.devices import cpu_threads, device_name, pick_device
 from raydfkd.units import Request, WorkUnit
 
-KINDS: tuple[EncodingKind, ...] = ("raw", "png", "jpeg")
+KINDS: tuple[EncodingKind, ...] = get_args(EncodingKind)
 SIZES = {32: 256, 224: 8}
 """Images of a batch by their size in pixels; more than one device synthesizes in ``batch_s``."""
 BATCHES = 8

@@ -203,8 +203,8 @@ def digest_of(recipe: Recipe, *, is_control: bool = False) -> str:
     """A digest of all that a cell's figures depend on beside its seed, budget and split.
 
     That is the recipe with its overrides, the engine and torch, the device, the teacher, and the user's own modules
-    that the recipe names (not what those import). Storage and workers are not part of it. ``is_control`` says that its
-    images are real ones.
+    that the recipe names (not what those import). Storage, workers and the verifier are not part of it. ``is_control``
+    says that its images are real ones.
     """
     weights = recipe.teacher.weights
     payload = {
@@ -215,6 +215,7 @@ def digest_of(recipe: Recipe, *, is_control: bool = False) -> str:
                 "seed": True,
                 "run_dir": True,
                 "runtime": True,
+                "verifier": True,
                 "teacher": {"weights"},
                 "transfer_set": {"uri", "storage_options"},
             },

@@ -13,14 +13,13 @@ from raydfkd.commands.options import AsJson, On, Overrides, RunDir, Source, allo
 from raydfkd.commands.output import DONE, console_for, print_summary
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.static_check import static_check
+from raydfkd.data.commits import BYTES_BESIDE
 from raydfkd.errors import Mistakes, RecipeError
 
 if TYPE_CHECKING:
     from raydfkd.runner.check import Prepared
 
 NOT_LOOKED_AT = "networks, code of yours, weights, names of classes, real data, stores and the device"
-BYTES_BESIDE = 28
-"""Bytes of a row beside its pixels and logits: label, seed, unit, position, objective, version of the student."""
 
 
 def check(
@@ -83,7 +82,7 @@ def _size_of_set(plan: Recipe) -> list[str]:
     """Lines on the classes, images and bytes that the set will have."""
     channels, height, width = plan.made_space.shape
     images = len(plan.classes) * plan.transfer_set.images_per_class
-    row = channels * height * width + 2 * plan.teacher.classes + BYTES_BESIDE
+    row = channels * height * width + plan.transfer_set.logits.bytes_of(plan.teacher.classes) + BYTES_BESIDE
     kind = plan.transfer_set.encoding.kind
     stored = "" if kind == "raw" else f" before they are {kind}, which takes less"
     return [
@@ -154,7 +153,7 @@ def report(
     run_dir: RunDir = None,
     png: Annotated[
         Path | None,
-        typer.Option("--png", metavar="FILE", dir_okay=False, help="Write the pictures as one PNG too, a row a class."),
+        typer.Option("--png", metavar="FILE", dir_okay=False, help="Write the pictures as one file too, .png or .jpg."),
     ] = None,
     as_json: AsJson = False,
 ) -> int:

@@ -63,10 +63,15 @@ def synthesize(
 ) -> int:
     """Make the transfer set only, with a page of pictures of it."""
     plan = load(recipe, overrides, run_dir, on)
+    from raydfkd.report.page import verified_words
     from raydfkd.runner.run import synthesize_job
 
     made = synthesize_job(plan, console=console_for(is_json=as_json))
-    _print(made.summary, is_json=as_json)
+    summary = made.summary
+    if not as_json:
+        summary = {key: value for key, value in summary.items() if key not in made.verified}
+        summary |= verified_words(made.verified)
+    _print(summary, is_json=as_json)
     return _exit_code(made.job, made.outcome, made.missing)
 
 

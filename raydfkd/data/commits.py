@@ -15,6 +15,8 @@ GROUP_BYTES = 32 * 2**20
 """Bytes of pixels in one row group, and in one part that ``TransferSet`` writes; a part is fetched and held whole."""
 RECORD_BYTES = 4 * 2**20
 """Maximum of bytes in a record; a commit has some hundred for each part."""
+BYTES_BESIDE = 28
+"""Bytes of a row beside its pixels and logits: label, seed, unit, position, objective, version of the student."""
 # a diverged objective is NaN and has to survive the round trip
 RECORD = ConfigDict(extra="forbid", strict=True, ser_json_inf_nan="constants")
 """Pydantic settings with which every record is read and written."""

@@ -1,4 +1,4 @@
-"""Images as bytes in a column: raw pixels, PNG or JPEG."""
+"""Images as bytes in a column: raw pixels, PNG, JPEG or WebP."""
 
 from __future__ import annotations
 
@@ -6,26 +6,31 @@ import io
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-EncodingKind = Literal["raw", "png", "jpeg"]
+EncodingKind = Literal["raw", "png", "jpeg", "webp"]
 MODES = {1: "L", 3: "RGB"}
 """Names of Pillow's modes for images of so many channels."""
+LOSSLESS = 100
+"""Quality of WebP that stands for its lossless form."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoding:
-    """Form in which the pixels of a part are stored."""
+    """Form in which pixels and logits of a part are stored."""
 
     kind: EncodingKind = "raw"
-    """``png`` returns the pixels that were written and ``jpeg`` others, close to them."""
+    """``png`` returns the pixels that were written, ``jpeg`` and ``webp`` others, close to them."""
     quality: int = 95
-    """Quality of JPEG, 1 to 100; chroma is not subsampled."""
+    """Quality of JPEG, 1 to 100, whose chroma is not subsampled, and of WebP, whose always is; WebP of 100 is lossless
+    instead."""
+    top_k: int | None = None
+    """Logits of each image that are kept, the largest, with the level of the others; all of them unless given."""
 
 
 def encode_images(images: Tensor, encoding: Encoding) -> list[bytes]:
@@ -37,15 +42,24 @@ def encode_images(images: Tensor, encoding: Encoding) -> list[bytes]:
     channels = images.shape[1]
     if channels not in MODES:
         raise ValueError(f"encoding {encoding.kind} stores 1 or 3 channels, but images have {channels}; use raw")
-    # No search for repeats in PNG: optimised images are close to noise, so it only takes time.
-    png, jpeg = {"compress_type": zlib.Z_RLE}, {"quality": encoding.quality, "subsampling": 0}
-    options = png if encoding.kind == "png" else jpeg
+    options = _options(encoding)
     files = []
     for image in images.permute(0, 2, 3, 1).contiguous().numpy():
         file = io.BytesIO()
         Image.fromarray(image if channels > 1 else image[..., 0]).save(file, encoding.kind, **options)
         files.append(file.getvalue())
     return files
+
+
+def _options(encoding: Encoding) -> dict[str, Any]:
+    # No long search for repeats: optimised images are close to noise, so it only takes time.
+    if encoding.kind == "png":
+        return {"compress_type": zlib.Z_RLE}
+    if encoding.kind == "jpeg":
+        return {"quality": encoding.quality, "subsampling": 0}
+    if encoding.quality == LOSSLESS:
+        return {"lossless": True, "quality": 0, "method": 2}
+    return {"quality": encoding.quality, "method": 2}
 
 
 def decode_images(files: Iterable[bytes], kind: str, shape: tuple[int, ...]) -> Tensor:
@@ -59,9 +73,12 @@ def decode_images(files: Iterable[bytes], kind: str, shape: tuple[int, ...]) -> 
     for number, file in enumerate(files):
         try:
             with Image.open(io.BytesIO(file), formats=[kind]) as image:
-                if (image.mode, image.size) != (MODES.get(channels), (width, height)):
+                mode = MODES.get(channels)
+                stored = "RGB" if kind == "webp" and mode else mode  # it has no grey
+                if (image.mode, image.size) != (stored, (width, height)):
                     raise ValueError(f"has an image {number} of {image.mode} {image.size} instead of {shape}")
-                images.append(np.asarray(image).reshape(height, width, channels))
+                pixels = image if stored == mode else image.convert(mode)
+                images.append(np.asarray(pixels).reshape(height, width, channels))
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"has an image {number} that is no {kind} ({error})") from error
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()

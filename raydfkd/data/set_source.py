@@ -26,10 +26,12 @@ from raydfkd.store.errors import DamagedError, StoreError
 
 logger = logging.getLogger(__name__)
 POLL_S = 0.25
+LOGIT_BYTES = 2
 AHEAD = 4
 """Batches that are made ahead of their use."""
 BUFFER_BYTES = 2**30
-"""Maximum of bytes of pixels in a shuffle buffer: 7,133 rows of 3x224x224, and all 65,536 up to 3x73x73."""
+"""Maximum of bytes of pixels in a shuffle buffer, and of logits: 7,133 rows of 3x224x224, all 65,536 up to 3x73x73, and
+those of up to 8,192 classes."""
 
 
 class TransferSetSource:
@@ -84,7 +86,8 @@ class TransferSetSource:
             log=feed.epochs,
         )
         self._batch_size = feed.batch_size
-        self._window_rows = max(min(window_rows, BUFFER_BYTES // feed.image_bytes), feed.batch_size)
+        largest = max(feed.image_bytes, LOGIT_BYTES * feed.num_classes)  # of a row's columns
+        self._window_rows = max(min(window_rows, BUFFER_BYTES // largest), feed.batch_size)
         self._seed = feed.seed
         self._rank, self._world_size = feed.ranks.rank, feed.ranks.size
         self._agree = feed.ranks.agree
@@ -302,8 +305,8 @@ class GrowingSource(TransferSetSource):
             keeps pace with the synthesis, so that its last steps see every image.
         refresh_steps: steps after which a newer snapshot is taken although the epoch over the old one has not ended;
             unless given, only between epochs.
-        window_rows: rows that are shuffled together, fewer where their pixels would be more than 1 GiB; a training
-            worker holds two of these buffers over the number of workers.
+        window_rows: rows that are shuffled together, fewer where their pixels or logits would be more than 1 GiB; a
+            training worker holds two of these buffers over the number of workers.
     """
 
     def __init__(
@@ -340,8 +343,8 @@ class SnapshotSource(TransferSetSource):
     """Waits for the whole set, then trains on it: repeats exactly, since it does not matter when units arrived.
 
     Args:
-        window_rows: rows that are shuffled together, fewer where their pixels would be more than 1 GiB; a training
-            worker holds two of these buffers over the number of workers.
+        window_rows: rows that are shuffled together, fewer where their pixels or logits would be more than 1 GiB; a
+            training worker holds two of these buffers over the number of workers.
     """
 
     def __init__(self, feed: Feed, *, window_rows: Positive = 65536) -> None:

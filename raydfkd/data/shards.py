@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -20,8 +20,11 @@ from torch.utils.dlpack import from_dlpack
 from raydfkd.data.batches import SyntheticBatch
 from raydfkd.data.commits import GROUP_BYTES
 from raydfkd.data.encodings import Encoding, EncodingKind, decode_images, encode_images
+from raydfkd.data.logits import class_dtype, completed, largest
 
 RAW = Encoding()
+LOGITS_BYTES = 2**32
+"""Maximum of bytes of a part's logits; a small file could ask for any number of them where few are stored."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +40,8 @@ class StoredRows:
     """[N], int64."""
     teacher_logits: Tensor
     """[N, K], float16."""
+    top_k: int | None = None
+    """Logits of each row that are as the teacher gave them, where the others are made of their common level."""
 
     def __len__(self) -> int:
         """Rows in the part."""
@@ -46,24 +51,35 @@ class StoredRows:
 def encode_rows(
     batch: SyntheticBatch, *, unit: str, seed: int, first_index: int, encoding: Encoding = RAW
 ) -> pa.RecordBatch:
-    """The columns of a checked batch; raw pixels and logits are not copied.
+    """The columns of a checked batch; raw pixels and whole logits are not copied.
 
     Raw images and logits are fixed-size binary, since Parquet has no uint8 and would store tensors and lists value by
-    value, four times as large and many times slower. The other columns say where a row comes from, to readers of other
-    tools: unit and its seed, number of the row in the unit (from ``first_index``), objective and student version.
+    value, four times as large and many times slower. Where only the largest logits are kept, their classes are a column
+    beside them. The other columns say where a row comes from, to readers of other tools: unit and its seed, number of
+    the row in the unit (from ``first_index``), objective and student version.
 
     Raises:
         ValueError: the encoding cannot store so many channels.
     """
     count = len(batch)
-    schema = _schema(tuple(batch.images.shape[1:]), batch.teacher_logits.shape[1], encoding.kind)
+    form = _Form(
+        shape=tuple(batch.images.shape[1:]),
+        classes=batch.teacher_logits.shape[1],
+        kind=encoding.kind,
+        top_k=encoding.top_k,
+    )
+    schema = _schema(form)
     image = schema.field("image").type
+    logits = [batch.teacher_logits] if form.top_k is None else largest(batch.teacher_logits, form.top_k)
     columns = [
         _fixed_size_binary(batch.images, image)
         if encoding.kind == "raw"
         else pa.array(encode_images(batch.images, encoding), image),
         pa.array(batch.labels.numpy().astype(np.int32)),
-        _fixed_size_binary(batch.teacher_logits, schema.field("teacher_logits").type),
+        *(
+            _fixed_size_binary(values, schema.field(name).type)
+            for name, values in zip(("teacher_logits", "top_classes"), logits, strict=False)
+        ),
         pa.array(np.full(count, batch.objective, np.float32)),
         pa.array(np.full(count, batch.student_version, np.int32)),
         pa.DictionaryArray.from_arrays(np.zeros(count, np.int32), [unit]),
@@ -76,7 +92,7 @@ def encode_rows(
 def write_part(rows: Sequence[pa.RecordBatch]) -> bytes:
     """Write columns as one Parquet file; a row group's raw pixels are one page, which ``decode_part`` need not copy."""
     assert sum(len(batch) for batch in rows) > 0, "a part has rows"
-    shape, _, _ = _declared(rows[0].schema)
+    shape = _declared(rows[0].schema).shape
     sink = pa.BufferOutputStream()
     pq.write_table(
         pa.Table.from_batches(rows),
@@ -102,19 +118,33 @@ def decode_part(data: bytes | mmap.mmap) -> StoredRows:
     buffer = pa.py_buffer(data)
     try:
         file = pq.ParquetFile(pa.BufferReader(buffer))
-        schema = file.schema_arrow
-        shape, classes, kind = _declared(schema)
-        _check_schema(schema, expected=_schema(shape, classes, kind))
-        table = file.read(columns=["label", "teacher_logits"], use_threads=False)
-        images = _read_images(file, buffer, shape, kind)
+        form = _declared(file.schema_arrow)
+        _check_schema(file.schema_arrow, expected=_schema(form))
+        others = [name for name in ("label", "teacher_logits", "top_classes") if name in file.schema_arrow.names]
+        table = file.read(columns=others, use_threads=False)
+        images = _read_images(file, buffer, form.shape, form.kind)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"cannot be read as Parquet ({' '.join(str(error).split())})") from error
-    count = table.num_rows
     return StoredRows(
         images=images,
-        labels=_tensor(table["label"], pa.int32(), count).long(),
-        teacher_logits=_tensor(table["teacher_logits"], pa.float16(), count * classes).view(count, classes),
+        labels=_tensor(table["label"], pa.int32(), table.num_rows).long(),
+        teacher_logits=_read_logits(table, form),
+        top_k=form.top_k,
     )
+
+
+def _read_logits(table: pa.Table, form: _Form) -> Tensor:
+    count, width = table.num_rows, form.num_logits
+    kept = _tensor(table["teacher_logits"], pa.float16(), count * width).view(count, width)
+    if form.top_k is None:
+        return kept
+    dtype = pa.int16() if form.class_dtype == torch.int16 else pa.int32()
+    classes = _tensor(table["top_classes"], dtype, count * form.top_k).view(count, form.top_k)
+    if 2 * count * form.classes > LOGITS_BYTES:
+        raise ValueError(f"has {count:,} rows of {form.classes:,} logits, more than {LOGITS_BYTES >> 30} GiB")
+    if not 0 <= int(classes.min()) <= int(classes.max()) < form.classes:
+        raise ValueError(f"column top_classes has numbers beyond the {form.classes} classes")
+    return completed(kept, classes, form.classes)
 
 
 def _read_images(file: pq.ParquetFile, data: pa.Buffer, shape: tuple[int, ...], kind: EncodingKind) -> Tensor:
@@ -228,17 +258,44 @@ def rows_digest(batches: Iterable[SyntheticBatch]) -> str:
     return digest.hexdigest()
 
 
-def _schema(shape: tuple[int, ...], classes: int, kind: EncodingKind) -> pa.Schema:
-    image = {"shape": ",".join(map(str, shape)), "dtype": "uint8"}
-    if kind != "raw":
-        image["encoding"] = kind
-    width = int(np.prod(shape)) if kind == "raw" else -1
-    logits = {"shape": str(classes), "dtype": "float16"}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Form:
+    """The form of a part's rows, as the metadata of its columns has it."""
+
+    shape: tuple[int, ...]
+    """Of an image."""
+    classes: int
+    kind: EncodingKind
+    top_k: int | None
+
+    @property
+    def num_logits(self) -> int:
+        """Logits that are stored of each row."""
+        return self.classes if self.top_k is None else self.top_k + 1
+
+    @property
+    def class_dtype(self) -> torch.dtype:
+        """Type of the classes of the largest logits."""
+        return class_dtype(self.classes)
+
+
+def _schema(form: _Form) -> pa.Schema:
+    image = {"shape": ",".join(map(str, form.shape)), "dtype": "uint8"}
+    if form.kind != "raw":
+        image["encoding"] = form.kind
+    width = int(np.prod(form.shape)) if form.kind == "raw" else -1
+    logits, beside = {"shape": str(form.classes), "dtype": "float16"}, []
+    if form.top_k is not None:
+        logits |= {"encoding": "top_k", "k": str(form.top_k)}
+        about = {"shape": str(form.top_k), "dtype": str(form.class_dtype).removeprefix("torch.")}
+        size = pa.binary(form.class_dtype.itemsize * form.top_k)
+        beside = [pa.field("top_classes", size, nullable=False, metadata=about)]
     return pa.schema(
         [
             pa.field("image", pa.binary(width), nullable=False, metadata=image),
             pa.field("label", pa.int32(), nullable=False),
-            pa.field("teacher_logits", pa.binary(2 * classes), nullable=False, metadata=logits),
+            pa.field("teacher_logits", pa.binary(2 * form.num_logits), nullable=False, metadata=logits),
+            *beside,
             pa.field("objective", pa.float32(), nullable=False),
             pa.field("student_version", pa.int32(), nullable=False),
             pa.field("unit", pa.dictionary(pa.int32(), pa.string()), nullable=False),
@@ -248,8 +305,8 @@ def _schema(shape: tuple[int, ...], classes: int, kind: EncodingKind) -> pa.Sche
     )
 
 
-def _declared(schema: pa.Schema) -> tuple[tuple[int, ...], int, EncodingKind]:
-    """Shape of an image, number of classes and encoding as the columns' metadata has them."""
+def _declared(schema: pa.Schema) -> _Form:
+    """The form that the columns' metadata declare."""
     sizes = []
     for name, pattern in (("image", rb"[1-9]\d{0,5}(,[1-9]\d{0,5}){2}"), ("teacher_logits", rb"[1-9]\d{0,6}")):
         if schema.names.count(name) != 1:
@@ -261,11 +318,21 @@ def _declared(schema: pa.Schema) -> tuple[tuple[int, ...], int, EncodingKind]:
     image, (classes,) = sizes
     if np.prod(image, dtype=object) >= 2**31:
         raise ValueError(f"column image declares the shape {image}, which is too large")
+    top_k = _declared_k(schema.field("teacher_logits").metadata or {}, classes)
     encoding = (schema.field("image").metadata or {}).get(b"encoding", b"raw")
     for kind in get_args(EncodingKind):
         if encoding == kind.encode():
-            return image, classes, kind
+            return _Form(shape=image, classes=classes, kind=kind, top_k=top_k)
     raise ValueError(f"column image declares the encoding {encoding[:40]!r}, which is none")
+
+
+def _declared_k(metadata: Mapping[bytes, bytes], classes: int) -> int | None:
+    if b"encoding" not in metadata:
+        return None
+    k = metadata.get(b"k", b"")
+    if not re.fullmatch(rb"[1-9]\d{0,6}", k) or int(k) >= classes:
+        raise ValueError(f"column teacher_logits declares {k[:40]!r} logits of {classes}, which cannot be")
+    return int(k)
 
 
 def _check_schema(schema: pa.Schema, *, expected: pa.Schema) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -26,6 +26,8 @@ class Piece:
 class ShuffleBuffer:
     """The rows of some pieces, one piece after another; images stay in the parts that they were read in.
 
+    Logits are copied together, and the parts then hold those copies: of many classes they are most of the memory.
+
     Args:
         pieces: at least one; those of parts that cannot be read are left out.
         fetch: reads a part whole; None where it cannot be read.
@@ -36,19 +38,26 @@ class ShuffleBuffer:
         self, pieces: Sequence[Piece], fetch: Callable[[Part], StoredRows | None], *, held: Mapping[str, StoredRows]
     ) -> None:
         self.parts: dict[str, StoredRows] = {}
-        labels, logits = [torch.empty(0, dtype=torch.int64)], []
-        self._images = []
+        labels, self._images = [torch.empty(0, dtype=torch.int64)], []
+        logits, begin = torch.empty(0), 0
         for piece in pieces:
             path = piece.part.path
             rows = held[path] if path in held else fetch(piece.part)
             if rows is None:
                 continue
-            self.parts[path] = rows
+            if not self.parts:
+                size = sum(each.high - each.low for each in pieces)
+                logits = torch.empty(size, *rows.teacher_logits.shape[1:], dtype=rows.teacher_logits.dtype)
             here = slice(piece.low, piece.high)
+            copy = logits[begin : begin + piece.high - piece.low]
+            copy[:] = rows.teacher_logits[here]
+            begin += len(copy)
+            # a copy of its own where not all rows are in the buffer, else a part that is held on would hold a buffer
+            kept = copy if len(copy) == len(rows) else rows.teacher_logits.clone()
+            self.parts[path] = replace(rows, teacher_logits=kept)
             self._images.append(rows.images[here].numpy())
             labels.append(rows.labels[here])
-            logits.append(rows.teacher_logits[here])
-        self._labels, self._logits = torch.cat(labels), torch.cat(logits) if logits else torch.empty(0)
+        self._labels, self._logits = torch.cat(labels), logits[:begin]
         assert len({images.shape[1:] for images in self._images}) < 2, "images of a set have one shape"
         self._ends = torch.tensor(list(accumulate(map(len, self._images))))
         self._begins = [0, *self._ends.tolist()[:-1]]

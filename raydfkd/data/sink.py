@@ -38,7 +38,7 @@ class ParquetSink:
         unit: what the images are for.
         attempt: at the unit, from 1.
         part_rows: maximum of rows in a part; large images make parts of fewer rows and about 32 MiB of pixels.
-        encoding: of the pixels.
+        encoding: of the pixels and logits.
         publish: creates the record of a commit, and returns the one that counts.
     """
 

@@ -65,7 +65,7 @@ class TransferSet:
             differs.
         storage_options: of the file system.
         part_rows: maximum of rows in a part; large images make parts of fewer rows and about 32 MiB of pixels.
-        encoding: of the pixels that are written; each part that is read names its own.
+        encoding: of the pixels and logits that are written; each part that is read names its own.
     """
 
     def __init__(

@@ -10,8 +10,9 @@ import xxhash
 from torch import Tensor
 from typing_extensions import override
 
-from raydfkd.config.schema import Positive
+from raydfkd.config.schema import LogitsSpec, Positive
 from raydfkd.data.commits import Part, Snapshot
+from raydfkd.data.logits import completed, largest
 from raydfkd.data.set_source import Split, TransferSetSource
 from raydfkd.data.shards import StoredRows
 from raydfkd.data.shuffle_buffer import ShuffleBuffer
@@ -24,6 +25,10 @@ HELD_BYTES = 2**32
 """Maximum of bytes of answers that a training worker holds."""
 ASKED_AT_ONCE = 64
 """Images of a part that the teacher is asked about together; another number is another last bit."""
+
+
+VIEWS, TOP_K = 8, 10
+Keep = Literal["top_k", "all"]
 
 
 @SOURCES.register("views")
@@ -41,16 +46,16 @@ class ViewSource(TransferSetSource):
         views: views of each image.
         keep: all of an answer in float16, or the likeliest classes with the rest of the probability spread evenly.
         top_k: classes that are kept with top_k.
-        window_rows: rows that are shuffled together, fewer where their pixels would be more than 1 GiB.
+        window_rows: rows that are shuffled together, fewer where their pixels or logits would be more than 1 GiB.
     """
 
     def __init__(
         self,
         feed: Feed,
         *,
-        views: Positive = 8,
-        keep: Literal["top_k", "all"] = "top_k",
-        top_k: Positive = 10,
+        views: Positive = VIEWS,
+        keep: Keep = "top_k",
+        top_k: Positive = TOP_K,
         window_rows: Positive = 65536,
     ) -> None:
         refuse_unnameable(feed.augment, where="distill.augment", who="distill.source views")
@@ -58,7 +63,7 @@ class ViewSource(TransferSetSource):
             raise RecipeError(
                 f"distill.source.top_k is {top_k}, but there are {feed.num_classes} classes; use fewer, or keep: all"
             )
-        size = feed.planned_images * views * (2 * feed.num_classes if keep == "all" else 4 * top_k + 2)
+        size = bytes_held(feed.planned_images, feed.num_classes, views=views, keep=keep, top_k=top_k)
         if size > HELD_BYTES:
             raise RecipeError(
                 f"distill.source.views is {views}, but the answers to those of {feed.planned_images:,} images are "
@@ -104,30 +109,27 @@ class ViewSource(TransferSetSource):
         return replace(batch, teacher_logits=expanded(answers, self._num_classes), view_seeds=self._seeds(keys, views))
 
 
+def bytes_held(images: int, classes: int, *, views: int = VIEWS, keep: Keep = "top_k", top_k: int = TOP_K) -> int:
+    """Bytes of the answers to so many views of each of ``images``; a training worker holds those of what it reads."""
+    form = LogitsSpec(kind="float16" if keep == "all" else "top_k", k=top_k)
+    return images * views * form.bytes_of(classes)
+
+
 def _keys_of(images: Tensor) -> list[int]:
     """A hash of each image's pixels."""
     return [xxhash.xxh3_64_intdigest(image.tobytes()) for image in images.contiguous().numpy()]
 
 
 def compressed(logits: Tensor, top_k: int | None) -> tuple[Tensor, ...]:
-    """Logits [..., K] in float16; with ``top_k`` log-probabilities of those classes and of each other one, and which.
-
-    The latter are [..., k + 1], float16, and [..., k], int16 or, of many classes, int32.
-    """
+    """Logits [..., K] in float16; with ``top_k`` the largest of the log-probabilities, as ``largest`` returns them."""
     if top_k is None:
         return (logits.half(),)
-    shares = logits.float().log_softmax(-1)
-    top, classes = shares.topk(top_k, -1)
-    num_others = shares.shape[-1] - top_k
-    rest = (1 - top.exp().sum(-1, keepdim=True)).clamp_min(1e-20) / num_others
-    which = classes.to(torch.int16 if shares.shape[-1] <= 2**15 else torch.int32)
-    return torch.cat([top, rest.log()], -1).half(), which
+    return largest(logits.float().log_softmax(-1), top_k)
 
 
 def expanded(kept: tuple[Tensor, ...], num_classes: int) -> Tensor:
     """Logits [N, K], float16, of what ``compressed`` made of them."""
     if len(kept) == 1:
         return kept[0]
-    shares, which = kept
-    logits = shares[:, -1:].repeat(1, num_classes)
-    return logits.scatter(1, which.long(), shares[:, :-1])
+    largest_of_all, classes = kept
+    return completed(largest_of_all, classes, num_classes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from raydfkd.config.schema import DistillSpec
-from raydfkd.data.sources import BatchSource, StudentBatch
+from raydfkd.data.sources import StudentBatch
 from raydfkd.distillation.average import WeightAverage
 from raydfkd.distillation.batchnorm import answers_in_both_modes, reestimate
 from raydfkd.distillation.evaluate import top1
@@ -239,7 +239,7 @@ class StudentTrainer:
         """Share of the steps that are made, by their places in the schedule."""
         return min(1.0, self.place / self._spec.steps)
 
-    def fit(self, source: BatchSource, *, steps: int, pace: Pace = by_steps) -> None:
+    def fit(self, source: Iterable[StudentBatch], *, steps: int, pace: Pace = by_steps) -> None:
         """Make steps until ``pace`` is at ``steps``; the set may grow meanwhile, so there are no epochs.
 
         Raises:

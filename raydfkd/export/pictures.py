@@ -31,7 +31,7 @@ class Picture:
     label: int
     class_name: str
     teacher_logits: tuple[float, ...]
-    """K numbers, of exactly these pixels unless the set stores JPEG."""
+    """K numbers, of exactly these pixels unless the set stores JPEG or lossy WebP."""
     unit: str
     seed: int
     """Of the unit."""
@@ -54,6 +54,8 @@ class PictureSet:
     """Names of the K classes, each another."""
     shape: tuple[int, int, int]
     """Channels, height and width of an image."""
+    top_k: int | None = None
+    """Logits of an image that are the teacher's, where the set keeps only the largest."""
 
     def __iter__(self) -> Iterator[Picture]:
         """Every picture, unit by unit; no more than one part of the set is held at a time.
@@ -131,7 +133,7 @@ def _opened(found: TransferSet, snapshot: Snapshot, class_names: tuple[str, ...]
         )
     names = class_names or tuple(str(label) for label in range(rows.teacher_logits.shape[1]))
     shape = (channels, height, width)
-    return PictureSet(transfer_set=found, snapshot=snapshot, class_names=distinct(names), shape=shape)
+    return PictureSet(transfer_set=found, snapshot=snapshot, class_names=distinct(names), shape=shape, top_k=rows.top_k)
 
 
 def distinct(names: Sequence[str]) -> tuple[str, ...]:

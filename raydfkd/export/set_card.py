@@ -41,6 +41,7 @@ def dataset_card(pictures: PictureSet, name: str, form: str, size: int) -> str:
         "images": f"{snapshot.images:,} of {channels} channels, {height} x {width} pixels, PNG",
         "classes": f"{len(pictures.class_names):,}: {named}",
         "teacher": f"`{_teacher(pictures)}`",
+        "teacher_logits": _logits(pictures),
         "units of work": f"{len(snapshot.commits):,}",
         "content digest": f"`{snapshot.content_digest()}`",
     }
@@ -59,6 +60,15 @@ def dataset_card(pictures: PictureSet, name: str, form: str, size: int) -> str:
     ]
     head = yaml.safe_dump(_head(pictures, form, size), sort_keys=False, allow_unicode=True)
     return f"---\n{head}{LICENSE}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _logits(pictures: PictureSet) -> str:
+    if pictures.top_k is None:
+        return "of all classes"
+    return (
+        f"the {pictures.top_k} largest as the teacher gave them; the others are equal, and share the rest of the "
+        "probability"
+    )
 
 
 def _head(pictures: PictureSet, form: str, size: int) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class PixelRange:
     """The units that a network takes: those of one image space, on one device.
 
     Images that were ``made`` smaller than the network takes them are enlarged, by the same factor whatever their size,
-    so that those that were averaged before stay smaller.
+    so that those that were averaged before stay smaller; larger ones are scaled down, each pixel an average.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class PixelRange:
     ) -> None:
         made = made or space
         self._factors = (space.height / made.height, space.width / made.width)
+        self._shrinks = min(self._factors) < 1
         self.shape = space.shape
         """Channels, height and width of the images."""
         self._mean = torch.tensor(space.mean, device=device).view(1, -1, 1, 1)
@@ -70,4 +71,4 @@ class PixelRange:
         if self._factors == (1, 1):
             return images
         size = [round(edge * factor) for edge, factor in zip(images.shape[2:], self._factors, strict=True)]
-        return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+        return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=self._shrinks)

@@ -140,12 +140,39 @@ def in_memory(data: LabelledImages | LabelledBatches, on_broken: OnBroken = igno
     return LabelledImages(images=torch.cat(images), labels=torch.cat(labels))
 
 
+def some_of(data: LabelledImages | LabelledBatches, most: int) -> LabelledImages:
+    """At most ``most`` images of a split, in memory: evenly spaced ones, or the first of a split of somebody's own.
+
+    Broken pictures are left out.
+    """
+    if isinstance(data, LabelledImages):
+        rows = torch.linspace(0, len(data.labels) - 1, min(most, len(data.labels))).round().long()
+        return LabelledImages(images=data.images[rows], labels=data.labels[rows])
+    images, labels = zip(*_first(data.thinned(most) if isinstance(data, _Checked) else data, most), strict=True)
+    return LabelledImages(images=torch.cat(images), labels=torch.cat(labels))
+
+
+def _first(data: LabelledBatches, most: int) -> Iterator[Batch]:
+    for images, labels in data.batches(min(most, 256)):
+        yield images[:most], labels[:most]
+        most -= len(labels)
+        if most <= 0:
+            return
+
+
 class _Checked:
     """A split whose batches are checked as they come, and whose labels become those of the teacher."""
 
     def __init__(self, data: LabelledBatches, name: str, space: ImageSpace, labels: tuple[int, ...]) -> None:
         self._data, self._name, self._space = data, name, space
         self._labels = torch.tensor(labels)
+
+    def thinned(self, most: int) -> LabelledBatches:
+        """The split with fewer pictures, where it can be had without decoding the others; else as it is."""
+        thinned = getattr(self._data, "thinned", None)
+        if thinned is None:
+            return self
+        return _Checked(thinned(most), self._name, self._space, tuple(self._labels.tolist()))
 
     def batches(self, size: int, on_broken: OnBroken = ignore) -> Iterator[Batch]:
         is_empty = True

@@ -38,6 +38,17 @@ class PictureStream:
     def __init__(self, pictures: Callable[[], Iterable[Picture]]) -> None:
         self._pictures = pictures
 
+    def thinned(self, most: int) -> PictureStream:
+        """The same split with ``most`` pictures, evenly spaced over it, or all; the others are not decoded."""
+
+        def pictures() -> Iterator[Picture]:
+            total = sum(1 for _ in self._pictures())
+            for number, picture in enumerate(self._pictures()):
+                if number * most % total < most:
+                    yield picture
+
+        return PictureStream(pictures)
+
     def batches(self, size: int, on_broken: OnBroken = ignore) -> Iterator[Batch]:
         """Yield ``size`` pictures at a time, fewer at the end; broken ones are left out, after ``on_broken`` is told.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from raydfkd.config.registry import Registry, import_callable
 from raydfkd.config.schema import ImageSpace, StudentSpec, TeacherSpec, is_own
-from raydfkd.errors import RecipeError, one_line
+from raydfkd.errors import MissingError, RecipeError, one_line
 from raydfkd.networks.answers import AnswerScale, AnswersLogits, NoLogitsError, logits_of, scale_of
 from raydfkd.networks.hubs import Library
 from raydfkd.networks.libraries import hub_hint, library_of, needs_permission
@@ -154,8 +154,10 @@ def _call(factory: Callable[[], Any], spec: TeacherSpec | StudentSpec, where: st
             raise RecipeError(f"{where}.options do not suit {spec.network}: {reason}") from error
         kind = "" if isinstance(error, (ValueError, RuntimeError)) else f"{type(error).__name__}: "
         given = f" with options {spec.options}" if spec.options else ""
-        hint = hub_hint(spec.network) if isinstance(error, OSError) else ""
-        raise RecipeError(f"{where}.network {spec.network} cannot be built{given}: {kind}{reason}{hint}") from error
+        is_out_of_reach = isinstance(error, OSError)
+        hint = hub_hint(spec.network) if is_out_of_reach else ""
+        refuse = MissingError if is_out_of_reach else RecipeError
+        raise refuse(f"{where}.network {spec.network} cannot be built{given}: {kind}{reason}{hint}") from error
     if isinstance(network, torch.export.ExportedProgram):
         return network.module()
     if not isinstance(network, nn.Module):

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from raydfkd.config.load import expand_home
 from raydfkd.config.schema import IMAGENET_MEAN, IMAGENET_STD
-from raydfkd.errors import RecipeError, did_you_mean, one_line
+from raydfkd.errors import MissingError, RecipeError, did_you_mean, one_line
 
 Description = dict[str, Any]
 """What is known of a network, in the keys of a recipe: ``classes``, ``class_names``, ``image_space``, or fewer."""
@@ -52,7 +52,7 @@ class Torchvision(Library):
         if not own:
             return _models().get_model(name, **{"num_classes": classes, **options})
         weights = self._weights(name, own)
-        _refuse_other_count(f"torchvision:{name}", len(weights.meta.get("categories", range(classes))), classes)
+        refuse_other_count(f"torchvision:{name}", len(weights.meta.get("categories", range(classes))), classes)
         return _models().get_model(name, weights=weights, progress=False, **options)
 
     @override
@@ -65,7 +65,7 @@ class Torchvision(Library):
             found["class_names"] = list(weights.meta["categories"])
         if hasattr(preset, "crop_size") and hasattr(preset, "mean"):
             size = options.get("image_size", preset.crop_size[0])
-            found["image_space"] = _space(size, preset.mean, preset.std)
+            found["image_space"] = space_of(size, preset.mean, preset.std)
         return found
 
     def _weights(self, name: str, own: str) -> Any:
@@ -98,7 +98,7 @@ class Timm(Library):
 
     @override
     def check(self, name: str, where: str) -> None:
-        timm = _import("timm", "timm", f"{where}.network")
+        timm = import_extra("timm", "timm", f"{where}.network")
         if ":" in name:  # hf-hub:REPO and local-dir:FOLDER, which timm itself reads
             return
         architecture = name.partition(".")[0]
@@ -115,7 +115,7 @@ class Timm(Library):
         import timm
 
         if own:
-            _refuse_other_count(f"timm:{name}", self._configuration(name).get("num_classes", classes), classes)
+            refuse_other_count(f"timm:{name}", self._configuration(name).get("num_classes", classes), classes)
         sizes = {"num_classes": classes, "in_chans": channels}
         return timm.create_model(name, pretrained=bool(own), **{**sizes, **options})
 
@@ -124,7 +124,7 @@ class Timm(Library):
         configuration = self._configuration(name)
         channels, height, width = configuration["input_size"]
         size = options.get("img_size", [height, width])
-        found: Description = {"image_space": _space(size, configuration["mean"], configuration["std"])}
+        found: Description = {"image_space": space_of(size, configuration["mean"], configuration["std"])}
         if len(found["image_space"]["mean"]) != channels:
             found["image_space"] |= {key: list(configuration[key]) * channels for key in ("mean", "std")}
         if own:
@@ -165,10 +165,10 @@ class Transformers(Library):
 
     @override
     def check(self, name: str, where: str) -> None:
-        _import("transformers", "hf", f"{where}.network")
+        import_extra("transformers", "hf", f"{where}.network")
         folder = expand_home(name)
         if (folder.startswith(("/", ".")) or folder.count("/") > 1) and not Path(folder).is_dir():
-            raise RecipeError(f"{where}.network is 'hf:{name}': no such folder; give one that save_pretrained wrote")
+            raise MissingError(f"{where}.network is 'hf:{name}': no such folder; give one that save_pretrained wrote")
 
     @override
     def build(self, name: str, options: Mapping[str, Any], *, classes: int, channels: int, own: str) -> Any:
@@ -176,7 +176,7 @@ class Transformers(Library):
 
         configuration = self._configuration(name, options)
         if own:
-            _refuse_other_count(f"hf:{name}", configuration.num_labels, classes)
+            refuse_other_count(f"hf:{name}", configuration.num_labels, classes)
             return AutoModelForImageClassification.from_pretrained(expand_home(name), config=configuration)
         if configuration.num_labels != classes:
             configuration.num_labels = classes
@@ -193,7 +193,7 @@ class Transformers(Library):
         size = getattr(configuration, "image_size", None) or self._edges(images)
         if size is not None:
             mean, std = self._constants(images, channels)
-            found["image_space"] = _space(size, mean, std)
+            found["image_space"] = space_of(size, mean, std)
         return found
 
     def _configuration(self, name: str, options: Mapping[str, Any]) -> Any:
@@ -260,7 +260,7 @@ class Archive(Library):
     @override
     def check(self, name: str, where: str) -> None:
         if not Path(expand_home(name)).is_file():
-            raise RecipeError(f"{where}.network is '{self._family}:{name}': no such file")
+            raise MissingError(f"{where}.network is '{self._family}:{name}': no such file")
 
     @override
     def build(self, name: str, options: Mapping[str, Any], *, classes: int, channels: int, own: str) -> Any:
@@ -273,16 +273,22 @@ class Archive(Library):
         return {}
 
 
-def _import(package: str, extra: str, where: str) -> Any:
+def import_extra(package: str, extra: str, where: str) -> Any:
+    """Import an optional ``package``.
+
+    Raises:
+        MissingError: it is not installed; says which ``extra`` installs it.
+    """
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise RecipeError(
+        raise MissingError(
             f"{where} needs {package}, which is not installed ({one_line(error)}); pip install 'raydfkd[{extra}]'"
         ) from error
 
 
-def _refuse_other_count(network: str, known: int, classes: int) -> None:
+def refuse_other_count(network: str, known: int, classes: int) -> None:
+    """Raise RecipeError where a recipe's classes are not those that published weights know."""
     if known != classes:
         raise RecipeError(
             f"teacher.classes is {classes}, but the weights of {network} are for {known} classes; use that, or give "
@@ -290,7 +296,8 @@ def _refuse_other_count(network: str, known: int, classes: int) -> None:
         )
 
 
-def _space(size: Any, mean: Any, std: Any) -> Description:
+def space_of(size: Any, mean: Any, std: Any) -> Description:
+    """An image space in the keys of a recipe; ``size`` is an edge, or height and width."""
     edges = [int(size)] if isinstance(size, int | float) else [int(edge) for edge in size]
     square = len(set(edges)) == 1
     return {

@@ -11,12 +11,14 @@ import torch
 
 from raydfkd.config.load import expand_home
 from raydfkd.config.schema import is_own
-from raydfkd.errors import RecipeError, one_line
+from raydfkd.errors import MissingError, RecipeError, one_line
 from raydfkd.networks.hubs import Archive, Description, Library, Timm, TorchHub, Torchvision, Transformers
+from raydfkd.networks.packaged import Packaged
 
 LIBRARIES: Mapping[str, Library] = {
     "torchvision": Torchvision(),
     "timm": Timm(),
+    "pypi": Packaged(),
     "hf": Transformers(),
     "torchhub": TorchHub(),
     "torchscript": Archive("torchscript", lambda path: torch.jit.load(path, map_location="cpu")),
@@ -36,7 +38,8 @@ def library_of(network: str, where: str) -> tuple[Library, str] | None:
     """The library that has a network and the network's name there; None for those that are not of a library.
 
     Raises:
-        RecipeError: it has none of that name, or is not installed.
+        RecipeError: it has none of that name.
+        MissingError: it is not installed, or the network's file or folder is not there.
     """
     family, colon, name = network.partition(":")
     if not colon or family not in LIBRARIES:
@@ -45,22 +48,27 @@ def library_of(network: str, where: str) -> tuple[Library, str] | None:
     return LIBRARIES[family], name
 
 
-def described(teacher: Mapping[str, Any]) -> Description:
-    """What the library of a ``teacher``, a section of a recipe that may lack much, knows of it; empty for other ones.
+def described(section: Mapping[str, Any], where: str = "teacher") -> Description:
+    """What the library of a network knows of it; empty for one that is of no library.
 
     ``weights`` is in it as well: the network's own ones unless others are given.
 
+    Args:
+        section: of a recipe, on a trained network; it may lack much.
+        where: the section's key.
+
     Raises:
-        RecipeError: it has none of that name, is not installed, or cannot be reached.
+        RecipeError: it has none of that name.
+        MissingError: it is not installed, or cannot be reached.
     """
-    network, options = teacher.get("network"), teacher.get("options") or {}
-    found = library_of(network, "teacher") if isinstance(network, str) else None
+    network, options = section.get("network"), section.get("options") or {}
+    found = library_of(network, where) if isinstance(network, str) else None
     if found is None or not isinstance(options, Mapping):
         return {}
     library, name = found
-    weights = teacher.get("weights", "pretrained" if teacher.get("train") is None else None)
+    weights = section.get("weights", "pretrained" if section.get("train") is None else None)
     own = weights if isinstance(weights, str) and is_own(weights) else ""
-    with _one_line(f"teacher.network is {network!r}, whose description cannot be read", hub_hint(str(network))):
+    with _one_line(f"{where}.network is {network!r}, whose description cannot be read", hub_hint(str(network))):
         description = library.describe(name, options, own=own)
     return {**description, **({"weights": own} if own else {})}
 
@@ -72,7 +80,8 @@ def _one_line(what: str, hint: str) -> Iterator[None]:
     except RecipeError:
         raise
     except Exception as error:  # a library may raise anything
-        raise RecipeError(f"{what}: {one_line(error)}{hint}") from error
+        refuse = MissingError if isinstance(error, OSError) else RecipeError
+        raise refuse(f"{what}: {one_line(error)}{hint}") from error
 
 
 def hub_hint(network: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from raydfkd.config.schema import is_file
-from raydfkd.errors import RecipeError, one_line
+from raydfkd.errors import MissingError, RecipeError, one_line
 from raydfkd.networks.state_files import NO_WEIGHTS, Match, match_state, read_states, shards_of
 from raydfkd.report.redaction import redacted, secrets_in, secrets_of_environment
 
@@ -23,7 +23,7 @@ def weights_exist(uri: str, *, where: str) -> bool:
     """Whether there is a file at ``uri``.
 
     Raises:
-        RecipeError: nobody can say, because its file system does not answer.
+        RecipeError: nobody can say: its file system does not answer (MissingError), or there is no such kind.
     """
     if not is_file(uri):
         return True
@@ -98,13 +98,15 @@ def _unreadable(uri: str, error: Exception, where: str) -> RecipeError:
     protocol, separator, _ = uri.partition("://")
     reason = redacted(one_line(error), {*secrets_in(uri), *secrets_of_environment()})
     is_cloud = separator and protocol not in ("file", "http", "https")
+    is_out_of_reach = not isinstance(error, ValueError)  # which is that of an unknown protocol
     hint = (
         "; transfer_set.storage_options do not count here: credentials and endpoint come from the environment "
         "(for s3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL)"
-        if is_cloud and not isinstance(error, ValueError)  # which is that of an unknown protocol
+        if is_cloud and is_out_of_reach
         else ""
     )
-    return RecipeError(f"{where} is {uri!r}: cannot be read ({reason}){hint}; give a file that this machine can read")
+    refusal = MissingError if is_out_of_reach else RecipeError
+    return refusal(f"{where} is {uri!r}: cannot be read ({reason}){hint}; give a file that this machine can read")
 
 
 def _load(network: nn.Module, match: Match, uri: str, where: str) -> None:

@@ -6,9 +6,10 @@ import base64
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -43,10 +44,18 @@ NEWER_KEYS: Mapping[str, JSON] = {
     "confusion": None,
     "skipped_pictures": {"count": 0, "first": ()},
     "not_data_free": None,
+    "verifier": None,
+    "moment_distance": None,
 }
 """Keys of report.json that earlier versions did not write, and the values that are read instead."""
 _NEWER_FIGURES: Mapping[str, JSON] = {"top5": None, "ece": None, "per_class": None}
 """The same of the figures of teacher and student."""
+_FOUND = {
+    "intended": "put in the intended class",
+    "teacher's answer": "put in the class that the teacher finds",
+    "intended or teacher's answer": "put in the intended class, or in the one that the teacher finds where none was",
+}
+"""What a verifier's figures are the share of, by the ``of`` of report.json."""
 _ALWAYS = frozenset({"agreement", "images", "judged_on", "recipe", "seconds", "student", "teacher", "units"})
 """Keys without which a file is no report."""
 
@@ -74,6 +83,10 @@ class Gallery:
     """[K, M]: probability that the teacher gives the intended class; NaN where a class has no more images."""
     origins: tuple[tuple[Origin | None, ...], ...]
     """Where each of the K x M images is in the set; None where a class has no more images."""
+    classes: tuple[int, ...] = ()
+    """Numbers of the K classes, for those who ask a network about the images."""
+    verifier_confidence: Tensor | None = None
+    """[K, M]: the same probability as another network sees it; None where there is none."""
     of_classes: int = 0
     """Classes from which these were chosen, evenly spaced; 0 where these are all."""
 
@@ -115,8 +128,12 @@ def pictures_page(
     recipe: Mapping[str, Any],
     warnings: Sequence[str],
     not_data_free: str | None = None,
+    verified: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """The self-contained ``gallery.html``: the images of a set that no student was trained on yet."""
+    """The self-contained ``gallery.html``: the images of a set that no student was trained on yet.
+
+    ``verified`` has the keys ``verifier`` and ``moment_distance`` of report.json.
+    """
     return _rendered(
         "pictures.html",
         gallery=_gallery_rows(gallery),
@@ -125,6 +142,7 @@ def pictures_page(
         recipe_yaml=_yaml(recipe),
         warnings=warnings,
         not_data_free=not_data_free,
+        verified={key: finite(verified.get(key)) for key in ("verifier", "moment_distance")},
     )
 
 
@@ -152,7 +170,7 @@ def _rendered(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page.filters.update(percent=percent, count=count, duration=duration, estimated=estimated)
+    page.filters.update(percent=percent, count=count, duration=duration, estimated=estimated, found=_FOUND.get)
     return page.get_template(template).render(**values)
 
 
@@ -169,6 +187,8 @@ def summary_table(report: Mapping[str, JSON]) -> Table:
     table.add_column("")
     table.add_column("teacher", justify="right")
     table.add_column("student", justify="right")
+    if data["verifier"] is not None:
+        table.add_column("verifier", justify="right")
     if data["student"]["top1"] is not None:
         table.add_row(str(data["judged_on"]), percent(data["teacher"]["top1"]), percent(data["student"]["top1"]))
     estimate = data["student"]["estimate"]
@@ -176,7 +196,34 @@ def summary_table(report: Mapping[str, JSON]) -> Table:
         table.add_row("agreement on real images, estimated", "-", estimated(estimate))
     if data["agreement"] is not None:
         table.add_row(f"agreement on {images}{data['judged_on']}", "-", percent(data["agreement"]))
+    for row in [] if data["verifier"] is None else _rows_of_verifier(data["verifier"], data["intended_class"]):
+        table.add_row(*row)
     return table
+
+
+def _rows_of_verifier(verifier: Mapping[str, Any], intended: float | None) -> Iterator[tuple[str, str, str, str]]:
+    """Cells about the images: of teacher, student and verifier."""
+    what = f"{count(verifier['images'])} synthetic images {_FOUND[verifier['of']]}"
+    yield what, "-" if intended is None else percent(intended), "-", percent(verifier["top1"])
+    if verifier["real"] is not None:
+        real = verifier["real"]
+        yield f"{count(real['images'])} real images put in theirs", "-", "-", percent(real["top1"])
+
+
+def verified_words(verified: Mapping[str, Any]) -> dict[str, str]:
+    """What ``verifier`` and ``moment_distance`` of report.json say, in a line each; none of what is not there."""
+    words, verifier, moments = {}, verified["verifier"], verified["moment_distance"]
+    if verifier is not None:
+        top5 = "" if verifier["top5"] is None else f", {percent(verifier['top5'])} among the five likeliest"
+        real = "" if verifier["real"] is None else f"; of real ones {percent(verifier['real']['top1'])}"
+        words["verifier"] = (
+            f"{verifier['network']}: {percent(verifier['top1'])} of {count(verifier['images'])} images "
+            f"{_FOUND[verifier['of']]}{top5}{real}"
+        )
+    if moments is not None:
+        there = [f"{kind} {count(value)}" for kind, value in moments.items() if value is not None]
+        words["moment_distance"] = ", ".join(there)
+    return words
 
 
 def estimated(estimate: Mapping[str, Any]) -> str:
@@ -225,16 +272,6 @@ def _mistakes(confusion: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     return sorted(found, key=lambda mistake: (-mistake[2], mistake))
 
 
-def gallery_png(gallery: Gallery, path: Path, scale: int = 2) -> None:
-    """Write all images as one PNG, a row for each class, every pixel ``scale`` pixels wide and high."""
-    from torchvision.utils import make_grid  # a second and a half, which `raydfkd check` is spared
-
-    images = _showable(gallery.images)
-    large = images.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2)
-    sheet = make_grid(large.flatten(0, 1), nrow=images.shape[1], padding=scale, pad_value=255)
-    _picture(sheet).save(path, "PNG")
-
-
 def percent(fraction: float | None) -> str:
     """``0.991`` as ``99.1 %``; without a value, why there is none."""
     return NOT_JUDGED if fraction is None else f"{fraction:.1%}".replace("%", "\N{NO-BREAK SPACE}%")
@@ -278,15 +315,16 @@ def _gallery_rows(gallery: Gallery) -> dict[str, Any]:
     rows: list[dict[str, Any]] = [{"name": gallery.class_names[index], "pictures": []} for index in chosen]
     total_bytes = shown = 0
     for column in range(num_columns):
-        pictures = [_data_uri(image) for image in _showable(gallery.images[chosen, column])]
+        pictures = [_data_uri(image) for image in showable(gallery.images[chosen, column])]
         total_bytes += sum(map(len, pictures))
         if column and total_bytes > MAX_PICTURE_BYTES:
             break
         for row, index, uri in zip(rows, chosen, pictures, strict=True):
             confidence = float(gallery.teacher_confidence[index, column])
             if not math.isnan(confidence):
-                origin = gallery.origins[index][column]
-                row["pictures"].append({"uri": uri, "confidence": confidence, "origin": origin})
+                origin, seen = gallery.origins[index][column], gallery.verifier_confidence
+                verifier = None if seen is None else float(seen[index, column])
+                row["pictures"].append({"uri": uri, "confidence": confidence, "verifier": verifier, "origin": origin})
         shown = column + 1
     side = max(height, width)
     return {
@@ -307,7 +345,7 @@ def evenly_spaced(count: int, most: int) -> list[int]:
     return chosen
 
 
-def _showable(images: Tensor) -> Tensor:
+def showable(images: Tensor) -> Tensor:
     """Images [..., C, H, W] with one or three channels; any other number becomes grey."""
     if images.shape[-3] in (1, 3):
         return images
@@ -318,11 +356,12 @@ def _data_uri(image: Tensor) -> str:
     """PNG where single pixels are to be seen; JPEG for large images, whose noise would make PNGs of megabytes."""
     kind = "png" if max(image.shape) <= 96 else "jpeg"
     buffer = io.BytesIO()
-    _picture(image).save(buffer, kind, quality=90)  # PNG ignores the quality
+    picture(image).save(buffer, kind, quality=90)  # PNG ignores the quality
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
-def _picture(image: Tensor) -> Image.Image:
+def picture(image: Tensor) -> Image.Image:
+    """A uint8 image [C, H, W] of one or three channels as Pillow has it."""
     rows = image.cpu().permute(1, 2, 0).numpy()
     return Image.fromarray(rows[..., 0] if len(image) == 1 else rows)
 

@@ -13,7 +13,7 @@ from raydfkd.config.recipe import Recipe
 from raydfkd.data.sources import SOURCES, Feed, LiveGenerator
 from raydfkd.devices import pick_device
 from raydfkd.distillation.loss import StudentLoss, check_layers
-from raydfkd.errors import Mistakes, RecipeError
+from raydfkd.errors import MissingError, Mistakes, RecipeError
 from raydfkd.images.augment import build_augmentations
 from raydfkd.images.picture_folder import PictureFolder, not_data_free, pictures_of
 from raydfkd.images.real_data import RealData
@@ -23,6 +23,7 @@ from raydfkd.networks.embeddings import outside_knowledge
 from raydfkd.networks.hardness import hardness
 from raydfkd.networks.probe import probe_student, probe_teacher
 from raydfkd.networks.teacher import Teacher, build_teacher, open_teacher
+from raydfkd.networks.verifier import Verifier, open_verifier
 from raydfkd.networks.weights import weights_exist
 from raydfkd.runner.evidence import check_evidence
 from raydfkd.runner.teach import check_teaching, judging_data
@@ -47,6 +48,10 @@ class Prepared:
     """Things that the user should know of teacher, student and real pictures, a line each."""
     not_data_free: str | None = None
     """Real pictures that the synthesis reads, and what for; None where it reads none."""
+    verifier: Verifier | None = None
+    """Another network that judges the images; None where the recipe has none, or it is not here."""
+    not_verified: str | None = None
+    """Why the images are not verified although the recipe has a verifier."""
 
 
 def check(recipe: Recipe, *, writes_run: bool = True, writes_set: bool = True) -> Prepared:
@@ -78,9 +83,7 @@ def check(recipe: Recipe, *, writes_run: bool = True, writes_set: bool = True) -
         notes += probe_student(student, recipe.teacher, recipe.distill.batch_size // recipe.distill.accumulate)
     with mistakes.gathered():
         _check_training(recipe)
-    with mistakes.gathered():
-        pick_device(recipe.runtime.driver_device)
-    _check_places(recipe, mistakes, writes_run=writes_run, writes_set=writes_set)
+    _check_surroundings(recipe, mistakes, writes_run=writes_run, writes_set=writes_set)
     if network is not None and student is not None:
         with mistakes.gathered():
             check_synthesis(recipe, network, student)
@@ -95,6 +98,7 @@ def check(recipe: Recipe, *, writes_run: bool = True, writes_set: bool = True) -
                 notes += [*probe_teacher(teacher.module, recipe.teacher), *hardness(teacher.module, recipe.teacher)]
             else:
                 check_teaching(recipe)
+    verifier, not_verified = _verifier(recipe, teacher, mistakes)
     pictures = _read_pictures(recipe, mistakes)
     mistakes.complain()
     assert network is not None
@@ -107,12 +111,39 @@ def check(recipe: Recipe, *, writes_run: bool = True, writes_set: bool = True) -
         student=student,
         teacher=teacher,
         data=data,
-        notes=(*notes, *(note for key, found in pictures.items() for note in found.notes(key))),
+        notes=(
+            *notes,
+            *filter(None, [not_verified]),
+            *(note for key, found in pictures.items() for note in found.notes(key)),
+        ),
         not_data_free=" and ".join(filter(None, (not_data_free(pictures), outside_knowledge(recipe)))) or None,
+        verifier=verifier,
+        not_verified=not_verified,
     )
 
 
-def _check_places(recipe: Recipe, mistakes: Mistakes, *, writes_run: bool, writes_set: bool) -> None:
+def _verifier(recipe: Recipe, teacher: Teacher | None, mistakes: Mistakes) -> tuple[Verifier | None, str | None]:
+    """The recipe's verifier, or a line on why it is not here; neither where there is none, or a mistake in it."""
+    spec = recipe.verifier
+    if spec is None:
+        return None, None
+    with mistakes.gathered():
+        try:
+            verifier = open_verifier(recipe, spec)
+        except MissingError as missing:
+            return None, f"the images are not verified: {missing}"
+        if teacher is None or verifier.sha256 != teacher.sha256:
+            return verifier, None
+        raise RecipeError(
+            f"verifier.weights is {spec.weights!r}, the teacher's own weights, and a teacher praises what it has made; "
+            "give a network that was trained by itself, or drop verifier"
+        )
+    return None, None
+
+
+def _check_surroundings(recipe: Recipe, mistakes: Mistakes, *, writes_run: bool, writes_set: bool) -> None:
+    with mistakes.gathered():
+        pick_device(recipe.runtime.driver_device)
     with mistakes.gathered():
         if writes_run:
             Store(recipe.run_dir).probe("run_dir", once=False)

@@ -64,6 +64,7 @@ def gallery(
     return Gallery(
         images=torch.stack([torch.stack([picture.image for picture in row]) for row in filled]),
         class_names=tuple(class_names[label] for label in rows_found),
+        classes=tuple(rows_found),
         teacher_confidence=torch.tensor([[picture.confidence for picture in row] for row in filled]),
         origins=tuple(tuple(picture.origin for picture in row) for row in filled),
         of_classes=len(classes),

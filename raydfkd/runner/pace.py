@@ -129,7 +129,7 @@ def measure(whole: Recipe) -> Speed:
         first_batch=first,
         next_batch=following,
         device=device,
-        peak_mib=_peak_mib(device),
+        peak_mib=peak_mib(device),
         beside=max(0.0, whole_seconds - synthesis_seconds),
     )
 
@@ -165,7 +165,8 @@ def _second_time(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def _peak_mib(device: torch.device) -> int:
+def peak_mib(device: torch.device) -> int:
+    """Most memory that this process has used on a device, in MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10

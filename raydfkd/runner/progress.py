@@ -18,6 +18,8 @@ from raydfkd.units import Failure, UnitProgress
 
 PLAIN_EVERY_S = 5.0
 """Seconds between lines of a topic where the output is not a terminal."""
+LOOK_EVERY_S = 0.25
+"""Seconds between looks at all units in work: from a thousand come hundreds of words a second on how far they are."""
 SETTLED_S = 2.0
 """Seconds of work before a rate is trusted enough to say when it will be done."""
 
@@ -64,6 +66,7 @@ class Display(Listener):
         self._in_work: dict[str, UnitProgress] = {}
         self._objective: float | None = None
         self._began_images = 0
+        self._looked = float("-inf")
         self._lock = threading.RLock()
         self._is_over = threading.Event()
 
@@ -152,6 +155,10 @@ class Display(Listener):
 
     def _show_synthesis(self) -> None:
         topic, planned = self._topic("synthesis"), max(1, self._planned)
+        is_over = self._images >= planned
+        if time.monotonic() - self._looked < LOOK_EVERY_S and not is_over:
+            return
+        self._looked = time.monotonic()
         per_unit = planned / max(1, self._plan.units) if self._plan is not None else 0.0
         begun = sum(per_unit * unit.share for unit in self._in_work.values())
         topic.moved(min(1.0, (self._images + begun) / planned))
@@ -165,7 +172,7 @@ class Display(Listener):
             status += f"   step {least.step:,}" + (f"/{least.steps:,}" if least.steps else "")
         if self._objective is not None:
             status += f"   objective {self._objective:.3g}"
-        self._show("synthesis", status, is_due=self._images >= planned)
+        self._show("synthesis", status, is_due=is_over)
 
     def _topic(self, name: str) -> _Topic:
         with self._lock:

@@ -17,7 +17,7 @@ from raydfkd import __version__
 from raydfkd.config.recipe import Recipe
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.errors import RecipeError
-from raydfkd.images.real_data import RealData, Split
+from raydfkd.images.real_data import Split
 from raydfkd.job import Job, SynthesisOutcome, asks_student, open_job
 from raydfkd.networks.build import build_network, count_parameters
 from raydfkd.networks.probe import probe_teacher
@@ -25,9 +25,10 @@ from raydfkd.networks.teacher import Teacher
 from raydfkd.networks.weights import load_weights, state_bytes, weights_exist
 from raydfkd.report.charts import Curves
 from raydfkd.report.metrics import MetricsLog, RunStats, StatsReader, read_metrics
-from raydfkd.report.page import gallery_png, pictures_page, read_report, report_json, report_page
+from raydfkd.report.page import Gallery, pictures_page, read_report, report_json, report_page
 from raydfkd.report.provenance import command_line, versions
 from raydfkd.report.redaction import redacted
+from raydfkd.report.sheet import gallery_sheet
 from raydfkd.runner.check import Prepared, check
 from raydfkd.runner.events import Events, Listener, MetricsWriter, Plan
 from raydfkd.runner.executor import executor_of
@@ -35,6 +36,7 @@ from raydfkd.runner.gallery import gallery
 from raydfkd.runner.judge import class_names, judge_student, look_at_images, skipped_line
 from raydfkd.runner.progress import Display
 from raydfkd.runner.teach import teach
+from raydfkd.runner.verify import verify, with_opinion
 from raydfkd.runner.view import SetView
 from raydfkd.store.store import Store
 from raydfkd.synthesis.build import is_live
@@ -69,6 +71,8 @@ class Synthesis:
     """Totals of all sessions."""
     page: Path | None
     """Page of pictures; None where there are none."""
+    verified: Mapping[str, Any]
+    """Keys ``verifier`` and ``moment_distance``, see ``runner.verify``."""
 
     @property
     def missing(self) -> frozenset[str]:
@@ -86,6 +90,7 @@ class Synthesis:
             "content_digest": snapshot.content_digest(),
             "transfer_set": redacted(job.recipe.transfer_set.uri),
             "gallery": None if self.page is None else str(self.page),
+            **self.verified,
         }
 
 
@@ -135,9 +140,10 @@ def run(recipe: Recipe, *, console: Console | None = None) -> Result:
         return Result(job=job, outcome=outcome, missing=frozenset(view.missing), report={})
     weights = save_student(job, state)
     judged = judge_student(job, teacher, student_of(recipe, state), view, prepared.data)
+    judged |= verify(job, teacher, prepared.verifier, view, prepared.data)
     stats, curves = metrics_of(job)
-    found = report(job, judged, view, outcome, stats, command=command_line(), not_data_free=prepared.not_data_free)
-    page = write(job, found, view, curves, prepared.data)
+    found = report(job, judged, view, outcome, stats, command=command_line(), prepared=prepared)
+    page = write(job, found, view, curves, prepared)
     return Result(job=job, outcome=outcome, missing=frozenset(view.missing), report=found, student=weights, page=page)
 
 
@@ -166,8 +172,9 @@ def synthesize_job(recipe: Recipe, *, console: Console | None = None) -> Synthes
         outcome = executor_of(recipe).synthesize(job, job.phases[-1], teacher, events)
     view = SetView(job)
     stats, curves = metrics_of(job)
-    page = write_gallery(job, view, curves, prepared)
-    return Synthesis(job=job, outcome=outcome, view=view, stats=stats, page=page)
+    verified = verify(job, teacher, prepared.verifier, view, prepared.data)
+    page = write_gallery(job, view, curves, prepared, verified)
+    return Synthesis(job=job, outcome=outcome, view=view, stats=stats, page=page, verified=verified)
 
 
 def distill(recipe: Recipe, images: TransferSet | None = None, *, console: Console | None = None) -> nn.Module:
@@ -242,7 +249,7 @@ def report_again(recipe: Recipe, *, png: Path | None = None) -> tuple[dict[str, 
 
     Args:
         recipe: of the run.
-        png: file to write the pictures to as well, all in one.
+        png: file to write the pictures to as well, all in one; a JPEG where it ends so.
 
     Raises:
         RecipeError: there is neither a report nor an image, or the report is damaged.
@@ -262,11 +269,11 @@ def report_again(recipe: Recipe, *, png: Path | None = None) -> tuple[dict[str, 
     if png is not None:
         pictures = gallery(view, job.recipe.classes, class_names(job.recipe, prepared.data))
         if pictures is not None:
-            png.parent.mkdir(parents=True, exist_ok=True)
-            gallery_png(pictures, png)
+            gallery_sheet(pictures, png)
     if found is not None:
-        return found, write(job, found, view, curves, prepared.data)
-    page = write_gallery(job, view, curves, prepared)
+        return found, write(job, found, view, curves, prepared)
+    verified = verify(job, prepared.teacher, prepared.verifier, view, prepared.data)
+    page = write_gallery(job, view, curves, prepared, verified)
     if page is None:
         raise RecipeError(
             f"run_dir is {recipe.run_dir!r}: there is neither a report nor an image; `raydfkd run` makes them"
@@ -370,19 +377,23 @@ def report(
     stats: RunStats,
     *,
     command: str,
-    not_data_free: str | None,
+    prepared: Prepared,
 ) -> dict[str, Any]:
-    """Put the report together; ``write`` saves it. Scripts rely on the keys."""
+    """Put the report together; ``write`` saves it. Scripts rely on the keys.
+
+    ``judged`` has those of ``judge_student`` and ``verify``.
+    """
     snapshot = view.snapshot
     look = look_at_images(job, view)
     held_out = sum(commit.images for commit in snapshot.commits if commit.unit in job.held_out)
     return {
         **judged,
-        "not_data_free": not_data_free,
+        "not_data_free": prepared.not_data_free,
         "intended_class": None if look is None else look.intended,
         "answered_classes": None if look is None else look.answered,
         "warnings": [
             *([] if look is None else look.warnings),
+            *_not_verified(prepared),
             *skipped_line(judged["skipped_pictures"]),
             *unseen_images(stats.student_images, snapshot.images - held_out),
         ],
@@ -414,6 +425,10 @@ def report(
     }
 
 
+def _not_verified(prepared: Prepared) -> list[str]:
+    return [] if prepared.not_verified is None else [prepared.not_verified]
+
+
 def unseen_images(seen: int | None, there: int) -> list[str]:
     """The line on images that are for the student and that it has not seen; none where it has, or nobody knows."""
     if seen is None or seen >= there:
@@ -424,18 +439,26 @@ def unseen_images(seen: int | None, there: int) -> list[str]:
     ]
 
 
-def write(job: Job, found: Mapping[str, Any], view: SetView, curves: Curves, data: RealData | None) -> Path:
+def write(job: Job, found: Mapping[str, Any], view: SetView, curves: Curves, prepared: Prepared) -> Path:
     """Write report.json and report.html, each of them whole or not at all; returns the page's path."""
     folder = Path(job.recipe.run_dir)
-    pictures = gallery(view, job.recipe.classes, class_names(job.recipe, data))
+    pictures = _pictures(job, view, prepared)
     Store(str(folder)).put("report.json", report_json(found).encode())
     Store(str(folder)).put("report.html", report_page(found, curves=curves, gallery=pictures).encode())
     return folder / "report.html"
 
 
-def write_gallery(job: Job, view: SetView, curves: Curves, prepared: Prepared) -> Path | None:
-    """Write gallery.html, pictures of the set without a student; returns its path, None where there is no image."""
+def _pictures(job: Job, view: SetView, prepared: Prepared) -> Gallery | None:
+    """Pictures of the set with what teacher and verifier think of them; None where there is no image."""
     pictures = gallery(view, job.recipe.classes, class_names(job.recipe, prepared.data))
+    return pictures and with_opinion(pictures, job.recipe, prepared.verifier)
+
+
+def write_gallery(
+    job: Job, view: SetView, curves: Curves, prepared: Prepared, verified: Mapping[str, Any]
+) -> Path | None:
+    """Write gallery.html, pictures of the set without a student; returns its path, None where there is no image."""
+    pictures = _pictures(job, view, prepared)
     if pictures is None:
         return None
     folder = Path(job.recipe.run_dir)
@@ -444,8 +467,9 @@ def write_gallery(job: Job, view: SetView, curves: Curves, prepared: Prepared) -
         pictures,
         curves=curves,
         recipe=job.recipe.shown(),
-        warnings=[] if look is None else look.warnings,
+        warnings=[*([] if look is None else look.warnings), *_not_verified(prepared)],
         not_data_free=prepared.not_data_free,
+        verified=verified,
     )
     Store(str(folder)).put("gallery.html", page.encode())
     return folder / "gallery.html"

@@ -19,6 +19,10 @@ MAX_SAMPLED = 250
 """Units that a sample is taken of: their parts are read whole, and may have 32 MiB each."""
 
 
+GOLDEN = (5**0.5 - 1) / 2
+"""Its multiples are spread evenly between whole numbers, however many of them, and whichever every so many."""
+
+
 class SetView:
     """A job's set at one moment; units that turn out to be damaged are taken out of the set and left out here."""
 
@@ -69,15 +73,17 @@ class SetView:
         """
         # Each part gives at most an equal share of the rows, evenly spaced over it, and the first parts of all units
         # come first; so the parts that follow are read only where the first ones were too short. Of many units some
-        # are asked, in an order that has nothing to do with their classes.
+        # are asked, in an order that has nothing to do with their classes. The spacing begins elsewhere in each part:
+        # those of the same classes have them at the same places, and at no others would classes be seen.
         units = [unit for unit in self.snapshot.units if within is None or unit in within]
         units = (
             sorted(units, key=lambda unit: crc32(unit.encode()))[:MAX_SAMPLED] if len(units) > MAX_SAMPLED else units
         )
         each = max(1, count // max(1, len(units)))
         pieces, found = [], 0
-        for rows in self.rows(frozenset(units)):
-            places = torch.linspace(0, len(rows) - 1, min(each, len(rows))).round().long()
+        for number, rows in enumerate(self.rows(frozenset(units))):
+            taken = min(each, len(rows))
+            places = ((torch.arange(taken, dtype=torch.float64) + number * GOLDEN % 1) * len(rows) / taken).long()
             pieces.append(
                 StoredRows(
                     images=rows.images[places], labels=rows.labels[places], teacher_logits=rows.teacher_logits[places]

@@ -94,7 +94,7 @@ class UnitCheckpoint:
             logger.warning("%s cannot be read (%s); the unit begins anew", self._path, error)
             return None
         if state.get("digest") != self._digest:
-            logger.info("%s is of another recipe, part_rows or encoding; the unit begins anew", self._path)
+            logger.info("%s is of another recipe, part_rows, encoding or logits; the unit begins anew", self._path)
             return None
         return state
 

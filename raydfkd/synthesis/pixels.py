@@ -12,36 +12,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from raydfkd.config.schema import Augmentation, BelowOne, Count, Positive, PositiveFloat, Spec
+from raydfkd.config.schema import BelowOne, Count, Positive, PositiveFloat
 from raydfkd.data.batches import SyntheticBatch
 from raydfkd.devices import is_out_of_memory
 from raydfkd.errors import one_line
 from raydfkd.images.augment import Chain, build_augmentations
-from raydfkd.images.pixels import BLACK, WHITE
 from raydfkd.networks.build import REFUSALS
 from raydfkd.networks.optimizers import warmup_cosine
 from raydfkd.seeds import derive_seed, rng_at, rng_from, seeded
+from raydfkd.synthesis.canvas import Canvas, Stage
 from raydfkd.synthesis.checkpoint import NO_HOOK, StepHook
 from raydfkd.synthesis.judge import AskStudent
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Log, Progress, Setting
 from raydfkd.units import Request
 
 logger = logging.getLogger(__name__)
+QUIET = 0.1
+"""Standard deviation of the noise that images of several octaves start from, in nominal units."""
 TERMS_LR = 1e-3
 """Adam's peak learning rate of what terms train; that of pixels is in units of pixels."""
-
-
-class Stage(Spec):
-    """Part of an optimisation at one resolution."""
-
-    steps: Positive
-    """Optimiser steps."""
-    pool: Positive = 1
-    """Edge of the squares of pixels that are averaged before the teacher looks."""
-    augment: tuple[Augmentation, ...] | None = None
-    """Augmentations of the averaged images; ``synthesis.augment`` unless given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +63,12 @@ class _Course:
     """Source of the noise that each class's images start from, and of their targets."""
     augmenting: torch.Generator
     before: Tensor
-    """State of ``augmenting`` before the first step with ``images``."""
+    """State of ``augmenting`` before the first step on ``canvas``."""
     num_begun: int = 0
     """Images of each class that are made or waiting."""
     waiting: list[_Start] = field(default_factory=list)
     """Of the batch in work, last one first."""
-    images: Tensor | None = None
+    canvas: Canvas | None = None
     """The last of ``waiting``, as far as it is optimised."""
     step: int = 0
     """Steps that were made with it."""
@@ -96,16 +86,16 @@ class _Course:
         return seeded(derive_seed(self.seed, purpose, self.num_begun, self.step), device)
 
     def forget_images(self) -> None:
-        self.images, self.step, self.optimizer = None, 0, None
+        self.canvas, self.step, self.optimizer = None, 0, None
 
     def state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        assert self.images is not None, "there is something to optimise"
+        assert self.canvas is not None, "there is something to optimise"
         return {
             "noise": [rng.get_state() for rng in self.noise],
             "augmenting": self.augmenting.get_state(),
             "num_begun": self.num_begun,
             "waiting": [(start.noise, start.targets, start.groups) for start in self.waiting],
-            "images": self.images.detach().cpu().clone(),
+            "octaves": [octave.detach().cpu().clone() for octave in self.canvas.octaves],
             "step": self.step,
             "before": self.before,
             "optimizer": optimizer.state_dict(),
@@ -120,7 +110,7 @@ class _Course:
             augmenting=rng_at(state["augmenting"]),
             num_begun=state["num_begun"],
             waiting=waiting,
-            images=state["images"].to(device).requires_grad_(),
+            canvas=Canvas([octave.to(device) for octave in state["octaves"]]),
             step=state["step"],
             before=state["before"],
             optimizer=state["optimizer"],
@@ -151,6 +141,9 @@ class PixelSynthesizer:
         betas: Adam's.
         warmup: steps of linear warm-up in each stage.
         clip: keep pixels within black and white after each step.
+        octaves: images are the sum of so many layers, each of half the resolution of the one before, all of which are
+            optimised; a stage leaves out those that are finer than what it sees. With more than one the noise is a
+            tenth, and pictures have large forms and little noise.
     """
 
     starts_from_pictures = True
@@ -165,16 +158,21 @@ class PixelSynthesizer:
         betas: tuple[BelowOne, BelowOne] = (0.5, 0.9),
         warmup: Count = 20,
         clip: bool = True,
+        octaves: Positive = 1,
     ) -> None:
+        edges = (setting.space.height, setting.space.width)
+        if (most := min(edges).bit_length()) < octaves:
+            raise ValueError(
+                f"octaves is {octaves}, but image size {setting.space.size_text} has only {most}; use fewer"
+            )
         for stage in stages:
-            edges = (setting.space.height, setting.space.width)
             if any(edge % stage.pool for edge in edges):
                 fewer = [pool for pool in range(1, stage.pool) if not any(edge % pool for edge in edges)]
                 raise ValueError(
                     f"stages: pool is {stage.pool}, which does not divide image size {setting.space.size_text}; "
                     f"use {fewer[-1]}"
                 )
-            _try_networks(setting, stage.pool)
+            _try_networks(setting, stage)
         self._setting = setting
         self._batch_size = batch_size
         self._too_many = math.inf
@@ -183,6 +181,7 @@ class PixelSynthesizer:
         self._steps = sum(stage.steps for stage in stages)
         self._lr, self._betas, self._warmup = lr, betas, warmup
         self._clip = clip
+        self._octaves = octaves
 
     def _augment_of(self, stage: Stage, where: str) -> Chain:
         if stage.augment is None:
@@ -234,7 +233,8 @@ class PixelSynthesizer:
         """What ``count`` images of a class start from, nominal."""
         if self._setting.start is not None:
             return self._setting.start.draw(count, rng)
-        return torch.randn(count, *self._setting.space.shape, generator=rng)
+        noise = torch.randn(count, *self._setting.space.shape, generator=rng)
+        return noise if self._octaves == 1 else QUIET * noise
 
     def _try_to_invert(self, course: _Course, log: Log, hook: StepHook) -> SyntheticBatch | None:
         """Make the last of ``waiting`` into images; None, with its halves in its place, where there is no memory."""
@@ -259,8 +259,8 @@ class PixelSynthesizer:
 
     def _invert(self, course: _Course, log: Log, hook: StepHook) -> SyntheticBatch:
         start, device = course.waiting[-1], self._setting.device
-        if course.images is None:
-            course.images = start.noise.to(device, copy=True).requires_grad_()
+        if course.canvas is None:
+            course.canvas = Canvas.begin(start.noise.to(device), self._octaves)
         targets = None if start.targets is None else start.targets.to(device)
         total = torch.zeros(())
         first = 0
@@ -269,7 +269,7 @@ class PixelSynthesizer:
                 total = self._run(stage, augment, first, course, targets, log, hook)
             first += stage.steps
         with course.own_random_numbers("keep", device):
-            kept = self._setting.judge.keep(course.images.detach(), targets, total.item())
+            kept = self._setting.judge.keep(course.canvas.images(self._stages[-1]), targets, total.item())
         course.forget_images()
         return kept
 
@@ -288,9 +288,12 @@ class PixelSynthesizer:
     ) -> Tensor:
         """The steps of ``stage`` that are left, where ``first`` come before it; returns the objective at the last."""
         judge, device = self._setting.judge, self._setting.device
-        images, groups = course.images, course.waiting[-1].groups
-        assert images is not None, "there is something to optimise"
-        groups_of_parameters = [{"params": [images], "lr": self._lr}, *judge.objective.parameter_groups(lr=TERMS_LR)]
+        canvas, groups = course.canvas, course.waiting[-1].groups
+        assert canvas is not None, "there is something to optimise"
+        groups_of_parameters = [
+            {"params": canvas.within(stage), "lr": self._lr},
+            *judge.objective.parameter_groups(lr=TERMS_LR),
+        ]
         optimizer = torch.optim.Adam(groups_of_parameters, betas=self._betas, fused=True)
         peaks = [group["lr"] for group in optimizer.param_groups]
         if course.step > first:
@@ -302,7 +305,7 @@ class PixelSynthesizer:
             hook(partial(self._state_dict, course, optimizer))
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = peak * warmup_cosine(step, steps=stage.steps, warmup=self._warmup)
-            seen = F.avg_pool2d(images, stage.pool) if stage.pool > 1 else images
+            seen = canvas.seen(stage)
             progress = course.step / self._steps
             with course.own_random_numbers("step", device):
                 view, wanted = self._setting.seen(seen, targets, course.augmenting, augment=augment, progress=progress)
@@ -312,28 +315,30 @@ class PixelSynthesizer:
                 (value.total * groups).backward()
             optimizer.step()
             if self._clip:
-                with torch.no_grad():
-                    images.clamp_(BLACK, WHITE)
+                canvas.clip(stage)
             course.step += 1
             report(course.step, value)
             total = value.total
         return total
 
 
-def _try_networks(setting: Setting, pool: int) -> None:
-    """Refuse a pooling after which the teacher, or the student where terms ask it, cannot take the images."""
-    channels, height, width = setting.space.shape
-    blank = torch.zeros(2, channels, height // pool, width // pool, device=setting.device)
+def _try_networks(setting: Setting, stage: Stage) -> None:
+    """Refuse a size at which the teacher, or the student where terms ask it, cannot take the images."""
+    channels = setting.space.channels
+    height, width = stage.edges((setting.space.height, setting.space.width))
+    blank = torch.zeros(2, channels, height, width, device=setting.device)
     asked: dict[str, AskStudent] = {"teacher": setting.judge.teacher}
     student = setting.judge.asked()
     if student is not None:
         asked["student"] = student
+    given, remedy = (
+        (f"pool is {stage.pool}", "use pool 1") if stage.size is None else (f"size is {stage.size}", "drop it")
+    )
     for role, ask in asked.items():
         try:
             with torch.no_grad():
                 ask(blank)
         except REFUSALS as error:
             raise ValueError(
-                f"stages: pool is {pool}, but the {role} cannot take {height // pool}x{width // pool} pixels "
-                f"({one_line(error)}); use pool 1"
+                f"stages: {given}, but the {role} cannot take {height}x{width} pixels ({one_line(error)}); {remedy}"
             ) from None

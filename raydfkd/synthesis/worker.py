@@ -58,7 +58,7 @@ class SynthesisWorker:
             keep_freed_memory()
         self._job = job
         # rows that wait for their part are encoded already, so a state goes with the form in which they are stored
-        stored = recipe.transfer_set.model_dump(mode="json", include={"part_rows", "encoding"})
+        stored = {"part_rows": recipe.transfer_set.part_rows, **recipe.transfer_set.stored_as()}
         self._digest = f"{job.digest} {json.dumps(stored, sort_keys=True)}"
         self._should_stop, self._on_progress = should_stop, on_progress
         self._students = StudentVersions(job.transfer_set.store)

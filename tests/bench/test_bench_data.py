@@ -60,7 +60,7 @@ def test_loaders_are_measured_without_workers_and_with_some():
 def test_overlap_is_measured_for_every_encoding(monkeypatch):
     monkeypatch.setattr(overlap, "SIZES", {8: 2})
     measured = rows_of(bench_overlap(rounds=1, device="cpu", batch_s=0.001))
-    assert [row["case"] for row in measured] == ["overlap 8 px raw", "overlap 8 px png", "overlap 8 px jpeg"]
+    assert [row["case"] for row in measured] == [f"overlap 8 px {kind}" for kind in ("raw", "png", "jpeg", "webp")]
     for row in measured:
         assert 0 <= row["idle_share"] < 1
 

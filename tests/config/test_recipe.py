@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from raydfkd.config.load import load_recipe, packaged_jobs, packaged_recipes
 from raydfkd.config.recipe import Recipe
-from raydfkd.config.schema import PluginSpec, TermSpec
+from raydfkd.config.schema import LogitsSpec, PluginSpec, TermSpec
+from raydfkd.data.logits import largest
 from raydfkd.errors import RecipeError
 
 TOY = """
@@ -199,6 +201,19 @@ def test_missing_key_is_named(written):
             'distill: teacher_logits "stored" belongs to the bare image; use "live" or drop augment',
         ),
         (
+            ["distill.teacher_logits=stored", "transfer_set.encoding={kind: webp, quality: 99}"],
+            'distill.teacher_logits is "stored", but transfer_set.encoding webp changes the pixels that those logits '
+            'belong to; use "live", or raw, png or {kind: webp, quality: 100}',
+        ),
+        (
+            ["transfer_set.logits={kind: top_k, k: 4}"],
+            "transfer_set.logits.k is 4, but teacher.classes is 4; use at most 3, or float16",
+        ),
+        (
+            ["transfer_set.logits=top_k"],
+            "transfer_set.logits.k is 10, but teacher.classes is 4; use at most 3, or float16",
+        ),
+        (
             ["distill.optimizer={kind: sgd, lr: 0.1, momentum: 0}"],
             "distill.optimizer: momentum is 0, but sgd's is Nesterov's; give one above 0, such as 0.9",
         ),
@@ -229,6 +244,28 @@ def test_number_of_images_must_be_a_multiple_of_a_units(toy, images, remedy):
     assert refusal(toy, f"transfer_set.images_per_class={images}") == (
         f"transfer_set: images_per_class {images} is not a multiple of unit.images_per_class 4; {remedy}"
     )
+
+
+def test_stored_logits_go_with_encodings_that_keep_every_pixel(toy):
+    for encoding in ("raw", "png", "{kind: webp, quality: 100}"):
+        recipe = toy("distill.teacher_logits=stored", f"transfer_set.encoding={encoding}")
+        assert not recipe.transfer_set.encoding.is_lossy
+
+
+def test_digests_know_of_the_form_of_logits_only_where_it_is_another_than_it_was_always(toy):
+    assert toy().trained_by().keys() == {"classes", "images_per_class", "encoding", "student", "distill"}
+    assert toy().transfer_set.stored_as() == {"encoding": {"kind": "raw", "quality": 95}}
+    few = toy("transfer_set.logits={kind: top_k, k: 2}")
+    assert few.trained_by() == {**toy().trained_by(), "logits": {"kind": "top_k", "k": 2}}
+    assert few.made_of("w") == toy().made_of("w"), "of the rows as they are made, as the encoding of pixels is not"
+
+
+@pytest.mark.parametrize(("k", "classes", "size"), [(1, 4, 6), (10, 1000, 42), (10, 32_768, 42), (10, 32_769, 62)])
+def test_bytes_of_logits_are_two_for_each_and_for_the_others_and_of_the_numbers_of_classes(k, classes, size):
+    assert LogitsSpec(kind="top_k", k=k).bytes_of(classes) == size
+    kept, which = largest(torch.zeros(1, classes), k)
+    assert kept.nbytes + which.nbytes == size
+    assert LogitsSpec().bytes_of(classes) == 2 * classes
 
 
 def test_recipe_is_frozen(toy):

@@ -4,6 +4,7 @@ import io
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,11 +14,12 @@ from toy import encode_part
 
 from raydfkd.data.batches import SyntheticBatch
 from raydfkd.data.commits import GROUP_BYTES
+from raydfkd.data.encodings import Encoding
 from raydfkd.data.shards import RowsDigest, _only_page, decode_part, rows_digest
 
 
-def encode(*batches):
-    return encode_part(batches, unit="r000-c0000-0009", seed=2**62, first_index=10)
+def encode(*batches, **encoding):
+    return encode_part(batches, unit="r000-c0000-0009", seed=2**62, first_index=10, encoding=Encoding(**encoding))
 
 
 def rows_of(batch, rows):
@@ -106,6 +108,72 @@ def test_part_that_another_program_rewrote_has_the_same_rows(options, make_batch
     sink = io.BytesIO()
     pq.write_table(pq.read_table(io.BytesIO(encode(batch))), sink, **{"compression": "none", **options})
     assert torch.equal(decode_part(sink.getvalue()).images, batch.images)
+
+
+def test_largest_logits_and_their_classes_are_columns_that_numpy_reads(make_batch):
+    batch = make_batch(4)
+    table = pq.read_table(io.BytesIO(encode(batch, top_k=3)))
+    top = batch.teacher_logits.topk(3)
+    for row in range(4):
+        kept = np.frombuffer(table["teacher_logits"][row].as_py(), "float16")
+        classes = np.frombuffer(table["top_classes"][row].as_py(), "int16")
+        assert kept[:3].tolist() == top.values[row].tolist()
+        assert classes.tolist() == top.indices[row].tolist()
+        others = batch.teacher_logits[row].double()
+        others[top.indices[row]] = -torch.inf
+        assert kept[3] == pytest.approx(others.exp().sum().div(4).log().item(), abs=2e-3)
+    about = {b"shape": b"7", b"dtype": b"float16", b"encoding": b"top_k", b"k": b"3"}
+    assert table.schema.field("teacher_logits").metadata == about
+    assert table.schema.field("top_classes").metadata == {b"shape": b"3", b"dtype": b"int16"}
+
+
+def test_part_with_all_logits_has_the_columns_that_it_always_had(make_batch):
+    names = ["image", "label", "teacher_logits", "objective", "student_version", "unit", "seed", "index"]
+    schema = pq.read_schema(io.BytesIO(encode(make_batch(2))))
+    assert schema.names == names
+    assert schema.field("teacher_logits").metadata == {b"shape": b"7", b"dtype": b"float16"}
+
+
+def test_class_of_a_logit_that_the_teacher_does_not_have_is_refused(make_batch):
+    for wrong in (7, -1):
+
+        def change(table, wrong=wrong):
+            index = table.schema.get_field_index("top_classes")
+            field = table.schema.field(index)
+            values = pa.array([np.array([0, wrong, 2], "int16").tobytes()] * 2, field.type)
+            return table.set_column(index, field, values)
+
+        with pytest.raises(ValueError, match="column top_classes has numbers beyond the 7 classes"):
+            decode_part(rewritten(encode(make_batch(2), top_k=3), change))
+
+
+def test_small_part_that_asks_for_absurdly_many_logits_is_refused_before_they_are_made(make_batch, monkeypatch):
+    data = encode(make_batch(5), top_k=2)
+    monkeypatch.setattr("raydfkd.data.shards.LOGITS_BYTES", 2 * 5 * 7)
+    assert len(decode_part(data)) == 5
+    monkeypatch.setattr("raydfkd.data.shards.LOGITS_BYTES", 2 * 5 * 7 - 1)
+    with pytest.raises(ValueError, match="has 5 rows of 7 logits, more than"):
+        decode_part(data)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "problem"),
+    [
+        ({"encoding": "top_k", "k": "7"}, "column teacher_logits declares b'7' logits of 7, which cannot be"),
+        ({"encoding": "top_k", "k": "-3"}, "declares b'-3' logits"),
+        ({"encoding": "top_k"}, "declares b'' logits"),
+        ({"encoding": "top_k", "k": "2"}, "has columns .* instead of|column teacher_logits is"),
+        ({"encoding": "gzip", "k": "3"}, "column teacher_logits is"),
+    ],
+)
+def test_logits_in_a_form_that_cannot_be_are_refused(metadata, problem, make_batch):
+    def change(table):
+        index = table.schema.get_field_index("teacher_logits")
+        about = {"shape": "7", "dtype": "float16", **metadata}
+        return table.cast(table.schema.set(index, table.schema.field(index).with_metadata(about)))
+
+    with pytest.raises(ValueError, match=problem):
+        decode_part(rewritten(encode(make_batch(2), top_k=3), change))
 
 
 def test_row_groups_hold_a_bounded_number_of_pixels(make_batch):

@@ -44,6 +44,22 @@ def test_taken_rows_are_a_copy():
     assert torch.equal(part.images, fetch(PARTS[0]).images)
 
 
+def test_logits_of_a_part_that_is_in_the_buffer_whole_are_held_once_and_of_others_apart_from_the_buffer():
+    buffer = window([Piece(PARTS[0], 0, 5), Piece(PARTS[2], 2, 7)])
+    whole, partial = (buffer.parts[PARTS[index].path].teacher_logits for index in (0, 2))
+    memory = buffer.teacher_logits.untyped_storage().data_ptr()
+    assert whole.untyped_storage().data_ptr() == memory
+    assert partial.untyped_storage().data_ptr() != memory
+    for logits, index in ((whole, 0), (partial, 2)):
+        assert torch.equal(logits, fetch(PARTS[index]).teacher_logits)
+
+
+def test_logits_of_parts_that_could_be_read_are_those_of_the_buffer():
+    pieces = [Piece(part, 0, part.rows) for part in PARTS]
+    buffer = window(pieces, fetch=lambda part: None if part is PARTS[1] else fetch(part))
+    assert buffer.teacher_logits[:, 0].tolist() == [*range(5), *range(6, 13)]
+
+
 def test_parts_that_are_held_are_not_fetched_again():
     reads = []
     first = window([Piece(PARTS[0], 0, 2), Piece(PARTS[1], 0, 1)])

@@ -778,15 +778,25 @@ def test_epoch_over_as_large_a_set_as_any_is_planned_in_linear_time(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("image_bytes", "buffer_rows"), [(3 * 32 * 32, 65536), (3 * 64 * 64, 65536), (3 * 224 * 224, 7133), (2**24, 64)]
+    ("image_bytes", "classes", "buffer_rows"),
+    [
+        (3 * 32 * 32, 10, 65536),
+        (3 * 64 * 64, 1000, 65536),
+        (3 * 224 * 224, 1000, 7133),
+        (2**24, 10, 64),
+        (3 * 32 * 32, 8192, 65536),
+        (3 * 32 * 32, 21_841, 2**29 // 21_841),
+    ],
 )
-def test_shuffle_buffer_of_large_images_has_fewer_rows(tmp_path, image_bytes, buffer_rows):
+def test_shuffle_buffer_of_large_images_or_of_very_many_classes_has_fewer_rows(
+    tmp_path, image_bytes, classes, buffer_rows
+):
     rows = Rows(tmp_path)
     rows.write(4)
     (made,) = rows.set.snapshot().commits
     (part,) = made.parts
     parts = tuple(replace(part, path=f"parts/{number}", rows=1) for number in range(70_000))
-    (source,) = rows.sources(image_bytes=image_bytes)
+    (source,) = rows.sources(image_bytes=image_bytes, feed={"num_classes": classes})
     shares = source.plan(Snapshot((replace(made, images=70_000, parts=parts),)))
     assert shares[0].split.total == buffer_rows
 

@@ -16,6 +16,7 @@ from toy import encode_part
 
 from raydfkd.data.commits import GROUP_BYTES, Commit, DamageRecord, Snapshot
 from raydfkd.data.encodings import Encoding
+from raydfkd.data.logits import completed, largest
 from raydfkd.data.shards import rows_digest
 from raydfkd.data.sink import WAITING
 from raydfkd.data.transfer_set import TransferSet
@@ -266,6 +267,20 @@ def test_rows_stored_as_png_are_those_that_were_written(uri, make_batch):
         written = torch.cat([getattr(batch, name) for batch in batches])
         torch.testing.assert_close(torch.cat([getattr(rows, name) for rows in read]), written, rtol=0, atol=0)
     assert made.content == rows_digest(batches)
+
+
+def test_rows_with_the_largest_logits_alone_are_read_beside_those_with_all_and_have_the_same_digest(uri, make_batch):
+    batch = make_batch(5)
+    few = TransferSet(uri, digest=DIGEST, part_rows=2, encoding=Encoding(kind="webp", quality=100, top_k=3))
+    made = [commit(few, UNITS[0], batch), commit(TransferSet(uri, digest=DIGEST), UNITS[1], batch)]
+    reader = TransferSet(uri, digest=DIGEST)
+    first, second = ([reader.read(part) for part in one.parts] for one in made)
+    assert torch.equal(torch.cat([rows.images for rows in first]), batch.images)
+    logits = torch.cat([rows.teacher_logits for rows in first])
+    torch.testing.assert_close(logits, completed(*largest(batch.teacher_logits, 3), 7), rtol=0, atol=0)
+    torch.testing.assert_close(second[0].teacher_logits, batch.teacher_logits, rtol=0, atol=0)
+    assert ([rows.top_k for rows in first], second[0].top_k) == ([3, 3, 3], None)
+    assert made[0].content == made[1].content, "of the rows that were made"
 
 
 def test_images_that_the_encoding_cannot_store_fail_the_commit(uri, make_batch):

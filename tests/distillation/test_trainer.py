@@ -308,6 +308,18 @@ def test_stored_logits_train_like_live_ones_to_the_rounding_of_float16(tmp_path)
     assert losses["stored"] != losses["live"]
 
 
+def test_largest_logits_train_like_all_where_all_but_one_are_stored_and_otherwise_where_few_are(tmp_path):
+    losses = []
+    for number, logits in enumerate(("float16", "{kind: top_k, k: 3}", "{kind: top_k, k: 1}")):
+        curve = []
+        settings = ["distill.teacher_logits=stored", f"transfer_set.logits={logits}", "distill.criterion=soft_kl"]
+        training_of(job_with_images(tmp_path / str(number), *settings), on_log=curve.append).run()
+        losses.append([entry["loss"] for entry in curve])
+    whole, three, one = losses
+    assert three == pytest.approx(whole, rel=1e-2)
+    assert one[0] != pytest.approx(whole[0], rel=1e-2)
+
+
 def test_curve_has_the_first_and_last_step_and_every_log_every_th(tmp_path):
     curve = []
     training_of(job_with_images(tmp_path, "distill.steps=7", "distill.log_every=3"), on_log=curve.append).run()

@@ -230,6 +230,14 @@ def test_needed_file_that_is_called_like_credentials_is_refused_by_name(folder, 
     assert answer.err.startswith("token.json is not sent with the job: it is called as files with credentials are; ")
 
 
+def test_weights_of_the_verifier_are_sent(folder, client):
+    (folder / "other.pt").write_bytes(b"weights")
+    space = "image_space: {channels: 1, size: 8, mean: [0.5], std: [0.5]}"
+    answer = submit("--set", f"verifier={{network: lenet5, classes: 10, weights: other.pt, {space}}}")
+    assert answer.code == 0, answer.err
+    assert "other.pt" in package_of(folder).files
+
+
 def test_folder_of_pictures_in_the_working_directory_is_sent_and_one_that_is_not_there_is_refused(folder, client):
     (folder / "pictures").mkdir()
     (folder / "pictures/1.png").write_bytes(b"picture")

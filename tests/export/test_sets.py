@@ -16,6 +16,9 @@ from PIL import Image
 from toy import toy_recipe
 
 from raydfkd.data.batches import SyntheticBatch
+from raydfkd.data.encodings import Encoding
+from raydfkd.data.logits import completed, largest
+from raydfkd.data.shards import RAW
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.errors import RecipeError, RunError
 from raydfkd.export import sets
@@ -27,9 +30,10 @@ from raydfkd.units import Request, WorkUnit
 NAMES = ("cat", "dog", "horse", "bird")
 
 
-def filled(uri, *, channels=3, units=3, images=5, part_rows=2, size=(6, 4)):
+def filled(uri, *, channels=3, units=3, images=5, part_rows=2, size=(6, 4), encoding=RAW):
     """A set of random images whose rows are told apart by everything."""
-    found = TransferSet(str(uri), digest="d", made_of={"teacher": {"network": "big"}}, part_rows=part_rows)
+    about = {"teacher": {"network": "big"}}
+    found = TransferSet(str(uri), digest="d", made_of=about, part_rows=part_rows, encoding=encoding)
     found.create()
     rng = torch.Generator().manual_seed(0)
     rows = {}
@@ -77,6 +81,26 @@ def test_parquet_is_a_data_set_of_pictures_and_named_classes_to_datasets(channel
         assert row["label"] == label
         torch.testing.assert_close(torch.tensor(row["teacher_logits"]), logits)
     assert not rows
+
+
+@pytest.mark.parametrize("form", ["parquet", "webdataset", "folder"])
+def test_set_of_webp_and_the_largest_logits_goes_out_as_any_other_and_the_card_says_what_the_others_are(tmp_path, form):
+    _, rows = filled(tmp_path / "set", encoding=Encoding(kind="webp", quality=100, top_k=2))
+    found = pictures_at(str(tmp_path / "set"))
+    for picture in found:
+        pixels, _, logits = rows[picture.name]
+        assert torch.equal(pixels_of(Image.open(io.BytesIO(picture.png))), pixels)
+        expected = completed(*largest(logits[None], 2), 4)[0].tolist()
+        assert picture.teacher_logits == pytest.approx(expected)
+    assert export_set(found, "toy", str(tmp_path / "out"), form)["images"] == 15
+    card = (tmp_path / "out/README.md").read_text()
+    assert "| teacher_logits | the 2 largest as the teacher gave them; the others are equal, and share" in card
+
+
+def test_card_of_a_set_with_all_logits_says_so(tmp_path):
+    filled(tmp_path / "set")
+    export_set(pictures_at(str(tmp_path / "set")), "toy", str(tmp_path / "out"), "parquet")
+    assert "| teacher_logits | of all classes |" in (tmp_path / "out/README.md").read_text()
 
 
 def test_single_parquet_file_is_known_to_datasets_without_the_card(tmp_path):

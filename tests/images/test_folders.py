@@ -8,6 +8,8 @@ import pytest
 from picture_files import BROKEN, colours, opened, refusal, space, write_pictures
 
 from raydfkd.errors import RecipeError
+from raydfkd.images import pictures
+from raydfkd.images.real_data import some_of
 
 BIRDS = {"crow/1.png": 1, "crow/deep/2.png": 2, "jay/1.png": 3, "owl/1.png": 4}
 NAMES = ("owl", "jay", "crow", "kite")
@@ -267,3 +269,14 @@ def test_class_folder_without_pictures_is_named(birds):
 
 def test_channels_that_pictures_do_not_have_are_refused_before_any_is_read(birds):
     assert "channels is 2, but picture files have 1, 3 or 4" in complaint(birds, image_space=space(8, 2))
+
+
+def test_some_pictures_of_a_folder_are_spread_over_its_classes_and_the_others_not_decoded(tmp_path, monkeypatch):
+    files = {f"{name}/{number:02}.png": 10 * label + number for label, name in enumerate("abcd") for number in range(8)}
+    data = folder(write_pictures(tmp_path / "birds", files | {"a/broken.png": BROKEN}), 4, tuple("abcd"))
+    opened_files, read = [], pictures.Image.open
+    monkeypatch.setattr(pictures.Image, "open", lambda source: opened_files.append(source) or read(source))
+    found = some_of(data.load("test"), 11)
+    assert len(opened_files) == 11
+    assert found.labels.bincount(minlength=4).min() >= 2
+    assert len(some_of(data.load("test"), 100).labels) == 32, "all that can be decoded"

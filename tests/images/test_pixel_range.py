@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from raydfkd.config.schema import ImageSpace
 from raydfkd.images.pixels import (
@@ -65,3 +67,14 @@ def test_images_beyond_black_and_white_are_stored_black_and_white():
 def test_image_is_stored_as_the_nearest_pixels():
     between = nominal_from_unit(torch.tensor([10.4, 10.6, 254.4, 254.6]) / 255)
     assert nominal_to_uint8(between).tolist() == [10, 11, 254, 255]
+
+
+@pytest.mark.parametrize(("made", "size"), [(16, 8), (12, 8), ((16, 4), (8, 8))])
+def test_larger_images_are_scaled_down_as_averages(made, size):
+    space = ImageSpace(channels=1, size=size, mean=(0.4,), std=(0.3,))
+    larger = space.model_copy(update={"size": made})
+    stored = torch.randint(0, 256, (3, *larger.shape), generator=torch.Generator().manual_seed(0)).byte()
+    large = Image.fromarray(stored[0, 0].numpy()).convert("F")
+    expected = np.asarray(large.resize((space.width, space.height), Image.Resampling.BILINEAR))
+    found = PixelRange(space, made=larger).from_uint8(stored)[0, 0]
+    torch.testing.assert_close(found, (torch.tensor(expected) / 255 - 0.4) / 0.3, rtol=1e-4, atol=1e-4)

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from raydfkd.config.schema import ImageSpace, PluginSpec
 from raydfkd.errors import RecipeError
-from raydfkd.images.real_data import REAL_DATA, open_real_data
+from raydfkd.images.real_data import REAL_DATA, open_real_data, some_of
 
 SIZES = {"train": 1077, "validation": 180, "test": 540}
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
@@ -58,6 +58,14 @@ def fashion(root, size=28):
 
 
 # Digits
+
+
+def test_some_images_in_memory_are_evenly_spaced():
+    split = digits().load("test")
+    found, whole = some_of(split, 60), some_of(split, 10_000)
+    assert torch.equal(found.labels, split.labels[torch.linspace(0, 539, 60).round().long()])
+    assert len(found.images) == 60
+    assert torch.equal(whole.images, split.images)
 
 
 @pytest.mark.parametrize("size", [(16, 8), (8, 16), (10, 10), (12, 10)])

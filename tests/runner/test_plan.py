@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,23 @@ from toy import toy_recipe
 from raydfkd.cli import app
 from raydfkd.config.load import load_recipe
 from raydfkd.errors import RecipeError
-from raydfkd.networks.flops import forward_flops, image_gradient_flops, training_flops
-from raydfkd.runner.plan import Device, devices_in, work_of
+from raydfkd.networks.flops import forward_flops, image_gradient_flops, load_of, training_flops
+from raydfkd.runner.here import Here
+from raydfkd.runner.memory import Memories, Memory, memory_of
+from raydfkd.runner.plan import GIB, Device, Plan, devices_in, work_of
 
-FIELDS = {"memory_gib": 80.0, "usd_per_hour": 2.0}
+MINE = {
+    "name": "mine",
+    "peak_tflops": 100,
+    "efficiency": 0.5,
+    "measured": False,
+    "bandwidth_gb_s": 1000.0,
+    "memory_gib": 80.0,
+    "is_host": False,
+    "usd_per_hour": 2.0,
+}
+SMALL = Memory(fixed=GIB, per_image=GIB // 4, images=16, key="synthesis.batch_size", images_of_one=1, process=GIB)
+PLANNED = Memories(synthesis=SMALL, student=replace(SMALL, key="distill.batch_size", images=8))
 
 
 def test_work_of_a_layer_is_two_for_each_weight_and_pixel():
@@ -25,6 +39,27 @@ def test_work_of_a_layer_is_two_for_each_weight_and_pixel():
     assert image_gradient_flops(layer, (3, 6, 6)) == 2 * forward
     assert training_flops(layer, (3, 6, 6)) == 3 * forward - 2 * 3 * 8 * 9 * 36, "nobody asks for the images' gradient"
     assert all(parameter.device.type == "cpu" and parameter.requires_grad for parameter in layer.parameters())
+
+
+def test_depthwise_convolution_is_trained_with_three_times_the_work_of_its_answer():
+    layer = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False)
+    network = nn.Sequential(nn.Conv2d(3, 16, 1, bias=False), layer, nn.Flatten())
+    stem, own = 2 * 3 * 16 * 36, 2 * 16 * 9 * 36
+    assert forward_flops(network, (3, 6, 6)) == stem + own
+    assert training_flops(network, (3, 6, 6)) == 2 * stem + 3 * own
+
+
+def test_transposed_convolution_is_trained_with_three_times_the_work_of_its_answer():
+    network = nn.Sequential(nn.ConvTranspose2d(4, 6, 2, stride=2, bias=False), nn.Flatten())
+    assert training_flops(network, (4, 3, 3)) == 2 * forward_flops(network, (4, 3, 3)) == 2 * 2 * 4 * 6 * 4 * 9
+
+
+def test_what_moves_is_what_layers_read_and_write_beside_their_weights():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
+    assert load_of(network, (3, 6, 6)).elements == 3 * 36 + 8 * 36 + 8 * 36 + 5
+    tokens = nn.Sequential(nn.Flatten(2), nn.Linear(36, 7, bias=False), nn.Flatten())
+    forward = 3 * 36 + 3 * 7
+    assert load_of(tokens, (3, 6, 6), backward="image").elements == 2 * forward, "no weights for each image"
 
 
 def test_network_whose_answer_depends_on_values_is_counted_by_doing_it():
@@ -63,6 +98,12 @@ def test_work_of_pixels_grows_with_steps_and_candidates(tmp_path, changes, facto
     assert work_of(changed).tflop_per_image == pytest.approx(factor * work_of(recipe).tflop_per_image)
 
 
+def test_stages_of_a_size_are_counted_at_that_size(tmp_path):
+    small = toy_recipe(tmp_path, ["synthesis.stages=[{pool: 2, steps: 20}]"])
+    scaled = toy_recipe(tmp_path, ["synthesis.stages=[{size: 4, steps: 20}]"])
+    assert work_of(small).tflop_per_image == work_of(scaled).tflop_per_image
+
+
 def test_renewed_generator_pays_its_steps_for_each_batch_of_a_unit():
     settings = ["transfer_set.unit.images_per_class=30", "transfer_set.images_per_class=30", "rounds=1"]
     settings += ["synthesis.objective=[cross_entropy, bn_moments]", "synthesis.steps=90", "synthesis.renewal.steps=45"]
@@ -71,28 +112,93 @@ def test_renewed_generator_pays_its_steps_for_each_batch_of_a_unit():
     assert whole.tflop_per_image / first.tflop_per_image == pytest.approx((90 + 2 * 45) / (3 * 90))
 
 
-def test_hours_and_money_follow_from_the_device():
-    device = Device(name="mine", peak_tflops=100, efficiency=0.5, measured=False, **FIELDS)
-    work = work_of(load_recipe("one-gpu", ["teacher.weights=random"]))
-    cost = work.on(device, workers=4, student_workers=2)
+@pytest.fixture(scope="module")
+def planned():
+    workers = ["runtime.workers={min: 1, max: 4}", "runtime.student_workers={min: 1, max: 2}"]
+    recipe = load_recipe("one-gpu", ["teacher.weights=random", *workers])
+    return Plan(recipe=recipe, work=work_of(recipe), memory=PLANNED)
+
+
+def test_hours_and_money_follow_from_the_device(planned):
+    cost, work = planned.on(Device(**MINE)), planned.work
     assert cost.synthesis_hours == pytest.approx(work.synthesis_pflop * 1e15 / 50e12 / 3600)
     assert cost.wall_hours == pytest.approx(cost.synthesis_hours / 4 + cost.student_hours / 2)
     assert cost.usd == pytest.approx(2 * (cost.synthesis_hours + cost.student_hours))
 
 
+def test_no_step_is_faster_than_what_it_moves(planned):
+    slow = Device(**MINE | {"bandwidth_gb_s": 10.0})
+    assert planned.on(slow).synthesis_hours == pytest.approx(planned.work.synthesis_pb * 1e15 / 10e9 / 3600)
+    unknown = Device(**MINE | {"bandwidth_gb_s": None})
+    assert planned.on(unknown).synthesis_hours == planned.on(Device(**MINE)).synthesis_hours
+
+
+def test_machine_that_was_timed_takes_the_time_of_its_units_and_steps(planned):
+    cost = planned.here(Here(device=torch.device("cpu"), unit_s=36.0, student_step_s=0.18))
+    assert cost.device.name == "here"
+    assert cost.synthesis_hours == pytest.approx(100 * 36 / 3600)
+    assert cost.student_hours == pytest.approx(20_000 * 2 * 0.18 / 3600)
+    assert cost.wall_hours == pytest.approx(1 / 4 + 1)
+    assert cost.device.hours(planned.work.synthesis_pflop, 0) == pytest.approx(cost.synthesis_hours)
+    assert cost.synthesis_gib == pytest.approx(1 + 1.4 * 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "misfit"),
+    [
+        ({"memory_gib": 12.0}, ""),
+        ({"memory_gib": 9.0}, "does not fit; lower synthesis.batch_size to 12"),
+        (
+            {"memory_gib": 4.0},
+            "does not fit; lower synthesis.batch_size to 3; the student does not fit; raise distill.accumulate to 3",
+        ),
+        (
+            {"memory_gib": 2.0},
+            "does not fit; not even with synthesis.batch_size 1; the student does not fit; take a sm",
+        ),
+        ({"memory_gib": 8.1, "is_host": True}, ""),
+        ({"memory_gib": 7.9, "is_host": True}, "does not fit; lower synthesis.batch_size to 15"),
+    ],
+)
+def test_device_whose_memory_is_too_small_says_what_to_lower(planned, changes, misfit):
+    """Half a GPU is a worker's, as the recipe says, and a tenth of it is nobody's; a CPU holds the process too."""
+    assert planned.on(Device(**MINE | changes)).misfit.startswith(misfit)
+    assert bool(planned.on(Device(**MINE | changes)).misfit) == bool(misfit)
+
+
+def test_generators_of_a_unit_are_lowered_by_images_of_each_class(planned):
+    memory = replace(SMALL, key="synthesis.batch_per_class", images=40, images_of_one=10)
+    with_generators = replace(planned, memory=replace(PLANNED, synthesis=memory))
+    misfit = with_generators.on(Device(**MINE | {"memory_gib": 16.0})).misfit
+    assert misfit == "does not fit; lower synthesis.batch_per_class to 2"
+
+
 def test_command_says_it_in_json_and_for_a_table_of_ones_own(tmp_path, capsys):
-    table = tmp_path / "mine.yaml"
-    table.write_text("spot: {peak_tflops: 100, efficiency: 0.1, memory_gib: 80, usd_per_hour: 1.5}")
-    arguments = ["plan", "one-gpu", "--set", "teacher.weights=random", "--devices", str(table)]
+    recipe, table = toy_recipe(tmp_path), tmp_path / "mine.yaml"
+    table.write_text("spot: {peak_tflops: 100, efficiency: 0.1, memory_gib: 0.00001, usd_per_hour: 1.5}")
+    arguments = ["plan", str(tmp_path / "toy.yaml"), "--set", "teacher.weights=random", "--devices", str(table)]
     assert app([*arguments, "--json"], standalone_mode=False) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["tflop_per_image"] == pytest.approx(25.0, rel=0.02)
+    assert found["tflop_per_image"] == work_of(recipe).tflop_per_image
     (cost,) = found["devices"]
     assert cost["usd"] == pytest.approx(1.5 * (cost["synthesis_hours"] + cost["student_hours"]))
+    memory = memory_of(recipe)
+    assert found["memory"]["synthesis"]["per_image"] == pytest.approx(memory.synthesis.per_image, rel=0.1)
+    assert cost["student_gib"] * GIB == pytest.approx(memory.student.tensors, rel=0.1)
     assert app(arguments, standalone_mode=False) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("10,000 images x 25 TFLOP = 250 PFLOP, the student ")
-    assert lines[-1].endswith("efficiency is a guess")
+    assert lines[0].startswith("24 images x ")
+    assert any(line.startswith("a worker takes ") for line in lines)
+    assert "efficiency is a guess; does not fit; " in lines[-1]
+    assert not any(line.startswith("usd:") for line in lines), "there are prices"
+
+
+def test_command_times_this_machine_and_says_where_prices_go(tmp_path, capsys):
+    toy_recipe(tmp_path)
+    arguments = ["plan", str(tmp_path / "toy.yaml"), "--set", "teacher.weights=random", "--device", "h200"]
+    assert app([*arguments, "--measure", "0.1s"], standalone_mode=False) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-5:]] == ["here:", "usd:", "device", "h200", "here"]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +207,7 @@ def test_command_says_it_in_json_and_for_a_table_of_ones_own(tmp_path, capsys):
         (["--device", "h20"], "--device is 'h20', which is not in the table; did you mean h200"),
         (["--devices", "none.yaml"], "--devices is 'none.yaml': No such file"),
         (["--set", "transfer_set.images_per_class=0"], "images_per_class is missing"),
+        (["--measure", "soon"], "--measure is 'soon'; write it as 90s"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message):

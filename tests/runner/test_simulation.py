@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from toy import toy_recipe
 
 from raydfkd.cli import app
 from raydfkd.errors import RecipeError
@@ -52,8 +53,9 @@ def test_percentiles_grow_with_their_share():
     assert half.wasted_s < most.wasted_s
 
 
-def test_command_prints_both_percentiles(capsys):
-    arguments = ["plan", "one-gpu", "--set", "teacher.weights=random", "--device", "h200"]
+def test_command_prints_both_percentiles(tmp_path, capsys):
+    toy_recipe(tmp_path)
+    arguments = ["plan", str(tmp_path / "toy.yaml"), "--set", "teacher.weights=random", "--device", "h200"]
     arguments += ["--simulate", "nodes=4,preempt_per_hour=1,start_s=180"]
     assert app([*arguments, "--json"], standalone_mode=False) == 0
     found = json.loads(capsys.readouterr().out)["simulated"]["h200"]

@@ -158,6 +158,23 @@ def test_pooling_that_does_not_divide_the_image_is_refused(tmp_path):
         batches_of(recipe)
 
 
+def test_stage_of_a_size_shows_the_teacher_images_scaled_to_it_and_keeps_all_pixels(monkeypatch, tmp_path):
+    sizes = []
+
+    class Noted:
+        def __call__(self, images, rng):
+            sizes.append(tuple(images.shape[2:]))
+            return images
+
+    monkeypatch.setitem(AUGMENTATIONS._factories, "noted", Noted)
+    stages = "[{size: 5, steps: 1}, {size: [6, 8], steps: 1}, {size: 8, steps: 1}]"
+    recipe = toy_recipe(tmp_path, [f"synthesis.stages={stages}", "synthesis.augment=[noted]"])
+    assert joined(batches_of(recipe, unit_of((0, 1), 1))).images.shape == (2, 1, 8, 8)
+    assert sizes == [(5, 5), (6, 8), (8, 8)]
+    with pytest.raises(RecipeError, match="size is given, but pool is 2 as well; drop either"):
+        batches_of(toy_recipe(tmp_path, ["synthesis.stages=[{size: 5, pool: 2, steps: 1}]"]))
+
+
 class OneSize(torch.nn.Module):
     """Takes 8x8 images only and says so as torchvision's transformers do."""
 

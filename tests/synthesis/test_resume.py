@@ -32,6 +32,7 @@ SELECTED = ("synthesis.select={kind: random, candidates: 1.7, judged_at_once: 3}
 VARIANTS = {
     "pixels": ("pixels", []),
     "pixels, stages": ("pixels", ["synthesis.stages=[{steps: 3, pool: 2}, {steps: 2}]"]),
+    "pixels, octaves": ("pixels", ["synthesis.stages=[{steps: 3, pool: 2}, {steps: 2}]", "synthesis.octaves=3"]),
     "pixels, soft targets": ("pixels", ["synthesis.targets={kind: gaussian, std: 1.0}"]),
     "pixels, selected": ("pixels", [*SELECTED, "synthesis.batch_size=2"]),
     "generator": ("generator", []),
@@ -266,6 +267,8 @@ def test_what_a_unit_had_saved_is_gone_on_from_after_an_outage_or_an_end_of_the_
         ("transfer_set.encoding=raw", "transfer_set.encoding=png"),
         ("transfer_set.encoding=png", "transfer_set.encoding={kind: jpeg, quality: 90}"),
         ("transfer_set.encoding={kind: jpeg, quality: 90}", "transfer_set.encoding={kind: jpeg, quality: 50}"),
+        ("transfer_set.logits=float16", "transfer_set.logits={kind: top_k, k: 2}"),
+        ("transfer_set.logits={kind: top_k, k: 2}", "transfer_set.logits={kind: top_k, k: 3}"),
     ],
 )
 def test_unit_whose_rows_are_stored_in_another_form_now_begins_anew(tmp_path, saved_with, resumed_with):

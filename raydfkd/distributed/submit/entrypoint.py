@@ -94,12 +94,12 @@ def _refuse_what_stays_behind(recipe: Recipe) -> None:
 def _files_of(recipe: Recipe, working_dir: Path) -> Iterator[str]:
     """Files and folders of networks and pictures that the run reads; networks in ``working_dir`` relative to it."""
     yield from recipe.picture_folders.values()
-    if is_file(recipe.teacher.weights):
-        yield recipe.teacher.weights
+    trained = [recipe.teacher, *([] if recipe.verifier is None else [recipe.verifier])]
+    yield from (spec.weights for spec in trained if is_file(spec.weights))
     if recipe.synthesis.embeddings is not None:
         yield recipe.synthesis.embeddings
     folder = Path(os.path.abspath(working_dir))
-    for network in (recipe.teacher.network, recipe.student.network):
+    for network in (*(spec.network for spec in trained), recipe.student.network):
         path = Path(network.partition(":")[2])
         if path.is_absolute() and path.is_relative_to(folder):  # as loading a recipe leaves what was relative in it
             yield str(path.relative_to(folder))
