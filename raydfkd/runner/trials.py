@@ -23,6 +23,7 @@ from raydfkd.networks.layout import lay_channels_last
 from raydfkd.networks.observed import ObservedNetwork
 from raydfkd.synthesis.build import build_student, build_synthesizer, has_targets
 from raydfkd.synthesis.canvas import Stage
+from raydfkd.synthesis.drawn import BATCH
 from raydfkd.synthesis.synthesizer import Synthesizer
 from raydfkd.units import Request
 
@@ -101,7 +102,7 @@ class Part:
             return Batch(
                 classes=unit.classes, images_per_class=min(most, max(1, options["batch_size"] // unit.classes))
             )
-        return Batch(classes=1, images_per_class=min(most * unit.classes, options["batch_size"]))
+        return Batch(classes=1, images_per_class=min(most * unit.classes, options.get("batch_size", BATCH)))
 
     @property
     def batches(self) -> int:

@@ -20,6 +20,9 @@ from raydfkd.synthesis.checkpoint import NO_HOOK, StepHook
 from raydfkd.synthesis.synthesizer import SYNTHESIZERS, Log, Setting
 from raydfkd.units import Request
 
+BATCH = 100
+"""Images that are made at a time unless a recipe says how many."""
+
 
 class DrawnImages(ABC):
     """Draws images and asks the teacher what it sees; nothing is optimised, so there is no objective.
@@ -75,7 +78,7 @@ class NoiseImages(DrawnImages):
         *,
         distribution: Literal["gaussian", "uniform"] = "gaussian",
         std: PositiveFloat = 1.0,
-        batch_size: Positive = 100,
+        batch_size: Positive = BATCH,
     ) -> None:
         super().__init__(setting, batch_size)
         self._distribution, self._std = distribution, std
@@ -109,7 +112,7 @@ class ProceduralImages(DrawnImages):
         *,
         models: Annotated[tuple[Model, ...], Field(min_length=1)] = tuple(MODELS),
         black: Fraction | None = None,
-        batch_size: Positive = 100,
+        batch_size: Positive = BATCH,
     ) -> None:
         super().__init__(setting, batch_size)
         self._models = models

@@ -8,11 +8,13 @@ for some seconds says what its own calls cost, of which the simulation has only 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -54,7 +56,8 @@ def _each(calls: dict[str, int], name: str, units: int) -> str:
 
 
 def allocated(weather: Weather, units: int) -> str:
-    """What Python allocates in a run, the simulation's own included."""
+    """What Python allocates in a run, the simulation's own included; how often workers are asked does not matter."""
+    weather = replace(weather, unit_s=60.0)
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     run(weather, units)
@@ -68,6 +71,7 @@ def allocated(weather: Weather, units: int) -> str:
 
 def ray_costs(refs: int) -> str:
     """Microseconds of the processor that Ray's calls take in a driver with so many calls that are under way."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # or a token would be left behind
     import ray
 
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
@@ -110,12 +114,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     weather = Weather(workers=options.workers, unit_s=options.unit_s, preempt_per_hour=options.preempt_per_hour)
-    found = lines(run(weather, options.units), weather)
-    if options.memory:
-        found.append(allocated(weather, options.units))
     if options.ray:
-        found.append(ray_costs(options.workers))
-    sys.stdout.write("\n".join([*found, ""]))
+        _say(ray_costs(options.workers))
+    for line in lines(run(weather, options.units), weather):
+        _say(line)
+    if options.memory:
+        _say(allocated(weather, options.units))
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
