@@ -15,6 +15,9 @@ from raydfkd.runner.run import run
 
 JOBS = Path(__file__).parents[1] / "jobs"
 NAMES = sorted(path.name for path in JOBS.glob("*.yaml"))
+IMAGENET = [name for name in NAMES if name.startswith("imagenet-")]
+QUICK = ("imagenet-dream.yaml", "imagenet-fast.yaml")
+"""One that optimises pixels and one that trains generators; `make test-cluster` runs the others too."""
 NO_FILES = ["teacher.weights=random", "transfer_set.uri=memory://jobs"]
 
 
@@ -28,7 +31,7 @@ def sets(*overrides: str) -> list[str]:
     return [part for override in overrides for part in ("--set", override)]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name in QUICK or name not in IMAGENET])
 def test_job_shows_no_mistake_by_itself(name, tmp_path):
     answer = raydfkd("check", str(JOBS / name), "--no-code", folder=tmp_path)
     assert (answer.returncode, answer.stderr) == (0, "")
@@ -85,9 +88,6 @@ def test_large_jobs_differ_from_the_smallest_in_scale_only():
         assert changed["distill"].keys() <= {"steps", "batch_size", "optimizer", "checkpoint_every"}
 
 
-IMAGENET = [name for name in NAMES if name.startswith("imagenet-")]
-
-
 @pytest.mark.parametrize("name", [one for one in IMAGENET if one != "imagenet-dream.yaml"])
 def test_job_for_imagenet_makes_images_of_all_classes(name):
     recipe = load_recipe(JOBS / name)
@@ -95,7 +95,13 @@ def test_job_for_imagenet_makes_images_of_all_classes(name):
     assert {len(unit.request.classes) for unit in recipe.plan()} == {recipe.transfer_set.unit.classes}
 
 
-@pytest.mark.parametrize("name", IMAGENET)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.cluster)  # a dozen seconds each
+        for name in IMAGENET
+    ],
+)
 def test_small_form_of_a_job_for_imagenet_goes_the_whole_way(name, tmp_path):
     recipe = load_recipe(JOBS / name, ["scale=smoke"], run_dir=tmp_path)
     assert recipe.synthesis.synthesizer == load_recipe(JOBS / name).synthesis.synthesizer

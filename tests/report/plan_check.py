@@ -91,17 +91,18 @@ def made(source: str, changes: list[str], folder: str) -> dict[str, float]:
     from raydfkd.cli import app
     from raydfkd.runner.local import LocalExecutor
 
-    seconds, work = [], LocalExecutor._work
+    found, work = {}, LocalExecutor._work
 
     def timed(*given: object) -> None:
         began = time.process_time()
         work(*given)
-        seconds.append(time.process_time() - began)
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # before images are looked at
+        found.update(seconds=time.process_time() - began, mib=held)
 
     LocalExecutor._work = timed
     options = [part for change in changes for part in ("--set", change)]
     assert app(["synthesize", source, *options, "--run-dir", folder], standalone_mode=False) == 0
-    return {"seconds": sum(seconds), "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    return found
 
 
 def in_process(what: str, *given: object) -> dict[str, float]:
