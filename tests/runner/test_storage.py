@@ -87,15 +87,18 @@ def test_parts_are_as_many_as_the_sink_makes_of_large_images():
 
 
 def test_plan_says_what_a_set_takes_in_its_form_and_what_answers_take_in_each(capsys):
-    raw = ["plan", "one-gpu", "--set", "teacher.weights=random", "--set", "transfer_set.encoding=raw"]
+    small = ["teacher.weights=random", "teacher.network=torchvision:resnet18", "teacher.image_space.size=32"]
+    small += ["synthesis.precision=float32", "distill.precision=float32", "distill.batch_size=8"]
+    settings = [part for setting in (*small, "transfer_set.encoding=raw") for part in ("--set", setting)]
+    raw = ["plan", "one-gpu", *settings]
     assert app([*raw, "--device", "h100", "--json"], standalone_mode=False) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["stored"]["bytes"] == 10_000 * (3 * 224 * 224 + 2 * 1000 + 28)
+    assert found["stored"]["bytes"] == 10_000 * (3 * 32 * 32 + 2 * 1000 + 28)
     assert found["answers"]["views_bytes"] == 10_000 * 8 * (2 * 11 + 2 * 10)
     assert app([*raw, "--device", "h100"], standalone_mode=False) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "100 units, 100 files, 1.53 GB on the store"
+    assert lines[1] == "100 units, 100 files, 0.051 GB on the store"
     assert lines[2].endswith(" PFLOP, 0.00336 GB of memory")
     assert app([*raw[:-1], "transfer_set.encoding=png", "--device", "h100"], standalone_mode=False) == 0
     encoded = capsys.readouterr().out.splitlines()[1]
-    assert encoded.endswith(" GB on the store by 64 drawn images of that size, 1.53 GB before they are encoded")
+    assert encoded.endswith(" GB on the store by 64 drawn images of that size, 0.0507 GB before they are encoded")
