@@ -25,7 +25,7 @@ HEADROOM = 0.1
 """Share of a device's memory that allocators, and on a GPU its context, have for themselves."""
 HELD = 0.4
 """What a process on a CPU holds beside its tensors, as a share of them: blocks within an operator, and those that were
-freed and are kept for reuse (``devices.keep_freed_memory``). Of seven networks and batches it was from 0.2 to 0.7."""
+freed and are kept for reuse (``devices.keep_freed_memory``). Of seven networks and batches it was from 0.3 to 0.7."""
 STEPS = 2
 """Steps of a trial: in the second one the optimiser's state is there."""
 FEW = 2
