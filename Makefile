@@ -15,7 +15,7 @@ test: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/pytest -m "not ray and not cluster" -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest -m "not ray and not cluster" -n 3 --dist loadfile
 	$(BIN)/pytest -m "ray and not cluster"
 
 test-cluster: .venv/installed-cluster
