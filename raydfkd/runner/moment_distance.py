@@ -21,6 +21,7 @@ from raydfkd.networks.batchnorm import layers_with_statistics
 from raydfkd.networks.measured import joined_moments
 from raydfkd.networks.observed import Need, ObservedNetwork
 from raydfkd.networks.teacher import Teacher
+from raydfkd.report.page import evenly_spaced
 from raydfkd.seeds import derive_seed, rng_from
 
 IMAGES = 200
@@ -69,8 +70,7 @@ def _noise(recipe: Recipe) -> Iterator[Tensor]:
 
 def _spread(images: Tensor) -> tuple[Tensor, ...]:
     """Batches of images that are evenly spaced over those that there are."""
-    rows = torch.linspace(0, len(images) - 1, min(IMAGES, len(images))).round().long()
-    batches: tuple[Tensor, ...] = images[rows].split(BATCH)
+    batches: tuple[Tensor, ...] = images[evenly_spaced(len(images), IMAGES)].split(BATCH)
     return batches
 
 

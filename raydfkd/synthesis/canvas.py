@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from pydantic import model_validator
@@ -59,8 +59,9 @@ class Canvas:
     def begin(cls, start: Tensor, count: int) -> Canvas:
         """Images that begin as ``start`` [N, C, H, W], which is copied, in ``count`` octaves."""
         coarse = [start.clone()]
-        for edges in list(edges_of(_edges(start), count))[1:]:
-            coarse.append(F.interpolate(coarse[-1], size=edges, mode="bilinear", antialias=True))
+        for _ in range(count - 1):
+            height, width = _edges(coarse[-1])
+            coarse.append(_scaled(coarse[-1], (-(-height // 2), -(-width // 2))))
         octaves = [fine - _enlarged(rough, _edges(fine)) for fine, rough in zip(coarse, coarse[1:], strict=False)]
         return cls([*octaves, coarse[-1]])
 
@@ -95,12 +96,6 @@ class Canvas:
             return
         images = _sum(within)
         within[0].add_(images.clamp(BLACK, WHITE).sub_(images))
-
-
-def edges_of(whole: Edges, count: int) -> Iterator[Edges]:
-    """Pixels of each of ``count`` octaves of images of ``whole`` pixels, the finest first."""
-    for octave in range(count):
-        yield -(-whole[0] >> octave), -(-whole[1] >> octave)
 
 
 def _edges(images: Tensor) -> Edges:

@@ -104,13 +104,14 @@ class _Course:
     @classmethod
     def from_state(cls, state: Mapping[str, Any], seed: int, device: torch.device) -> _Course:
         waiting = [_Start(noise=noise, targets=targets, groups=groups) for noise, targets, groups in state["waiting"]]
+        octaves = state["octaves"] if "octaves" in state else [state["images"]]  # of versions that had one only
         return cls(
             seed=seed,
             noise=[rng_at(position) for position in state["noise"]],
             augmenting=rng_at(state["augmenting"]),
             num_begun=state["num_begun"],
             waiting=waiting,
-            canvas=Canvas([octave.to(device) for octave in state["octaves"]]),
+            canvas=Canvas([octave.to(device) for octave in octaves]),
             step=state["step"],
             before=state["before"],
             optimizer=state["optimizer"],

@@ -20,6 +20,7 @@ from raydfkd.store.errors import OutageError
 from raydfkd.synthesis.checkpoint import Interrupted, UnitCheckpoint
 from raydfkd.synthesis.generator_training import GeneratorTraining
 from raydfkd.synthesis.judge import ObjectiveNotFiniteError
+from raydfkd.synthesis.pixels import _Course
 
 RENEWED = ("synthesis.emissions=1", "synthesis.conditional=true", "synthesis.renewal={steps: 2, latent_lr: 0.1}")
 META = (*RENEWED[:2], "synthesis.renewal={steps: 2, latent_lr: 0.1, meta: {lr: 0.05}}")
@@ -291,3 +292,21 @@ def test_state_of_another_digest_is_no_state(tmp_path):
     assert UnitCheckpoint(store, unit, "this").load() == {"step": 3, "digest": "this"}
     assert UnitCheckpoint(store, unit, "that").load() is None
     assert UnitCheckpoint(store, job.units[1], "this").load() is None
+
+
+def test_unit_that_a_version_without_octaves_has_left_is_gone_on_with(tmp_path, monkeypatch):
+    settings = VARIANTS["pixels, stages"][1]
+    undisturbed = job_of(tmp_path / "undisturbed", "pixels", *settings)
+    expected = worker_of(undisturbed).run(undisturbed.units[0])
+    now = _Course.state_dict
+
+    def before(course, optimizer):
+        state = now(course, optimizer)
+        (state["images"],) = state.pop("octaves")
+        return state
+
+    monkeypatch.setattr(_Course, "state_dict", before)
+    job = job_of(tmp_path / "disturbed", "pixels", *settings)
+    with pytest.raises(Interrupted):
+        worker_of(job, after=3).run(job.units[0])
+    assert worker_of(job).run(job.units[0]).content == expected.content
