@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from picture_files import BROKEN, write_pictures
 from PIL import Image
 from toy import FAMILIES, shipped
 
@@ -224,6 +225,33 @@ def test_evaluate_judges_other_weights_on_another_split(finished):
     assert set(lines) == {"teacher", "student", "agreement"}
     assert re.fullmatch(r"[\d.]+%   top-5 [\d.]+%   calibration error [\d.]+%", lines["student"])
     assert lines["agreement"].endswith("on 180 real digits validation images")
+
+
+def test_evaluate_by_pictures_that_nobody_has_labelled_says_how_often_the_networks_agree(finished):
+    terminal, _ = finished
+    pictures = {"monday/photo.png": 10, "monday/again.png": 120, "photo.png": 250, "broken.jpg": BROKEN}
+    write_pictures(terminal.folder / "photographs", pictures)
+    answer = terminal("evaluate", "toy.yaml", "--pictures", "photographs", "--json")
+    assert answer.code == 0
+    assert (answer.json["judged_images"], answer.json["judged_on"]) == (3, "pictures without labels in photographs")
+    assert answer.json["agreement"] in (0, 1 / 3, 2 / 3, 1)
+    assert answer.json["teacher"]["top1"] is answer.json["student"]["top1"] is None
+    assert answer.json["skipped_pictures"] == {"count": 1, "first": ["broken.jpg"]}
+    lines = terminal("evaluate", "toy.yaml", "--pictures", "photographs").out.splitlines()
+    assert [line.split()[0] for line in lines] == ["agreement", "warning"]
+
+
+def test_evaluate_by_a_folder_without_a_picture_is_refused(finished):
+    terminal, _ = finished
+    write_pictures(terminal.folder / "texts", {"notes.txt": b"none"})
+    answer = terminal("evaluate", "toy.yaml", "--pictures", "texts")
+    assert answer.code == 2
+    assert "--pictures is 'texts': no picture in it or below; known are .bmp" in answer.err
+    write_pictures(terminal.folder / "texts", {"notes.png": BROKEN})
+    answer = terminal("evaluate", "toy.yaml", "--pictures", "texts")
+    assert "--pictures is 'texts': none can be decoded, such as notes.png; give others" in answer.err
+    answer = terminal("evaluate", "toy.yaml", "--pictures", "texts", "--split", "test")
+    assert "--split is 'test', but --pictures has no splits; drop either" in answer.err
 
 
 def test_same_command_goes_on_from_a_finished_run_without_making_an_image(finished):

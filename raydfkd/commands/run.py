@@ -95,15 +95,23 @@ def evaluate(
         Literal["validation", "test"] | None,
         typer.Option(help="Real images that judge; choose methods on validation only [default: test]."),
     ] = None,
+    pictures: Annotated[
+        str | None, typer.Option(help="Folder of pictures without labels: how often student and teacher agree on them.")
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Judge a saved student on the recipe's real data; without any, estimate its agreement with the teacher."""
+    """Judge a saved student on real data or on pictures without labels; without any, estimate its agreement."""
     plan = load(recipe, overrides, run_dir)
     from raydfkd.report.page import FIGURES, estimated
     from raydfkd.runner.judge import skipped_line
     from raydfkd.runner.run import evaluate as judge
 
-    judged = judge(plan, expand_home(student) if student else None, split=split)
+    judged = judge(
+        plan,
+        expand_home(student) if student else None,
+        split=split,
+        pictures=expand_home(pictures) if pictures else None,
+    )
     if as_json:
         typer.echo(json.dumps(judged))
         return DONE

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from raydfkd.config.schema import DistillSpec
 from raydfkd.data.sources import StudentBatch
+from raydfkd.devices import dtype_of
 from raydfkd.distillation.average import WeightAverage
 from raydfkd.distillation.batchnorm import answers_in_both_modes, reestimate
 from raydfkd.distillation.evaluate import top1
@@ -183,7 +184,7 @@ class StudentTrainer:
         self._average = WeightAverage(student, spec.ema) if spec.ema else None
         self._student = parallel(student)
         self._loss = StudentLoss(spec)
-        precision: torch.dtype = getattr(torch, spec.precision)
+        precision = dtype_of(spec.precision, device)
         self._observed = ObservedNetwork(
             self._student,
             taps=self._loss.student_taps,

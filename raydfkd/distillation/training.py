@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from raydfkd.checkpoints import checkpoint_bytes, read_checkpoint
 from raydfkd.data.epochs import EpochLog
 from raydfkd.data.sources import SOURCES, Feed, LiveGenerator, Ranks
-from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
+from raydfkd.devices import cpu_threads, dtype_of, keep_freed_memory, pick_device
 from raydfkd.distillation.loss import StudentLoss
 from raydfkd.distillation.selection import JudgeStudent, StudentSelection
 from raydfkd.distillation.trainer import Pace, StudentTrainer, TrainingHooks, by_steps
@@ -82,7 +82,7 @@ class StudentTraining:
                 teacher.module,
                 taps=StudentLoss(recipe.distill).teacher_taps,
                 frozen=True,
-                precision=getattr(torch, recipe.distill.precision),
+                precision=dtype_of(recipe.distill.precision, device),
             ).to(device),
             recipe.distill,
             pixels=PixelRange(recipe.teacher.image_space, device, made=recipe.made_space),

@@ -1,11 +1,11 @@
-"""Real pictures without labels that a synthesis may start from or take statistics of: a folder, read whole and once."""
+"""Folders of real pictures without labels, which a synthesis starts from or takes statistics of, or which judge."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from raydfkd.config.recipe import Recipe
 from raydfkd.config.schema import ImageSpace
 from raydfkd.errors import RecipeError
 from raydfkd.images.pictures import CHANNELS, SUFFIXES, BrokenPictureError, pictures_in, read_picture
+from raydfkd.images.streams import Picture, PictureStream
 
 FEWEST = 2
 """Pictures of which there are moments."""
@@ -93,17 +94,7 @@ def read_folder(folder: str, space: ImageSpace, *, where: str) -> PictureFolder:
     Raises:
         RecipeError: as ``pictures_of``.
     """
-    if space.channels not in CHANNELS:
-        raise RecipeError(
-            f"{where} names pictures, which have 1, 3 or 4 channels, but teacher.image_space.channels is "
-            f"{space.channels}; drop {where}"
-        )
-    path = Path(folder)
-    if not path.is_dir():
-        raise RecipeError(f"{where} is {folder!r}: no such folder; give one of pictures that every worker sees")
-    files = pictures_in(path)
-    if not files:
-        raise RecipeError(f"{where} is {folder!r}: no picture in it or below; known are {', '.join(sorted(SUFFIXES))}")
+    path, files = Path(folder), _files_of(folder, space, where=where)
     most = max(FEWEST, MOST_BYTES // torch.Size(space.shape).numel())
     if len(files) > most:
         raise RecipeError(
@@ -120,6 +111,38 @@ def read_folder(folder: str, space: ImageSpace, *, where: str) -> PictureFolder:
             f"give at least {FEWEST}, better about 100"
         )
     return found
+
+
+def stream_folder(folder: str, space: ImageSpace, *, where: str) -> PictureStream:
+    """The pictures of ``folder`` and below, however many, decoded while one goes through them; all have the label 0.
+
+    Raises:
+        RecipeError: the folder is missing or has no picture, or pictures have no such number of channels.
+    """
+    pictures = [
+        Picture(file.relative_to(folder).as_posix(), partial(_unlabelled, file, space))
+        for file in _files_of(folder, space, where=where)
+    ]
+    return PictureStream(lambda: pictures)
+
+
+def _unlabelled(file: Path, space: ImageSpace) -> tuple[Tensor, int]:
+    return read_picture(file, space), 0
+
+
+def _files_of(folder: str, space: ImageSpace, *, where: str) -> list[Path]:
+    if space.channels not in CHANNELS:
+        raise RecipeError(
+            f"{where} names pictures, which have 1, 3 or 4 channels, but teacher.image_space.channels is "
+            f"{space.channels}; drop {where}"
+        )
+    path = Path(folder)
+    if not path.is_dir():
+        raise RecipeError(f"{where} is {folder!r}: no such folder; give one of pictures that every worker sees")
+    files = pictures_in(path)
+    if not files:
+        raise RecipeError(f"{where} is {folder!r}: no picture in it or below; known are {', '.join(sorted(SUFFIXES))}")
+    return files
 
 
 @lru_cache(maxsize=4)

@@ -162,13 +162,10 @@ class ObservedNetwork:
             self._prepare(image_shape)
 
     def to(self, device: torch.device) -> ObservedNetwork:
-        """Move to ``device``, in place; one without bfloat16 computes in float32 instead."""
+        """Move to ``device``, in place."""
         self._module.to(device)
         if self._is_prepared and self._moments_tap is not None:
             self._trace.attach(self._module)
-        if self._precision == torch.bfloat16 and not _has_bfloat16(device):
-            logger.warning("%s has no bfloat16; computing in float32", device)
-            self._precision = torch.float32
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -464,7 +461,3 @@ def _without_tf32() -> AbstractContextManager[None]:
     return cudnn.flags(
         enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=False
     )
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)

@@ -9,11 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from raydfkd.config.recipe import Recipe
+from raydfkd.config.schema import ImageSpace
 from raydfkd.data.shards import StoredRows
 from raydfkd.devices import pick_device
 from raydfkd.distillation.evaluate import batch_size, judge
 from raydfkd.distillation.metrics import Comparison, Figures
 from raydfkd.errors import RecipeError
+from raydfkd.images.picture_folder import stream_folder
 from raydfkd.images.pixels import PixelRange
 from raydfkd.images.real_data import RealData, Split
 from raydfkd.job import Job
@@ -23,6 +25,7 @@ from raydfkd.runner.estimate import estimate
 from raydfkd.runner.view import SetView
 from raydfkd.synthesis.build import share_with_targets
 
+Batches = Iterable[tuple[Tensor, Tensor | None]]
 SAMPLE = 5000
 """Synthetic images that are looked at."""
 NAMED = 10
@@ -47,27 +50,66 @@ def judge_student(
         RecipeError: the data do not have that split, or the set is empty.
     """
     recipe, broken = job.recipe, Broken()
-    space, device = recipe.teacher.image_space, pick_device(recipe.runtime.driver_device)
-    size = batch_size(space)
-    batches: Iterable[tuple[Tensor, Tensor | None]]
+    size = batch_size(recipe.teacher.image_space)
+    batches: Batches
     if data is not None:
         batches, judged_on = data.load(split).batches(size, broken.add), f"real {data_name(recipe)} {split} images"
     else:
         images, judged_on = _held_out(job, view)
         batches = () if images is None else ((batch, None) for batch in images.split(size))
-    found = judge(
+    made = None if data is not None else recipe.made_space
+    found = _compared(recipe, teacher, student, batches, made=made)
+    answer = estimate(recipe, teacher.module, student).as_json() if data is None else None
+    return _judged(recipe, teacher, student, found, data, judged_on=judged_on, estimate=answer, broken=broken)
+
+
+def judge_by_pictures(recipe: Recipe, teacher: Teacher, student: nn.Module, folder: str) -> dict[str, Any]:
+    """Figures as ``judge_student``, of the agreement on pictures that nobody has labelled.
+
+    Raises:
+        RecipeError: there is no picture in the folder, or none can be decoded.
+    """
+    space, broken = recipe.teacher.image_space, Broken()
+    pictures = stream_folder(folder, space, where="--pictures")
+    batches: Batches = ((images, None) for images, _ in pictures.batches(batch_size(space), broken.add))
+    found = _compared(recipe, teacher, student, batches, made=None)
+    if not found.images:
+        raise RecipeError(f"--pictures is {folder!r}: none can be decoded, such as {broken.first[0]}; give others")
+    on = f"pictures without labels in {folder}"
+    return _judged(recipe, teacher, student, found, None, judged_on=on, estimate=None, broken=broken)
+
+
+def _compared(
+    recipe: Recipe, teacher: Teacher, student: nn.Module, batches: Batches, *, made: ImageSpace | None
+) -> Comparison:
+    """Both networks' answers to images of the space ``made``, the teacher's unless given."""
+    device = pick_device(recipe.runtime.driver_device)
+    return judge(
         student.to(device),
         teacher.module.to(device),
         batches,
-        PixelRange(space, device, made=None if data is not None else recipe.made_space),
+        PixelRange(recipe.teacher.image_space, device, made=made),
         classes=recipe.teacher.classes,
     )
+
+
+def _judged(  # noqa: PLR0913 - what a report is made of
+    recipe: Recipe,
+    teacher: Teacher,
+    student: nn.Module,
+    found: Comparison,
+    data: RealData | None,
+    *,
+    judged_on: str,
+    estimate: dict[str, Any] | None,
+    broken: Broken,
+) -> dict[str, Any]:
     return {
         "teacher": {**_figures(found.teacher), "parameters": count_parameters(teacher.module)},
         "student": {
             **_figures(found.student),
             "parameters": count_parameters(student),
-            "estimate": None if data is not None else estimate(recipe, teacher.module, student).as_json(),
+            "estimate": estimate,
         },
         "agreement": found.agreement if found.images else None,
         "judged_on": judged_on,

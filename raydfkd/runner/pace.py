@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.schema import Precision
-from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
+from raydfkd.devices import cpu_threads, dtype_of, keep_freed_memory, pick_device
 from raydfkd.errors import RecipeError
 from raydfkd.images.pixels import PixelRange
 from raydfkd.networks.build import build_network
@@ -145,7 +145,7 @@ def _student_seconds(recipe: Recipe, teacher: nn.Module, device: torch.device) -
     space, count = recipe.teacher.image_space, recipe.distill.batch_size
     stored = torch.randint(256, (count, *space.shape), dtype=torch.uint8, device=device)
     images = PixelRange(space, device).from_uint8(stored)
-    precision: torch.dtype = getattr(torch, recipe.distill.precision)
+    precision = dtype_of(recipe.distill.precision, device)
     learner = ObservedNetwork(student, frozen=False, precision=precision).to(device)
     asked = ObservedNetwork(teacher, frozen=True, precision=precision).to(device)
 

@@ -33,7 +33,7 @@ from raydfkd.runner.check import Prepared, check
 from raydfkd.runner.events import Events, Listener, MetricsWriter, Plan
 from raydfkd.runner.executor import executor_of
 from raydfkd.runner.gallery import gallery
-from raydfkd.runner.judge import class_names, judge_student, look_at_images, skipped_line
+from raydfkd.runner.judge import class_names, judge_by_pictures, judge_student, look_at_images, skipped_line
 from raydfkd.runner.progress import Display
 from raydfkd.runner.teach import teach
 from raydfkd.runner.verify import verify, with_opinion
@@ -210,7 +210,11 @@ def distill_job(recipe: Recipe, images: TransferSet | None = None, *, console: C
 
 
 def evaluate(
-    recipe: Recipe, student: str | os.PathLike[str] | None = None, *, split: Split | None = None
+    recipe: Recipe,
+    student: str | os.PathLike[str] | None = None,
+    *,
+    split: Split | None = None,
+    pictures: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Judge a saved student, the recipe's own unless its weights are given; ``judge_student`` says what it returns.
 
@@ -218,19 +222,24 @@ def evaluate(
         recipe: of the student and its teacher.
         student: weights.
         split: of the recipe's real data; test unless given.
+        pictures: folder of pictures without labels that judge in their place, by how often both networks agree.
 
     Raises:
-        RecipeError: there are no such weights, they are of another network, or there are no real data to split.
+        RecipeError: there are no such weights, they are of another network, there are no real data to split, or there
+            is no picture in the folder.
     """
+    if split is not None and pictures is not None:
+        raise RecipeError(f"--split is {split!r}, but --pictures has no splits; drop either")
     if split is not None and recipe.real_data is None:
         raise RecipeError(
             f"--split is {split!r}, but the recipe has no real_data that it could be of; give real_data or no --split"
         )
     prepared = check(recipe, writes_run=False, writes_set=False)
-    return judge_saved(prepared, str(student or student_path(recipe)), split=split or "test")
+    weights = str(student or student_path(recipe))
+    return judge_saved(prepared, weights, split=split or "test", pictures=None if pictures is None else str(pictures))
 
 
-def judge_saved(prepared: Prepared, weights: str, *, split: Split) -> dict[str, Any]:
+def judge_saved(prepared: Prepared, weights: str, *, split: Split, pictures: str | None = None) -> dict[str, Any]:
     """Do as ``evaluate``, with a recipe that was checked already."""
     recipe = prepared.recipe
     if not weights_exist(weights, where="--student"):
@@ -239,6 +248,8 @@ def judge_saved(prepared: Prepared, weights: str, *, split: Split) -> dict[str, 
         raise RecipeError(f"teacher.weights is {recipe.teacher.weights!r}: no such file; `raydfkd teach` makes it")
     network = saved_student(recipe, weights, where="--student")
     job = open_job(recipe, prepared.teacher)
+    if pictures is not None:
+        return judge_by_pictures(recipe, prepared.teacher, network, pictures)
     return judge_student(job, prepared.teacher, network, SetView(job), prepared.data, split=split)
 
 

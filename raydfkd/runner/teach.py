@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.schema import is_file
-from raydfkd.devices import cpu_threads, keep_freed_memory, pick_device
+from raydfkd.devices import cpu_threads, dtype_of, keep_freed_memory, pick_device
 from raydfkd.distillation.evaluate import batch_size, judge
 from raydfkd.errors import RecipeError
 from raydfkd.images.augment import build_augmentations
@@ -160,7 +160,7 @@ def train_on_real_data(
     assert spec is not None, "checked before work begins"
     network.to(device).train()
     lay_channels_last(network)
-    observed = ObservedNetwork(network, frozen=False, batchnorm="batch", precision=getattr(torch, spec.precision))
+    observed = ObservedNetwork(network, frozen=False, batchnorm="batch", precision=dtype_of(spec.precision, device))
     observed.to(device)
     augment = build_augmentations(spec.augment, where="teacher.train.augment", label_reader="the teacher's training")
     pixels = PixelRange(recipe.teacher.image_space, device)

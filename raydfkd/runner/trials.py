@@ -14,6 +14,7 @@ from torch import nn
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.schema import SynthesisSpec
 from raydfkd.data.sources import StudentBatch
+from raydfkd.devices import dtype_of
 from raydfkd.distillation.loss import StudentLoss
 from raydfkd.distillation.trainer import StepHooks, StudentTrainer, ignore
 from raydfkd.images.pixels import PixelRange
@@ -189,7 +190,7 @@ def trainer_of(recipe: Recipe, teacher: nn.Module, device: torch.device) -> Stud
     """The recipe's student in training, a fresh one that nobody is told of."""
     spec = recipe.distill.model_copy(update={"steps": MANY_STEPS})
     student = build_network(recipe.student, recipe.teacher, where="student", seed=0)
-    precision: torch.dtype = getattr(torch, spec.precision)
+    precision = dtype_of(spec.precision, device)
     taps = StudentLoss(spec).teacher_taps
     return StudentTrainer(
         lay_channels_last(student.to(device)),

@@ -12,6 +12,7 @@ from raydfkd.config.recipe import Recipe
 from raydfkd.config.schema import PluginSpec, SynthesisSpec
 from raydfkd.data.sources import SOURCES, Ranks
 from raydfkd.data.student_versions import Source
+from raydfkd.devices import dtype_of
 from raydfkd.errors import RecipeError
 from raydfkd.job import asks_student
 from raydfkd.losses.objective import terms_that_need
@@ -56,7 +57,7 @@ def build_student(recipe: Recipe, source: Source, device: torch.device) -> Store
         build_network(recipe.student, recipe.teacher, where="student", seed=seed),
         source,
         device=device,
-        precision=getattr(torch, spec.precision),
+        precision=dtype_of(spec.precision, device),
         compiled=is_compiled(recipe, device),
     )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raydfkd.config.recipe import Recipe
-from raydfkd.devices import cpu_threads
+from raydfkd.devices import cpu_threads, dtype_of
 from raydfkd.errors import RecipeError
 from raydfkd.images.augment import build_augmentations
 from raydfkd.images.picture_folder import PictureFolder, pictures_of
@@ -113,7 +113,7 @@ def _judge(
         image_shape=space.shape,
         frozen=True,
         statistics="stored" if spec.statistics is None else "measured",
-        precision=getattr(torch, spec.precision),
+        precision=dtype_of(spec.precision, device),
         compiled=is_compiled(recipe, device),
     ).to(device)
     if objective.looks_first:

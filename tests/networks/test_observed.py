@@ -202,15 +202,6 @@ def test_compiled_network_has_the_objective_and_gradient_of_the_plain_one_in_flo
     assert not warnings_of(caplog)
 
 
-def test_device_without_bfloat16_computes_in_float32_and_says_so_once(monkeypatch, caplog):
-    teacher, images = batchnorm_teacher(), toy_images(6)
-    monkeypatch.setattr("raydfkd.networks.observed._has_bfloat16", lambda device: False)
-    observed = ObservedNetwork(teacher, taps=MOMENTS, frozen=True, precision=torch.bfloat16).to(torch.device("cpu"))
-    expected = ObservedNetwork(teacher, taps=MOMENTS, frozen=True)(images)
-    torch.testing.assert_close(observed(images).logits, expected.logits, rtol=0, atol=0)
-    assert warnings_of(caplog) == ["cpu has no bfloat16; computing in float32"]
-
-
 class Branching(nn.Module):
     """Decides by the values of its input, which no single graph can."""
 

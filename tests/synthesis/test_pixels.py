@@ -267,7 +267,8 @@ def test_images_of_a_class_in_one_batch_differ(tmp_path):
     assert len({image.numpy().tobytes() for image in made.images}) == 8
 
 
-def test_bfloat16_makes_other_images_and_the_same_ones_each_time(tmp_path):
+def test_bfloat16_makes_other_images_and_the_same_ones_each_time(tmp_path, monkeypatch):
+    monkeypatch.setattr("raydfkd.devices.has_bfloat16", lambda _: True)
     unit = unit_of((0, 1), 2)
     recipe = toy_recipe(tmp_path, ["synthesis.precision=bfloat16"])
     one, again = joined(batches_of(recipe, unit)), joined(batches_of(recipe, unit))
