@@ -65,7 +65,7 @@ def has_bfloat16(kind: str) -> bool:
 
 @cache
 def _say_no_bfloat16(kind: str) -> None:
-    logger.warning("%s has no bfloat16; computing in float32", kind)
+    logger.info("%s has no bfloat16; computing in float32", kind)
 
 
 @contextmanager

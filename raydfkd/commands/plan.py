@@ -53,7 +53,8 @@ def plan(  # noqa: PLR0913, PLR0917 - one option each
     """Say what a recipe will take: arithmetic, memory, device-hours, money, bytes on the store. No weights are read.
 
     Hours are the counted arithmetic over what a device was measured to reach, or is guessed to where the table says so.
-    Memory is that of steps on two and on four images, which are made here, drawn out to the recipe's batches.
+    Memory is that of steps on two and on four images, which are made here, drawn out to the recipe's batches; in
+    float32, which takes up to twice as much, where this processor has no bfloat16.
     """
     seconds = None if measure is None else seconds_of(measure, "--measure")
     planned = load(recipe, overrides, None)
