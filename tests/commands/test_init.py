@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 
@@ -37,6 +38,10 @@ def begun(tmp_path, monkeypatch):
     return begin
 
 
+def row_called(name):
+    return next(row for row in ZOO if row.name == name)
+
+
 @pytest.fixture
 def slow_machine(monkeypatch):
     """A machine on which a unit takes 3 s and a step of the student 0.1 s, however fast this one is."""
@@ -51,6 +56,7 @@ def shape(recipe):
     return "x".join(map(str, recipe.teacher.image_space.shape))
 
 
+@pytest.mark.usefixtures("slow_machine")
 @pytest.mark.parametrize("row", [row for row in QUICK if not row.refused], ids=lambda row: row.name)
 def test_recipe_for_a_teacher_is_sound_and_as_the_teacher_is(begun, row):
     page = begun(row)
@@ -58,6 +64,13 @@ def test_recipe_for_a_teacher_is_sound_and_as_the_teacher_is(begun, row):
     assert recipe.teacher.classes == (2 if "one logit" in row.name else CLASSES)
     assert not row.space or shape(recipe) == row.space
     assert f"recipe: {row.method} " in page.read_text()
+
+
+@pytest.mark.parametrize("name", ["state dict", "28x28, grey", "timm:vit_tiny_patch16_224"])
+def test_steps_are_timed_with_the_teacher(begun, name):
+    text = begun(row_called(name)).read_text()
+    assert re.search(r"a step of synthesis with \d+ images takes [\d.]+ m?s", text)
+    load_recipe("mine.yaml")
 
 
 @pytest.mark.parametrize("row", [row for row in QUICK if row.refused], ids=lambda row: row.name)
@@ -78,10 +91,6 @@ def test_recipe_for_a_teacher_runs_unedited(begun, row):
     assert result.report["agreement"] > 0
 
 
-def row_called(name):
-    return next(row for row in ZOO if row.name == name)
-
-
 @pytest.mark.usefixtures("slow_machine")
 def test_recipe_runs_unedited_and_says_what_was_seen_and_typed(begun):
     page = begun(row_called("28x28, grey"), budget="20s")
@@ -96,12 +105,14 @@ def test_recipe_runs_unedited_and_says_what_was_seen_and_typed(begun):
     assert result.report["images"] == result.job.planned_images == 2 * (100 + 100), "as many are drawn as optimised"
 
 
+@pytest.mark.usefixtures("slow_machine")
 def test_what_is_known_of_the_images_is_taken(begun):
     begun(row_called("4 channels"), "--size", "16x24", "--mean", "0.1,0.2,0.3,0.4", "--std", "0.5,0.5,0.5,0.6")
     space = load_recipe("mine.yaml").teacher.image_space
     assert (space.size, space.mean, space.std) == ((16, 24), (0.1, 0.2, 0.3, 0.4), (0.5, 0.5, 0.5, 0.6))
 
 
+@pytest.mark.usefixtures("slow_machine")
 def test_student_and_folder_that_judges_are_written(begun, tmp_path):
     (tmp_path / "pictures").mkdir()
     text = begun(row_called("state dict"), "--student", "resnet_small").read_text()
@@ -164,6 +175,7 @@ def test_recipe_computes_in_bfloat16_where_that_is_clearly_faster(
     assert (recipe.synthesis.precision, recipe.distill.precision) == expected
 
 
+@pytest.mark.usefixtures("slow_machine")
 def test_file_that_is_there_is_not_written_over(begun, tmp_path):
     (tmp_path / "mine.yaml").write_text("name: dear")
     with pytest.raises(RecipeError, match="mine.yaml is there already; give another --name, or remove it"):
@@ -182,6 +194,7 @@ def test_weights_of_another_network_are_refused_before_anything_is_measured(begu
         app(["init", "--network", "zoo:Small", "--weights", "other.pt"], standalone_mode=False)
 
 
+@pytest.mark.usefixtures("slow_machine")
 def test_show_says_which_methods_suit(begun, capsys):
     begun(row_called("28x28, grey"))
     capsys.readouterr()

@@ -98,11 +98,13 @@ def value_at(data: Any, key: str) -> Any:
     return data
 
 
-SAME_KEYS = {"imagenet-cda", "imagenet-short", "imagenet-deepinversion", "imagenet-fast", "imagenet-dream"}
-"""Jobs with the keys of `imagenet-1000-generators`; each reads a thousand names of classes."""
+FIRST = {"digits-generators", "fashion-resnet", "spot-64"}
+"""Of a synthesizer each, on Ray and in one process; seconds each, so the others are left to the cluster's tests."""
 
 
-@pytest.mark.parametrize("name", sorted({*PACKAGED} - SAME_KEYS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FIRST else pytest.mark.cluster) for name in sorted(PACKAGED)]
+)
 def test_every_option_of_every_packaged_recipe_can_be_set_by_itself(name):
     recipe = load_recipe(name)
     data = recipe.shown()

@@ -119,7 +119,9 @@ def head(tmp_path_factory) -> Iterator[Head]:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("way", ["runtime.address", "RAY_ADDRESS", "record"])
+@pytest.mark.parametrize(
+    "way", ["record", *(pytest.param(way, marks=pytest.mark.cluster) for way in ("runtime.address", "RAY_ADDRESS"))]
+)
 def test_head_that_asks_for_the_token_in_home_is_joined_without_a_word_about_it(head, tmp_path, way):
     recipe = recipe_file(tmp_path, *SHORT)
     args = ["--set", f"runtime.address={head.address}"] if way == "runtime.address" else []
@@ -275,7 +277,8 @@ def test_sigterm_to_all_of_a_run_saves_what_is_in_work_and_leaves_nothing_of_ray
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("remedy", [False, pytest.param(True, marks=pytest.mark.cluster)])
+@pytest.mark.cluster
+@pytest.mark.parametrize("remedy", [False, True])
 def test_long_temporary_folder_does_not_stop_a_cluster_of_its_own(alone, tmp_path, remedy):
     recipe = recipe_file(tmp_path, *SHORT)
     folder = tmp_path / ("x" * 80)

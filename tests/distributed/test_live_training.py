@@ -30,6 +30,7 @@ def live_recipe(folder, *overrides):
     return small_recipe(folder, *LIVE, *overrides)
 
 
+@pytest.mark.cluster
 def test_adversarial_training_on_two_workers_runs_to_its_end_resumes_and_keeps_images(ray_cluster, tmp_path):
     result = run(live_recipe(tmp_path))
     report = json.loads((tmp_path / "report.json").read_text())

@@ -119,6 +119,7 @@ def test_interrupted_unit_is_left_and_goes_on_to_the_same_set(ray_cluster, tmp_p
     assert job.snapshot().content_digest() == alone.snapshot().content_digest()
 
 
+@pytest.mark.cluster
 def test_actor_that_gets_sigterm_leaves_its_unit_to_another(ray_cluster, tmp_path):
     job = job_of(tmp_path, *LONG_UNITS)
     queue, pool, told = job.begin_synthesis(), pool_of(job), []

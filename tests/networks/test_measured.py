@@ -242,6 +242,7 @@ def test_in_bfloat16_moments_are_close(network):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
+@pytest.mark.cluster  # most of a minute for the compiler; test_observed compiles in every run of the tests
 def test_compiled_network_has_the_measured_moments_and_gradients_of_the_plain_one(caplog):
     network, found = nn.Sequential(nn.Conv2d(1, 3, 3), nn.GroupNorm(1, 3), WithHead(108)), []
     for compiled in (False, True):
