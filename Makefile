@@ -16,7 +16,7 @@ test: .venv/installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pytest -m "not ray and not cluster" -n 3 --dist loadfile
-	$(BIN)/pytest -m "ray and not cluster"
+	$(BIN)/pytest -m "ray and not cluster" tests/distributed
 
 test-cluster: .venv/installed-cluster
 	$(BIN)/pytest -m "ray or cluster"

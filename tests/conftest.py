@@ -1,6 +1,7 @@
 """Its presence makes pytest put this folder on the path, so that tests in all subfolders can import ``toy``."""
 
 import itertools
+import os
 import uuid
 
 import pytest
@@ -8,10 +9,10 @@ import torch
 
 from raydfkd.data.batches import SyntheticBatch
 
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    torch.set_num_threads(1)  # toy sizes gain nothing from more, and other sessions share the machine
+# Toy sizes gain nothing from more, and threads that wait take time from other processes. From the first import on,
+# because tests are made of networks; the second line is for programs that tests start.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(params=["local", "memory"])

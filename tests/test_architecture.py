@@ -23,3 +23,12 @@ def test_every_module_is_on_the_page_once():
 def test_few_doors_lead_into_the_package():
     doors = [path.name for path in PACKAGE.iterdir() if not path.name.startswith("__") and path.name != "py.typed"]
     assert len(doors) <= 23, sorted(doors)
+
+
+def test_ray_is_tested_where_the_makefile_looks_for_it():
+    tests = ROOT / "tests"
+    marked = {
+        path.relative_to(tests).parts[0] for path in tests.rglob("*.py") if "pytest.mark." + "ray" in path.read_text()
+    }
+    assert marked == {"distributed"}
+    assert '-m "ray and not cluster" tests/distributed' in (ROOT / "Makefile").read_text()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -138,6 +140,11 @@ def attention_teacher(seed: int = 0, heads: int = 2) -> TinyViT:
 
 def batchnorm_teacher(seed: int = 0) -> ConvNet:
     """A network whose BatchNorm layers have running statistics and affine weights unlike those of a fresh one."""
+    return copy.deepcopy(_batchnorm_teacher(seed))
+
+
+@cache
+def _batchnorm_teacher(seed: int) -> ConvNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = ConvNet(CLASSES, 1, widths=(8, 12))
