@@ -16,8 +16,14 @@ from raydfkd.runner.run import run
 JOBS = Path(__file__).parents[1] / "jobs"
 NAMES = sorted(path.name for path in JOBS.glob("*.yaml"))
 IMAGENET = [name for name in NAMES if name.startswith("imagenet-")]
-QUICK = ("imagenet-dream.yaml",)
+QUICK = ("imagenet-dream.yaml", "smoke.yaml", "quickstart.yaml")
 """What the ordinary tests run of them, a dozen seconds each; `make test-cluster` runs the others too."""
+
+
+def quick_first(names):
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.cluster) for name in names]
+
+
 NO_FILES = ["teacher.weights=random", "transfer_set.uri=memory://jobs"]
 
 
@@ -31,7 +37,7 @@ def sets(*overrides: str) -> list[str]:
     return [part for override in overrides for part in ("--set", override)]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name in QUICK or name not in IMAGENET])
+@pytest.mark.parametrize("name", quick_first(NAMES))
 def test_job_shows_no_mistake_by_itself(name, tmp_path):
     answer = raydfkd("check", str(JOBS / name), "--no-code", folder=tmp_path)
     assert (answer.returncode, answer.stderr) == (0, "")
@@ -44,7 +50,8 @@ def test_header_of_a_job_says_its_command(name):
     assert f"#   raydfkd run jobs/{name}" in header or f"#   raydfkd submit jobs/{name}" in header
 
 
-@pytest.mark.parametrize("name", ["one-gpu.yaml", "chaos.yaml"])  # the other large ones have the networks of the first
+# the other large ones have the networks of the first, which are seconds of work
+@pytest.mark.parametrize("name", [pytest.param("one-gpu.yaml", marks=pytest.mark.cluster), "chaos.yaml"])
 def test_every_part_of_a_job_can_be_built_without_its_files_and_without_a_gpu(name, tmp_path):
     folder = ["--run-dir", str(tmp_path / "run")]
     answer = raydfkd("check", str(JOBS / name), *folder, *sets(*NO_FILES), folder=tmp_path, CUDA_VISIBLE_DEVICES="")
@@ -95,10 +102,7 @@ def test_job_for_imagenet_makes_images_of_all_classes(name):
     assert {len(unit.request.classes) for unit in recipe.plan()} == {recipe.transfer_set.unit.classes}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name in QUICK else pytest.param(name, marks=pytest.mark.cluster) for name in IMAGENET],
-)
+@pytest.mark.parametrize("name", quick_first(IMAGENET))
 def test_small_form_of_a_job_for_imagenet_goes_the_whole_way(name, tmp_path):
     recipe = load_recipe(JOBS / name, ["scale=smoke"], run_dir=tmp_path)
     assert recipe.synthesis.synthesizer == load_recipe(JOBS / name).synthesis.synthesizer

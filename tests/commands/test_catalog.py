@@ -81,11 +81,12 @@ def test_option_value_or_section_of_a_plugin_is_explained(name, words):
 
 @pytest.mark.parametrize("name", [name for registry in FAMILIES.values() for name in shipped(registry)])
 def test_whole_docstring_of_a_plugin_is_shown(name):
+    text = shown(name)
     for registry in FAMILIES.values():
         if name in registry.names():
             doc = registry.describe(name)[0].replace("``", "`")
             for line in doc.splitlines():
-                assert line.strip() in shown(name)
+                assert line.strip() in text
 
 
 def test_types_are_in_plain_words():

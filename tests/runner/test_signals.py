@@ -164,7 +164,7 @@ def test_unit_in_work_is_left_with_its_state_saved_when_time_is_up_and_the_set_i
     assert job.transfer_set.store.list("resume") == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.cluster), signal.SIGTERM])
 def test_command_that_is_interrupted_says_how_to_go_on_and_the_same_command_does(tmp_path, number):
     recipe = toy_recipe(tmp_path, ["transfer_set.images_per_class=300"])
     source = tmp_path / "run.yaml"

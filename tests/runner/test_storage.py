@@ -16,6 +16,7 @@ from raydfkd.images.procedural import MODELS, draw, plain_grounds
 from raydfkd.networks.build import build_network
 from raydfkd.networks.flops import forward_flops, training_flops
 from raydfkd.networks.teacher import build_teacher
+from raydfkd.runner.memory import Memories, Memory
 from raydfkd.runner.plan import work_of
 from raydfkd.runner.storage import storage_of
 from raydfkd.seeds import rng_from
@@ -86,7 +87,9 @@ def test_parts_are_as_many_as_the_sink_makes_of_large_images():
     assert work_of(changed).parts == 2 * len(recipe.classes)
 
 
-def test_plan_says_what_a_set_takes_in_its_form_and_what_answers_take_in_each(capsys):
+def test_plan_says_what_a_set_takes_in_its_form_and_what_answers_take_in_each(capsys, monkeypatch):
+    some = Memory(fixed=1, per_image=1, images=1, key="synthesis.batch_size", images_of_one=1, process=1)
+    monkeypatch.setattr("raydfkd.runner.memory.memory_of", lambda recipe: Memories(synthesis=some, student=some))
     small = ["teacher.weights=random", "teacher.network=torchvision:resnet18", "teacher.image_space.size=32"]
     small += ["synthesis.precision=float32", "distill.precision=float32", "distill.batch_size=8"]
     settings = [part for setting in (*small, "transfer_set.encoding=raw") for part in ("--set", setting)]
