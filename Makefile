@@ -3,7 +3,8 @@
 # make test-cluster the slow ones: several nodes, object stores, minutes
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# files are compiled when they are first imported: of 20,000 most never are
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 .PHONY: quickstart test test-cluster clean
 

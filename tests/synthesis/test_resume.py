@@ -74,7 +74,8 @@ def objects(job, folder):
     return job.transfer_set.store.list(folder)
 
 
-@pytest.mark.parametrize("part_rows", [1, 4, 4096])
+# a part for each image, for some of them, and for the whole unit
+@pytest.mark.parametrize("part_rows", [pytest.param(1, marks=pytest.mark.cluster), 4, 4096])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_unit_that_is_left_at_any_step_and_gone_on_with_has_the_same_bytes(tmp_path, variant, part_rows):
     synthesizer, settings = VARIANTS[variant]
