@@ -3,8 +3,9 @@
 # make test-cluster the slow ones: several nodes, object stores, minutes
 PYTHON ?= python3
 BIN := .venv/bin
-# files are compiled when they are first imported: of 20,000 most never are
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# hundreds of programs are started, each of which would compile the package anew
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: quickstart test test-cluster clean
 

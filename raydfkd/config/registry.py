@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Generic, TypeVar, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -215,6 +216,7 @@ def _keyword_only(factory: Callable[..., Any]) -> list[inspect.Parameter]:
     return [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
 
 
+@cache
 def options_model(factory: Callable[..., Any]) -> type[BaseModel]:
     """The pydantic model that validates the options of a plug-in in a recipe, and has their meanings."""
     initializer = factory.__init__ if inspect.isclass(factory) else factory
