@@ -478,7 +478,7 @@ def _expand(data: dict[str, Any]) -> None:
     data.update(expand(data, ""))
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # ten times as fast in C
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # the same in C
     """Safe YAML in which 1e-4 is a number, a date is text and a key given twice is an error."""
 
     yaml_implicit_resolvers = {

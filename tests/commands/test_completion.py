@@ -54,8 +54,8 @@ def test_every_completed_override_is_one_that_the_schema_knows():
             assert not re.search("unknown key|input should", complaint(override))
 
 
-def test_completed_names_are_explained():
-    for name in complete_name("")[::12]:  # test_catalog explains each of every kind
+def test_every_completed_name_is_explained():
+    for name in complete_name(""):
         assert list(show(name)), name
     assert complete_name("bn_") == ["bn_moments"]
 

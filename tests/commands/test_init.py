@@ -103,6 +103,14 @@ def test_recipe_says_what_was_seen_and_typed(begun):
 
 
 @pytest.mark.usefixtures("slow_machine")
+@pytest.mark.cluster
+def test_recipe_makes_as_many_drawn_images_as_optimised_ones(begun):
+    result = run(load_recipe(begun(row_called("28x28, grey"), budget="20s")))
+    assert not result.missing
+    assert result.report["images"] == result.job.planned_images == 2 * (100 + 100), "as many are drawn as optimised"
+
+
+@pytest.mark.usefixtures("slow_machine")
 def test_what_is_known_of_the_images_is_taken(begun):
     begun(row_called("4 channels"), "--size", "16x24", "--mean", "0.1,0.2,0.3,0.4", "--std", "0.5,0.5,0.5,0.6")
     space = load_recipe("mine.yaml").teacher.image_space

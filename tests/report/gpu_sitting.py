@@ -24,7 +24,7 @@ TOY_LIMIT_S = 300
 LEAST_S = 20
 """Less is enough for none."""
 TOTAL_S = 570
-"""Of a command on a lent device."""
+"""Ten minutes, less what the start takes."""
 HUNDRED = ("transfer_set.images_per_class=1", f"transfer_set.classes={list(range(0, 1000, 10))}")
 
 
