@@ -244,7 +244,7 @@ def test_evaluate_by_pictures_that_nobody_has_labelled_says_how_often_the_networ
 def test_evaluate_by_a_folder_without_a_picture_is_refused(finished):
     terminal, _ = finished
     write_pictures(terminal.folder / "texts", {"notes.txt": b"none"})
-    answer = terminal("evaluate", "toy.yaml", "--pictures", "texts")
+    answer = terminal("evaluate", "toy.yaml", "--pictures", "texts", "--student", "nowhere")  # before any network
     assert answer.code == 2
     assert "--pictures is 'texts': no picture in it or below; known are .bmp" in answer.err
     write_pictures(terminal.folder / "texts", {"notes.png": BROKEN})

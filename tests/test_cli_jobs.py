@@ -16,7 +16,7 @@ from raydfkd.runner.run import run
 JOBS = Path(__file__).parents[1] / "jobs"
 NAMES = sorted(path.name for path in JOBS.glob("*.yaml"))
 IMAGENET = [name for name in NAMES if name.startswith("imagenet-")]
-QUICK = ("imagenet-dream.yaml", "smoke.yaml", "quickstart.yaml")
+QUICK = ("imagenet-dream.yaml", "quickstart.yaml")
 """What the ordinary tests run of them, a dozen seconds each; `make test-cluster` runs the others too."""
 
 
@@ -58,6 +58,7 @@ def test_every_part_of_a_job_can_be_built_without_its_files_and_without_a_gpu(na
     assert (answer.returncode, answer.stderr) == (0, "")
 
 
+@pytest.mark.cluster
 def test_job_for_gpus_is_refused_where_this_process_would_have_to_be_the_worker(tmp_path):
     answer = raydfkd(
         "check", str(JOBS / "one-gpu.yaml"), "--on", "local", *sets(*NO_FILES), folder=tmp_path, CUDA_VISIBLE_DEVICES=""
@@ -66,6 +67,7 @@ def test_job_for_gpus_is_refused_where_this_process_would_have_to_be_the_worker(
     assert answer.stderr.startswith("runtime.device is 'cuda', but this machine has no CUDA device")
 
 
+@pytest.mark.cluster
 def test_missing_weights_of_a_large_job_are_one_line(tmp_path):
     answer = raydfkd("check", str(JOBS / "one-gpu.yaml"), folder=tmp_path)
     assert answer.returncode == 2

@@ -73,11 +73,6 @@ def measure_ceilings(device: torch.device, precision: torch.dtype) -> Ceilings:
     )
 
 
-def faster_precision(device: torch.device) -> torch.dtype:
-    """Whichever of bfloat16 and float32 multiplies matrices faster here; older processors only emulate the former."""
-    return max(torch.bfloat16, torch.float32, key=lambda precision: _matrix_rate(device, precision))
-
-
 def _matrix_rate(device: torch.device, precision: torch.dtype) -> float:
     edge = 8192 if device.type == "cuda" else 1024
     matrix = torch.randn(edge, edge, device=device).to(precision)

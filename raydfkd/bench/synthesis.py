@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 from raydfkd.bench.cases import Case, build_teacher, choose_cases, missing_package, recipe_of
-from raydfkd.bench.ceilings import Ceilings, cost_of_step, faster_precision, measure_ceilings, synchronize
+from raydfkd.bench.ceilings import Ceilings, cost_of_step, measure_ceilings, synchronize
 from raydfkd.bench.published import fair_loop, published_loop
 from raydfkd.bench.table import Row, alternate_all
-from raydfkd.devices import cpu_threads, device_name, keep_freed_memory, pick_device
+from raydfkd.devices import cpu_threads, device_name, dtype_of, keep_freed_memory, pick_device
 from raydfkd.synthesis.build import build_synthesizer
 from raydfkd.units import Request
 
@@ -24,8 +24,7 @@ THEIR_SHARE = 5
 def bench_synthesis(*, rounds: int = 7, device: str = "auto", cases: tuple[str, ...] = ()) -> Iterator[Row]:
     """One row a case, single-threaded on CPU.
 
-    Ours are the steps of a whole batch, work that is done once for it included, in whichever precision this device
-    multiplies matrices faster in.
+    Ours are the steps of a whole batch, work that is done once for it included, in bfloat16 where the device has it.
 
     Raises:
         RecipeError: no such case or device.
@@ -35,7 +34,7 @@ def bench_synthesis(*, rounds: int = 7, device: str = "auto", cases: tuple[str, 
     if target.type == "cpu":
         keep_freed_memory()
     with cpu_threads(1):
-        precision = faster_precision(target)
+        precision = dtype_of("bfloat16", target)
         ceilings = measure_ceilings(target, precision)
         for name, case in chosen.items():
             missing = missing_package(case)

@@ -27,7 +27,7 @@ from raydfkd.images.pixels import PixelRange, nominal_from_uint8
 from raydfkd.images.views import views_of
 from raydfkd.networks.observed import Observation, ObservedNetwork
 from raydfkd.networks.optimizers import build_optimizer
-from raydfkd.seeds import derive_seed, rng_from
+from raydfkd.seeds import derive_seed, rng_from, seed_globally
 
 logger = logging.getLogger(__name__)
 Pace = Callable[[int], int]
@@ -322,7 +322,8 @@ class StudentTrainer:
         )
 
     def _train_step(self, batch: StudentBatch) -> _Step:
-        torch.manual_seed(derive_seed(self._seed, "student", self.step, self._rank))  # what a student's dropout draws
+        # what a student's dropout draws
+        seed_globally(derive_seed(self._seed, "student", self.step, self._rank), self._device)
         images, labels = self._augmented(batch, self.step)
         count = min(self._spec.accumulate, len(images))
         weights = batch.weights if batch.weights is None else batch.weights.to(self._device)

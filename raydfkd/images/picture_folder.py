@@ -71,6 +71,15 @@ class PictureFolder:
         ]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnlabelledFolder:
+    """Pictures of a folder, found but not read."""
+
+    path: str
+    stream: PictureStream
+    """Decodes them while one goes through it; all have the label 0."""
+
+
 def pictures_of(recipe: Recipe) -> dict[str, PictureFolder]:
     """The real pictures that the recipe's synthesis reads, by their keys; decoded again only where a file changed.
 
@@ -113,8 +122,8 @@ def read_folder(folder: str, space: ImageSpace, *, where: str) -> PictureFolder:
     return found
 
 
-def stream_folder(folder: str, space: ImageSpace, *, where: str) -> PictureStream:
-    """The pictures of ``folder`` and below, however many, decoded while one goes through them; all have the label 0.
+def stream_folder(folder: str, space: ImageSpace, *, where: str) -> UnlabelledFolder:
+    """Find the pictures of ``folder`` and below, however many; ``where`` is the key or option to blame.
 
     Raises:
         RecipeError: the folder is missing or has no picture, or pictures have no such number of channels.
@@ -123,7 +132,7 @@ def stream_folder(folder: str, space: ImageSpace, *, where: str) -> PictureStrea
         Picture(file.relative_to(folder).as_posix(), partial(_unlabelled, file, space))
         for file in _files_of(folder, space, where=where)
     ]
-    return PictureStream(lambda: pictures)
+    return UnlabelledFolder(path=folder, stream=PictureStream(lambda: pictures))
 
 
 def _unlabelled(file: Path, space: ImageSpace) -> tuple[Tensor, int]:

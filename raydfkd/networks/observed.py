@@ -23,7 +23,7 @@ from raydfkd.networks.input_gradients import FastInputGradients
 from raydfkd.networks.layout import lay_channels_last
 from raydfkd.networks.measured import Watched, joined_moments, watched_layers
 from raydfkd.networks.taps import find_head, layer_at, tap_input, tap_output, wrapped
-from raydfkd.seeds import rng_from, seeded
+from raydfkd.seeds import rng_from, seed_globally, seeded
 
 logger = logging.getLogger(__name__)
 
@@ -351,11 +351,11 @@ class ObservedNetwork:
         return watched
 
     def _answer(self, images: Tensor) -> Tensor:
-        torch.manual_seed(0)
+        seed_globally(0, images.device)
         return logits_of(self._module(images.clone())).detach().float()
 
     def _try_out(self, images: Tensor, groups: int = 1) -> Observation:
-        torch.manual_seed(0)
+        seed_globally(0, images.device)
         return self._observe(self._module, images, groups)
 
     def _refuse_missed(self, layers: Mapping[str, nn.Module], missed: list[str], found: Observation) -> None:

@@ -15,7 +15,7 @@ from raydfkd.devices import pick_device
 from raydfkd.distillation.evaluate import batch_size, judge
 from raydfkd.distillation.metrics import Comparison, Figures
 from raydfkd.errors import RecipeError
-from raydfkd.images.picture_folder import stream_folder
+from raydfkd.images.picture_folder import UnlabelledFolder
 from raydfkd.images.pixels import PixelRange
 from raydfkd.images.real_data import RealData, Split
 from raydfkd.job import Job
@@ -49,73 +49,63 @@ def judge_student(
     Raises:
         RecipeError: the data do not have that split, or the set is empty.
     """
-    recipe, broken = job.recipe, Broken()
-    size = batch_size(recipe.teacher.image_space)
-    batches: Batches
-    if data is not None:
-        batches, judged_on = data.load(split).batches(size, broken.add), f"real {data_name(recipe)} {split} images"
-    else:
-        images, judged_on = _held_out(job, view)
-        batches = () if images is None else ((batch, None) for batch in images.split(size))
-    made = None if data is not None else recipe.made_space
-    found = _compared(recipe, teacher, student, batches, made=made)
-    answer = estimate(recipe, teacher.module, student).as_json() if data is None else None
-    return _judged(recipe, teacher, student, found, data, judged_on=judged_on, estimate=answer, broken=broken)
+    shown = _held_out(job, view) if data is None else _real(job.recipe, data, split)
+    found = _judged(job.recipe, teacher, student, shown)
+    if data is None:
+        found["student"]["estimate"] = estimate(job.recipe, teacher.module, student).as_json()
+    return found
 
 
-def judge_by_pictures(recipe: Recipe, teacher: Teacher, student: nn.Module, folder: str) -> dict[str, Any]:
+def judge_by_pictures(recipe: Recipe, teacher: Teacher, student: nn.Module, folder: UnlabelledFolder) -> dict[str, Any]:
     """Figures as ``judge_student``, of the agreement on pictures that nobody has labelled.
 
     Raises:
-        RecipeError: there is no picture in the folder, or none can be decoded.
+        RecipeError: no picture can be decoded.
     """
-    space, broken = recipe.teacher.image_space, Broken()
-    pictures = stream_folder(folder, space, where="--pictures")
-    batches: Batches = ((images, None) for images, _ in pictures.batches(batch_size(space), broken.add))
-    found = _compared(recipe, teacher, student, batches, made=None)
-    if not found.images:
-        raise RecipeError(f"--pictures is {folder!r}: none can be decoded, such as {broken.first[0]}; give others")
-    on = f"pictures without labels in {folder}"
-    return _judged(recipe, teacher, student, found, None, judged_on=on, estimate=None, broken=broken)
+    broken = Broken()
+    pictures = folder.stream.batches(batch_size(recipe.teacher.image_space), broken.add)
+    shown = _Shown(
+        batches=((images, None) for images, _ in pictures),
+        name=f"pictures without labels in {folder.path}",
+        broken=broken,
+    )
+    found = _judged(recipe, teacher, student, shown)
+    if not found["judged_images"]:
+        raise RecipeError(f"--pictures is {folder.path!r}: none can be decoded, such as {broken.first[0]}; give others")
+    return found
 
 
-def _compared(
-    recipe: Recipe, teacher: Teacher, student: nn.Module, batches: Batches, *, made: ImageSpace | None
-) -> Comparison:
-    """Both networks' answers to images of the space ``made``, the teacher's unless given."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shown:
+    """Images that both networks are asked about."""
+
+    batches: Batches
+    name: str
+    made: ImageSpace | None = None
+    """Their space, where it is not the teacher's."""
+    data: RealData | None = None
+    """The data set that they are of."""
+    broken: Broken
+    """Those that cannot be decoded; complete after one pass."""
+
+
+def _judged(recipe: Recipe, teacher: Teacher, student: nn.Module, shown: _Shown) -> dict[str, Any]:
     device = pick_device(recipe.runtime.driver_device)
-    return judge(
+    found = judge(
         student.to(device),
         teacher.module.to(device),
-        batches,
-        PixelRange(recipe.teacher.image_space, device, made=made),
+        shown.batches,
+        PixelRange(recipe.teacher.image_space, device, made=shown.made),
         classes=recipe.teacher.classes,
     )
-
-
-def _judged(  # noqa: PLR0913 - what a report is made of
-    recipe: Recipe,
-    teacher: Teacher,
-    student: nn.Module,
-    found: Comparison,
-    data: RealData | None,
-    *,
-    judged_on: str,
-    estimate: dict[str, Any] | None,
-    broken: Broken,
-) -> dict[str, Any]:
     return {
         "teacher": {**_figures(found.teacher), "parameters": count_parameters(teacher.module)},
-        "student": {
-            **_figures(found.student),
-            "parameters": count_parameters(student),
-            "estimate": estimate,
-        },
+        "student": {**_figures(found.student), "parameters": count_parameters(student), "estimate": None},
         "agreement": found.agreement if found.images else None,
-        "judged_on": judged_on,
+        "judged_on": shown.name,
         "judged_images": found.images,
-        **_by_class(recipe, found, data),
-        "skipped_pictures": asdict(broken),
+        **_by_class(recipe, found, shown.data),
+        "skipped_pictures": asdict(shown.broken),
     }
 
 
@@ -176,11 +166,21 @@ def data_name(recipe: Recipe) -> str:
     return "" if recipe.real_data is None else recipe.real_data.kind
 
 
-def _held_out(job: Job, view: SetView) -> tuple[Tensor | None, str]:
+def _real(recipe: Recipe, data: RealData, split: Split) -> _Shown:
+    broken = Broken()
+    batches = data.load(split).batches(batch_size(recipe.teacher.image_space), broken.add)
+    return _Shown(batches=batches, name=f"real {data_name(recipe)} {split} images", data=data, broken=broken)
+
+
+def _held_out(job: Job, view: SetView) -> _Shown:
+    recipe = job.recipe
     if not view.snapshot.images:
-        raise RecipeError(f"transfer_set.uri is {job.recipe.transfer_set.uri}: there is no image yet; synthesize first")
+        raise RecipeError(f"transfer_set.uri is {recipe.transfer_set.uri}: there is no image yet; synthesize first")
     rows = view.sample(SAMPLE, job.held_out) if job.held_out else None
-    return (None, NOTHING) if rows is None else (rows.images, HELD_OUT)
+    if rows is None:
+        return _Shown(batches=(), name=NOTHING, made=recipe.made_space, broken=Broken())
+    batches = ((images, None) for images in rows.images.split(batch_size(recipe.teacher.image_space)))
+    return _Shown(batches=batches, name=HELD_OUT, made=recipe.made_space, broken=Broken())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from raydfkd import __version__
 from raydfkd.config.recipe import Recipe
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.errors import RecipeError
+from raydfkd.images.picture_folder import UnlabelledFolder, stream_folder
 from raydfkd.images.real_data import Split
 from raydfkd.job import Job, SynthesisOutcome, asks_student, open_job
 from raydfkd.networks.build import build_network, count_parameters
@@ -234,12 +235,14 @@ def evaluate(
         raise RecipeError(
             f"--split is {split!r}, but the recipe has no real_data that it could be of; give real_data or no --split"
         )
+    folder = None if pictures is None else stream_folder(str(pictures), recipe.teacher.image_space, where="--pictures")
     prepared = check(recipe, writes_run=False, writes_set=False)
-    weights = str(student or student_path(recipe))
-    return judge_saved(prepared, weights, split=split or "test", pictures=None if pictures is None else str(pictures))
+    return judge_saved(prepared, str(student or student_path(recipe)), split=split or "test", folder=folder)
 
 
-def judge_saved(prepared: Prepared, weights: str, *, split: Split, pictures: str | None = None) -> dict[str, Any]:
+def judge_saved(
+    prepared: Prepared, weights: str, *, split: Split, folder: UnlabelledFolder | None = None
+) -> dict[str, Any]:
     """Do as ``evaluate``, with a recipe that was checked already."""
     recipe = prepared.recipe
     if not weights_exist(weights, where="--student"):
@@ -248,8 +251,8 @@ def judge_saved(prepared: Prepared, weights: str, *, split: Split, pictures: str
         raise RecipeError(f"teacher.weights is {recipe.teacher.weights!r}: no such file; `raydfkd teach` makes it")
     network = saved_student(recipe, weights, where="--student")
     job = open_job(recipe, prepared.teacher)
-    if pictures is not None:
-        return judge_by_pictures(recipe, prepared.teacher, network, pictures)
+    if folder is not None:
+        return judge_by_pictures(recipe, prepared.teacher, network, folder)
     return judge_student(job, prepared.teacher, network, SetView(job), prepared.data, split=split)
 
 

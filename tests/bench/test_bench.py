@@ -23,6 +23,7 @@ def small_teacher():
     return nn.Sequential(*layers).eval()
 
 
+@pytest.mark.cluster
 def test_rows_of_the_synthesis_benchmark_carry_the_names_that_scripts_rely_on():
     (row,) = (json.loads(row.to_json()) for row in bench_synthesis(rounds=1, device="cpu", cases=("convnet-32",)))
     assert row.keys() == {

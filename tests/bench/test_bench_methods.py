@@ -37,6 +37,7 @@ def test_every_method_is_measured_at_each_share_between_both_controls():
     assert [cell.method for cell in cells[:3]] == [REAL, NOISE, "renewed_generator"]
 
 
+@pytest.mark.cluster
 def test_comparison_is_measured_once_and_then_known(tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "ProcessPoolExecutor", Here)
     comparison = replace(COMPARISON, shares=(1.0,), methods=("dafl",), budget_s=0.5, overrides=OVERRIDES[:3])

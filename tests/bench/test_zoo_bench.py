@@ -51,6 +51,7 @@ def test_student_is_at_most_half_of_the_teacher(name):
     assert recipe.real_data is not None
 
 
+@pytest.mark.cluster
 @pytest.mark.usefixtures("quickly_taught")
 def test_recipe_is_inits_own_and_measured_once_between_the_controls(tmp_path, monkeypatch):
     told = []

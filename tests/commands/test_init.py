@@ -66,7 +66,10 @@ def test_recipe_for_a_teacher_is_sound_and_as_the_teacher_is(begun, row):
     assert f"recipe: {row.method} " in page.read_text()
 
 
-@pytest.mark.parametrize("name", ["state dict", "28x28, grey", "timm:vit_tiny_patch16_224"])
+SLOW = [pytest.param(name, marks=pytest.mark.cluster) for name in ("28x28, grey", "timm:vit_tiny_patch16_224")]
+
+
+@pytest.mark.parametrize("name", ["state dict", *SLOW])
 def test_steps_are_timed_with_the_teacher(begun, name):
     text = begun(row_called(name)).read_text()
     assert re.search(r"a step of synthesis with \d+ images takes [\d.]+ m?s", text)

@@ -43,7 +43,10 @@ SHORT = (
 
 @pytest.fixture
 def said(tmp_path, monkeypatch) -> list[str]:
-    """What people were told; no cluster is on record and none named."""
+    """What people were told; no cluster is on record and none named, and nobody waits long for one."""
+    from raydfkd.distributed import connection
+
+    monkeypatch.setattr(connection, "ANSWER_S", 0.5)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     (tmp_path / "ray").mkdir()
@@ -118,6 +121,7 @@ def head(tmp_path_factory) -> Iterator[Head]:
         yield started
 
 
+@pytest.mark.cluster
 @pytest.mark.ray
 @pytest.mark.parametrize(
     "way", ["record", *(pytest.param(way, marks=pytest.mark.cluster) for way in ("runtime.address", "RAY_ADDRESS"))]
@@ -134,6 +138,7 @@ def test_head_that_asks_for_the_token_in_home_is_joined_without_a_word_about_it(
     assert "oken" not in done.stdout + done.stderr
 
 
+@pytest.mark.cluster
 @pytest.mark.ray
 def test_wrong_token_is_one_line(head, tmp_path):
     recipe = recipe_file(tmp_path, *SHORT)
@@ -146,6 +151,7 @@ def test_wrong_token_is_one_line(head, tmp_path):
     )
 
 
+@pytest.mark.cluster
 @pytest.mark.ray
 def test_jobs_of_a_head_are_listed_with_the_token_in_home(head, tmp_path):
     done = head.raydfkd("status", "--address", head.dashboard, folder=tmp_path)
@@ -299,6 +305,7 @@ def test_long_temporary_folder_does_not_stop_a_cluster_of_its_own(alone, tmp_pat
     assert (said in done.stdout) == (not remedy)
 
 
+@pytest.mark.cluster
 @pytest.mark.ray
 def test_sigterm_is_heard_after_connecting_by_who_listened_before(alone, tmp_path):
     """`ray.init` would put a handler of its own in place."""

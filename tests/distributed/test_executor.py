@@ -163,6 +163,7 @@ class PrintsAsRayDoes(Listener):
         print("(raylet) The node with node id 1 has been marked dead")  # noqa: T201 - that is the point
 
 
+@pytest.mark.cluster
 def test_what_ray_prints_is_not_on_standard_output(ray_cluster, tmp_path, capsys):
     from raydfkd.distributed.executor import RayExecutor
 

@@ -60,6 +60,7 @@ class Hears(Listener):
         self.lost_for.append(reason)
 
 
+@pytest.mark.cluster
 def test_actors_without_a_unit_are_ended_when_the_queue_drains(ray_cluster, tmp_path):
     job = job_of(tmp_path, "runtime.workers={min: 0, max: 3}", "runtime.cpus_per_worker=0.1",
                  "transfer_set.images_per_class=8", "synthesis.steps=200", TINY)  # fmt: skip
@@ -71,6 +72,7 @@ def test_actors_without_a_unit_are_ended_when_the_queue_drains(ray_cluster, tmp_
     assert job.snapshot().images == job.planned_images
 
 
+@pytest.mark.cluster
 def test_units_in_work_say_how_far_they_are_and_every_look_at_their_objective(ray_cluster, tmp_path, monkeypatch):
     monkeypatch.setattr("raydfkd.distributed.pool.PROGRESS_S", 0.0)
     job = job_of(tmp_path, TINY, "synthesis.steps=300", "synthesis.emissions=1",
@@ -85,6 +87,7 @@ def test_units_in_work_say_how_far_they_are_and_every_look_at_their_objective(ra
     assert hears.order[-1] == "committed", "nothing is said of a unit that is done"
 
 
+@pytest.mark.cluster
 def test_no_more_actors_are_requested_than_there_are_units(ray_cluster, tmp_path):
     job = job_of(tmp_path, "runtime.workers={min: 0, max: 50}", "runtime.cpus_per_worker=0.1",
                  "transfer_set.images_per_class=4")  # fmt: skip
@@ -141,6 +144,7 @@ def test_actor_that_gets_sigterm_leaves_its_unit_to_another(ray_cluster, tmp_pat
     assert commit.attempt == 1
 
 
+@pytest.mark.cluster
 def test_workers_that_die_while_they_are_built_end_the_run(ray_cluster, tmp_path, monkeypatch):
     job = job_of(tmp_path, "teacher.network=deadly:build", "teacher.options={}")
     with pytest.raises(RecipeError, match=r"runtime.workers: 5 in a row died while they were built"):
@@ -166,6 +170,7 @@ def commit_of(unit):
                   objective=0.0, student_version=-1, seconds=0.1)  # fmt: skip
 
 
+@pytest.mark.cluster
 def test_machine_on_which_no_worker_can_be_built_does_not_end_a_run_that_has_another(
     ray_cluster, tmp_path, monkeypatch
 ):
@@ -248,6 +253,7 @@ def test_store_that_is_out_of_reach_costs_no_attempt(ray_cluster, tmp_path, monk
     assert sum("going on as soon as it can" in text for text in hears.said) == 1
 
 
+@pytest.mark.cluster
 def test_store_that_stays_out_of_reach_ends_the_run(ray_cluster, tmp_path, monkeypatch):
     (tmp_path / "told").touch()
     job = job_of(tmp_path, "teacher.network=deadly:build_cut_off", f"teacher.options={{told: {tmp_path / 'told'}}}")

@@ -114,6 +114,7 @@ def test_synthesis_that_asks_the_student_cannot_take_turns_with_it(ray_cluster, 
         turns(job_of(tmp_path, "runtime.cpus_per_student_worker=4", against), said)
 
 
+@pytest.mark.cluster
 def test_run_in_turns_makes_the_set_and_the_student(ray_cluster, tmp_path):
     from raydfkd.distributed.executor import RayExecutor
 

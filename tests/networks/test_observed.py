@@ -190,6 +190,7 @@ def warnings_of(caplog):
     return [record.message for record in caplog.records if record.name.startswith("raydfkd.")]
 
 
+@pytest.mark.cluster
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")
 def test_compiled_network_has_the_objective_and_gradient_of_the_plain_one_in_float64(caplog):
     teacher = network_with(nn.BatchNorm2d(5))

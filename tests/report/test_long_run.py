@@ -29,6 +29,7 @@ def curves_of(events):
     return curves
 
 
+@pytest.mark.cluster
 def test_memory_for_the_report_does_not_grow_with_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(charts, "MAX_ENTRIES", 1_000)
     peaks = []

@@ -78,6 +78,7 @@ def test_answers_to_views_take_the_bytes_that_the_source_holds(tmp_path, source,
     assert (answers.views, answers.views_bytes, answers.stored_bytes) == (views, 24 * size, 24 * 2 * 4)
 
 
+@pytest.mark.cluster
 def test_parts_are_as_many_as_the_sink_makes_of_large_images():
     recipe = load_recipe("one-gpu", ["teacher.weights=random", "transfer_set.part_rows=4096"])
     rows = GROUP_BYTES // (3 * 224 * 224)
@@ -87,6 +88,7 @@ def test_parts_are_as_many_as_the_sink_makes_of_large_images():
     assert work_of(changed).parts == 2 * len(recipe.classes)
 
 
+@pytest.mark.cluster
 def test_plan_says_what_a_set_takes_in_its_form_and_what_answers_take_in_each(capsys, monkeypatch):
     some = Memory(fixed=1, per_image=1, images=1, key="synthesis.batch_size", images_of_one=1, process=1)
     monkeypatch.setattr("raydfkd.runner.memory.memory_of", lambda recipe: Memories(synthesis=some, student=some))

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 WORK = """
 import resource, sys
 import torch
@@ -27,6 +29,7 @@ for number, unit in enumerate(job.units, 1):
 """
 
 
+@pytest.mark.cluster
 def test_peak_memory_of_a_worker_does_not_grow_from_the_50th_to_the_200th_unit(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", WORK, str(tmp_path)], capture_output=True, text=True, timeout=300, check=True
