@@ -18,6 +18,7 @@ from raydfkd.config.recipe import Recipe
 from raydfkd.errors import RecipeError, did_you_mean
 from raydfkd.images.real_data import Split
 from raydfkd.networks.scout import scout
+from raydfkd.runner.constants import tempered
 from raydfkd.runner.draft import Draft
 from raydfkd.runner.pace import Arithmetic, Sizes
 from raydfkd.runner.suits import why_not
@@ -125,7 +126,7 @@ def _draft(recipe: Recipe, name: str, student: Student, folder: Path) -> tuple[P
         given={"classes": teacher.classes, "image_space": space},
     )
     draft = Draft(
-        found=found,
+        found=tempered(found),
         name=f"{name}-{student}",
         student=recipe.student.model_dump(mode="json") if student == "half" else {},
         data=None,

@@ -57,13 +57,14 @@ def init(  # noqa: PLR0913, PLR0917 - one option each
     allow_code()
     from raydfkd.networks.scout import scout
     from raydfkd.runner.check import check
-    from raydfkd.runner.constants import fit_to_pictures
+    from raydfkd.runner.constants import fit_to_pictures, tempered
     from raydfkd.runner.draft import Draft, recipe_of
 
     found = scout(network, options=keywords, weights=weights, given=given)
     if data is not None:
         data = expand_home(data)
         found = fit_to_pictures(found, data)
+    found = tempered(found)
     draft = Draft(
         found=found,
         name=called,

@@ -240,7 +240,9 @@ class Recipe(Spec):
         extended. One whose images are made against the student cannot, because its training depends on all of them;
         there the student and its training count too. Secrets do not: a URL that was signed anew is the same one.
         """
-        teacher = {"network", "options", "classes", "image_space", *(("output",) if self.teacher.output else ())}
+        teacher = {"network", "options", "classes", "image_space"}
+        unusual = {"output": self.teacher.output is not None, "temperature": self.teacher.temperature != 1}
+        teacher |= {key for key, is_there in unusual.items() if is_there}
         payload = {
             "format": 1,
             "seed": self.seed,

@@ -242,6 +242,9 @@ class TeacherSpec(TrainedSpec):
     line. Numbers, or the names of `real_data`, unless given."""
     image_space: ImageSpace
     """Channels, size and normalisation of the images that it takes."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """What its logits are divided by, everywhere: above one for a teacher that is sure of all that it sees, noise
+    included, which teaches little. `raydfkd init` finds it; which class comes first stays as it is."""
     weights: Text = "${run_dir}/teacher.safetensors"
     """Path or URL of a .safetensors or .pt state dict or of the index of a sharded one; "pretrained", or a name such as
     IMAGENET1K_V2, for weights that the network comes with; "random" for benchmarks and tests."""
@@ -253,6 +256,15 @@ class TeacherSpec(TrainedSpec):
         if isinstance(self.class_names, tuple) and len(self.class_names) != self.classes:
             raise ValueError(
                 f"class_names has {len(self.class_names)} names, but classes is {self.classes}; give as many"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _trained_before_it_is_tempered(self) -> TeacherSpec:
+        if self.train is not None and self.temperature != 1:
+            raise ValueError(
+                f"temperature is {self.temperature:g}, but a network that train is to train would learn to outdo it; "
+                "drop either"
             )
         return self
 

@@ -163,9 +163,18 @@ class AnswersLogits:
 
     classes: int
     scale: AnswerScale = AnswerScale.LOGITS
+    temperature: float = 1.0
+    """What they are divided by."""
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], answer: Any) -> Tensor | None:
         """The logits in ``answer``; None, which leaves it as it is, where it is nothing else."""
+        logits = self._logits(module, inputs, answer)
+        if self.temperature == 1:
+            return logits
+        tempered: Tensor = (answer if logits is None else logits) / self.temperature
+        return tempered
+
+    def _logits(self, module: nn.Module, inputs: tuple[Any, ...], answer: Any) -> Tensor | None:
         # sizes of the batch are shape[0] and not len(), which would fix them in an exported graph
         is_plain = isinstance(answer, Tensor) and answer.ndim == 2 and answer.shape[1] == self.classes
         if is_plain and self.scale is AnswerScale.LOGITS:

@@ -41,7 +41,8 @@ def build_network(spec: TeacherSpec | StudentSpec, teacher: TeacherSpec, *, wher
     with seeded(seed):
         images, answer, logits = _Trial(network, spec.network, teacher, where).run()
         scale = _scale(network, spec, where, images, answer, logits)
-    network.register_forward_hook(AnswersLogits(classes=teacher.classes, scale=scale))
+    temperature = spec.temperature if isinstance(spec, TeacherSpec) else 1.0
+    network.register_forward_hook(AnswersLogits(classes=teacher.classes, scale=scale, temperature=temperature))
     return network
 
 

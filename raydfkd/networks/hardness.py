@@ -16,6 +16,8 @@ TOO_SURE = 0.98
 """Mean confidence in noise from which a teacher is said to be sure of it; teachers of the zoo have 0.57 to 0.95."""
 FEW_BATCHES = 20
 """Of fewer batches what a fresh layer begins with still weighs an eighth, with the usual momentum of 0.1."""
+CALM = 0.75
+"""Mean confidence in noise to which it is brought; the middle of the zoo's."""
 NOISE_IMAGES = 16
 """Few, since every check asks the teacher about them, however large it is."""
 
@@ -53,13 +55,40 @@ def _batches(layer: nn.Module) -> int:
     return 0 if tracked is None or not getattr(layer, "momentum", None) else int(tracked)
 
 
-@torch.no_grad()
 def _sure_of_noise(teacher: nn.Module, spec: TeacherSpec) -> Iterator[str]:
+    logits = _answers_to_noise(teacher, spec)
+    confidence = _confidence(logits)
+    if confidence > TOO_SURE:
+        temperature = spec.temperature * calming_temperature(logits)
+        yield (
+            f"the teacher is {confidence:.1%} sure of what it sees in noise, and from one that is sure of everything a "
+            f"student learns next to nothing (benchmarks.md); set teacher.temperature: {temperature:.2g}"
+        )
+
+
+def temperature_for(teacher: nn.Module, spec: TeacherSpec) -> float:
+    """What a teacher's logits should be divided by: 1, unless it is too sure of noise. Two digits."""
+    logits = _answers_to_noise(teacher, spec)
+    return float(f"{calming_temperature(logits):.2g}") if _confidence(logits) > TOO_SURE else 1.0
+
+
+def calming_temperature(logits: Tensor) -> float:
+    """Which temperature makes the mean confidence of ``logits`` [N, K] as :data:`CALM` says, as far as any does."""
+    low, high = 0.0, 40.0  # powers of two
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _confidence(logits / 2**middle) > CALM else (low, middle)
+    return float(2**high)
+
+
+@torch.no_grad()
+def _answers_to_noise(teacher: nn.Module, spec: TeacherSpec) -> Tensor:
+    """Logits [N, K] of normalised images of noise."""
     images = torch.randn(NOISE_IMAGES, *spec.image_space.shape, generator=rng_from(0))
     logits: Tensor = frozen_copy(teacher)(images)
-    confidence = logits.softmax(1).amax(1).mean().item()
-    if confidence > TOO_SURE:
-        yield (
-            f"the teacher is {confidence:.1%} sure of what it sees in noise, so its answers to images unlike its own"
-            " tell little; an earlier checkpoint may tell more"
-        )
+    return logits.float()
+
+
+def _confidence(logits: Tensor) -> float:
+    """The mean probability of the likeliest class."""
+    return logits.softmax(1).amax(1).mean().item()

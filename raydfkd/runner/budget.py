@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -129,6 +130,7 @@ class _Rounds:
         self._plan = _endless_plan(job.recipe)
         self._units: tuple[WorkUnit, ...] = ()
         self._student = _StudentOfBefore()
+        self._pieces = _Pieces(clock)
         self._feed: StoredStudentFeed | None = None
         self._synthesizer: Synthesizer | None = None
         if synthesizer is not None:
@@ -188,15 +190,18 @@ class _Rounds:
     def _synthesize(self, synthesizer: Synthesizer, *, until: float) -> None:
         """Make the images that there is time for, at least a piece, and close the set for those that there are."""
         recipe, transfer_set = self.job.recipe, self.job.transfer_set
-        is_last_piece = _piece_timer(self._clock, until)
-        is_over = False
+        pieces = self._pieces
+        pieces.begin_round()
         with cpu_threads(recipe.synthesis.threads):
             for unit in self._plan:
                 is_round = unit.request.classes == recipe.classes
-                made, is_over = _make(unit, synthesizer, transfer_set, is_last_piece if is_round else lambda: False)
+                if is_round:
+                    pieces.begin_unit()
+                is_last = partial(pieces.end, until) if is_round else _never
+                made, is_over = _make(unit, synthesizer, transfer_set, is_last)
                 self._units += (made,)
                 ends_round = not is_round and unit.request.classes[-1] == recipe.classes[-1]
-                if is_over or (ends_round and is_last_piece()):
+                if is_over or (ends_round and pieces.end(until)):
                     break
         images_per_class = sum(unit.request.count for unit in self._units) // len(recipe.classes)
         spec = recipe.transfer_set.model_copy(update={"images_per_class": images_per_class})
@@ -235,17 +240,37 @@ def _pace(clock: Clock, *, until: float, start: int, end: int) -> Callable[[int]
     return pace
 
 
-def _piece_timer(clock: Clock, until: float) -> Callable[[], bool]:
-    """A function that says after each piece if it was the last: another as long would end further from ``until``."""
-    began = clock()
+class _Pieces:
+    """Says after each piece of a unit if it was the last: the next one would end further from where it should.
 
-    def is_last() -> bool:
-        nonlocal began
-        now = clock()
-        took, began = now - began, now
-        return now + took / 2 > until
+    Pieces of a unit differ, where some images are drawn and others optimised, but those at one place in it are alike.
+    So the next one is expected to take what that at its place last took; where there was none yet, what this one took.
+    """
 
-    return is_last
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._took: list[float] = []
+        self._place, self._began = 0, 0.0
+
+    def begin_round(self) -> None:
+        """A synthesis begins."""
+        self._began = self._clock()
+
+    def begin_unit(self) -> None:
+        """The next piece is the first one of a unit."""
+        self._place = 0
+
+    def end(self, until: float) -> bool:
+        """A piece ends; returns whether it was the last that is near enough to ``until``."""
+        now = self._clock()
+        self._took[self._place : self._place + 1] = [now - self._began]
+        self._place, self._began = self._place + 1, now
+        expected = self._took[self._place] if self._place < len(self._took) else self._took[self._place - 1]
+        return now + expected / 2 > until
+
+
+def _never() -> bool:
+    return False
 
 
 def _make(

@@ -1,4 +1,4 @@
-"""The size and normalisation that nobody has told of a teacher: those under which it knows labelled pictures best."""
+"""What nobody has told of a teacher: size and normalisation, by labelled pictures, and a temperature, by noise."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from raydfkd.images.pictures import pictures_in
 from raydfkd.images.pixels import PixelRange
 from raydfkd.images.real_data import in_memory, open_real_data
 from raydfkd.networks.build import build_network
+from raydfkd.networks.hardness import temperature_for
 from raydfkd.networks.scout import GUESS, Found
 from raydfkd.networks.weights import load_weights
 from raydfkd.seeds import rng_from
@@ -65,7 +66,7 @@ def fit_to_pictures(found: Found, root: str) -> Found:
     candidates = [("as it says", space.mean, space.std)]
     if sources.get("mean", "").startswith(GUESS):
         candidates = [*CONSTANTS.get(space.channels, ()), ("their own", *_moments(images))]
-    network = _teacher(section)
+    network = _teacher(TeacherSpec.model_validate_json(json.dumps(section)))
     known = [
         (_accuracy(network, space.model_copy(update={"mean": mean, "std": std}), images, labels), name, mean, std)
         for name, mean, std in candidates
@@ -78,6 +79,24 @@ def fit_to_pictures(found: Found, root: str) -> Found:
         )
         sources.pop("std", None)
     return replace(found, section=section, sources=sources, notes=(*found.notes, *_doubts(section, accuracy, root)))
+
+
+def tempered(found: Found) -> Found:
+    """``found`` with a temperature where the teacher is sure of what it sees in noise.
+
+    Raises:
+        RecipeError: its weights do not fit it.
+    """
+    spec = TeacherSpec.model_validate_json(json.dumps(found.section))
+    temperature = temperature_for(_teacher(spec), spec)
+    if temperature == 1:
+        return found
+    source = "divides its logits: it is sure of all that it sees, noise included, which teaches little"
+    return replace(
+        found,
+        section={**found.section, "temperature": temperature},
+        sources={**found.sources, "temperature": source},
+    )
 
 
 def _doubts(section: Mapping[str, Any], accuracy: float, root: str) -> Iterator[str]:
@@ -117,8 +136,7 @@ def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(round(value, 4) for value in mean.tolist()), tuple(round(value, 4) for value in std.tolist())
 
 
-def _teacher(section: Mapping[str, Any]) -> nn.Module:
-    spec = TeacherSpec.model_validate_json(json.dumps(section))
+def _teacher(spec: TeacherSpec) -> nn.Module:
     network = build_network(spec, spec, where="teacher", seed=0)
     load_weights(network, spec.weights, where="teacher.weights")
     return network.eval()

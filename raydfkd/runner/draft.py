@@ -164,6 +164,8 @@ class Draft:
         yield from _entry("classes", section["classes"], sources.get("classes"))
         if section.get("class_names"):
             yield from _entry("class_names", section["class_names"])
+        if "temperature" in section:
+            yield from _entry("temperature", section["temperature"], sources.get("temperature"))
         yield "  image_space:"
         for key in ("channels", "size", "mean", "std"):
             yield from _entry(key, self._space[key], sources.get(key), indent=4)

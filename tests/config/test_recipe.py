@@ -461,6 +461,7 @@ CHANGES_PIXELS = [
     "transfer_set.unit.images_per_class=2",
 ]
 CHANGES_NO_PIXEL = [
+    "teacher.temperature=1",
     "name=other",
     "run_dir=elsewhere",
     "teacher.weights=elsewhere.safetensors",
@@ -480,6 +481,16 @@ CHANGES_NO_PIXEL = [
 @pytest.mark.parametrize("override", CHANGES_PIXELS)
 def test_digest_changes_with_what_affects_pixels(toy, override):
     assert toy(override).made_of("w") != toy().made_of("w")
+
+
+def test_digest_changes_with_the_temperature_and_stays_where_there_is_none(toy):
+    assert toy("teacher.temperature=2").made_of("w") != toy().made_of("w")
+    assert "temperature" not in toy().made_of("w")["teacher"]
+
+
+def test_temperature_of_a_teacher_that_is_trained_here_is_refused(toy):
+    with pytest.raises(RecipeError, match="temperature is 2, but a network that train is to train would learn"):
+        toy("teacher.temperature=2", "teacher.train={epochs: 1}")
 
 
 def test_digest_changes_with_the_teachers_weights(toy):

@@ -35,10 +35,10 @@ class Net(nn.Module):
         }[self.form]
 
 
-def spec_of(form, classes=4, outputs=4, output=None):
+def spec_of(form, classes=4, outputs=4, **more):
     space = ImageSpace(channels=1, size=8, mean=(0.4,), std=(0.3,))
     options = {"form": form, "classes": outputs}
-    return TeacherSpec(network="answering:Net", options=options, classes=classes, image_space=space, output=output)
+    return TeacherSpec(network="answering:Net", options=options, classes=classes, image_space=space, **more)
 
 
 def build(form, **sizes):

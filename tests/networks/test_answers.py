@@ -97,6 +97,13 @@ def test_network_that_answers_probabilities_yields_logits_that_add_up_to_zero(fo
     torch.testing.assert_close(network(images), plain - plain.mean(1, keepdim=True), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", ["logits", "softmax"])
+def test_temperature_divides_what_a_teacher_answers_in_any_form(form):
+    images = torch.randn(6, 1, 8, 8)
+    plain, tempered = build(form).eval(), build(form, temperature=4.0).eval()
+    torch.testing.assert_close(tempered(images), plain(images) / 4)
+
+
 def test_network_that_answers_sigmoids_yields_what_they_were_taken_of():
     network, images = build("sigmoid", output="sigmoid").eval(), torch.randn(6, 1, 8, 8)
     torch.testing.assert_close(network(images), network.fc(images.flatten(1)), rtol=1e-4, atol=1e-4)

@@ -12,7 +12,7 @@ from raydfkd.config.schema import TeacherSpec
 from raydfkd.networks import hardness as hardness_module
 from raydfkd.networks.batchnorm import layers_with_statistics
 from raydfkd.networks.build import build_network
-from raydfkd.networks.hardness import FEW_BATCHES, NOISE_IMAGES, hardness
+from raydfkd.networks.hardness import CALM, FEW_BATCHES, NOISE_IMAGES, hardness, temperature_for
 from raydfkd.networks.teacher import open_teacher
 from raydfkd.runner.check import check
 from raydfkd.seeds import rng_from
@@ -66,6 +66,21 @@ def test_teacher_that_is_sure_of_noise_is_said_to_be_with_how_sure(teacher, loud
     lines = hardness(teacher, SPEC)
     assert len(lines) == (confidence > 0.98) == (loudness > 1)
     assert all(f"{confidence:.1%} sure of what it sees in noise" in line for line in lines)
+
+
+def test_teacher_is_calm_with_the_temperature_that_is_found_for_it(teacher):
+    assert temperature_for(teacher, SPEC) == 1
+    with torch.no_grad():
+        teacher.head.weight.mul_(10_000)
+    temperature = temperature_for(teacher, SPEC)
+    (line,) = hardness(teacher, SPEC)
+    assert line.endswith(f"set teacher.temperature: {temperature:.2g}")
+    calm = SPEC.model_copy(update={"temperature": temperature})
+    network = build_network(calm, calm, where="teacher", seed=0).eval()
+    network.load_state_dict(teacher.state_dict())
+    noise = torch.randn(NOISE_IMAGES, *SPACE.shape, generator=rng_from(0))
+    assert network(noise).softmax(1).amax(1).mean().item() == pytest.approx(CALM, abs=0.02)
+    assert hardness(network, calm) == []
 
 
 def test_check_tells_it(tmp_path, monkeypatch):

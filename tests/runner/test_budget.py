@@ -7,7 +7,7 @@ from toy import toy_recipe
 
 import raydfkd.runner.budget
 from raydfkd.errors import RecipeError
-from raydfkd.runner.budget import run_within
+from raydfkd.runner.budget import _Pieces, run_within
 from raydfkd.synthesis.student_feed import StoredStudentFeed
 
 
@@ -55,6 +55,17 @@ def test_one_round_and_one_step_are_made_however_short_the_budget(tmp_path, tick
     outcome = run_within(toy_recipe(tmp_path, WHOLE, synthesizer="generator"), 0.1)
     assert (outcome.images, outcome.student_steps) == (4 * 2, 1)
     assert outcome.seconds > 0.1, "an overdrawn budget is reported as such"
+
+
+def test_a_long_piece_is_not_begun_where_it_took_too_long_in_the_unit_before():
+    times = iter([0, 1, 9, 10, 11])  # of a unit, a short piece and a long one; of the next one, a short one
+    pieces = _Pieces(lambda: next(times))
+    pieces.begin_round()
+    pieces.begin_unit()
+    assert [pieces.end(6), pieces.end(6)] == [False, True]
+    pieces.begin_round()
+    pieces.begin_unit()
+    assert pieces.end(14), "eight seconds more would end at 19, five too late"
 
 
 def test_a_budget_is_kept_by_the_real_clock(tmp_path):

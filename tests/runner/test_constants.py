@@ -7,13 +7,14 @@ import sys
 
 import pytest
 import stranger
+import torch
 from PIL import Image
 
 from raydfkd.cli import app
 from raydfkd.config.load import load_recipe
 from raydfkd.errors import RecipeError
 from raydfkd.networks.scout import scout
-from raydfkd.runner.constants import fit_to_pictures
+from raydfkd.runner.constants import fit_to_pictures, tempered
 from raydfkd.runner.run import run
 
 
@@ -67,6 +68,20 @@ def test_teacher_that_knows_little_more_than_chance_is_doubted(tmp_path):
     (note,) = fit_to_pictures(seen(), "pictures").notes
     assert note.startswith("the teacher knows only ")
     assert note.endswith("check its weights, --size, --mean and --std, and which folder is which class")
+
+
+@pytest.mark.usefixtures("there")
+def test_teacher_that_is_sure_of_noise_gets_a_temperature_and_no_other_does():
+    found = seen()
+    assert tempered(found) is found
+    checkpoint = torch.load("model.pt", weights_only=True)
+    for tensor in checkpoint["model"].values():
+        if tensor.ndim and len(tensor) == 10:
+            tensor.mul_(1000)
+    torch.save(checkpoint, "model.pt")
+    found = tempered(seen())
+    assert found.section["temperature"] > 10
+    assert "sure of all that it sees" in found.sources["temperature"]
 
 
 @pytest.mark.usefixtures("there")
