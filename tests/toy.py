@@ -75,8 +75,8 @@ _SYNTHESIS = {
     "pixels": """
   synthesizer: pixels
   batch_size: 4
-  stages: [{pool: 2, steps: 3}, {steps: 4}]
-  warmup: 2
+  stages: [{pool: 2, steps: 2}, {steps: 2}]
+  warmup: 1
   augment: [{kind: jitter, pixels: 1}]
   objective: [cross_entropy, {term: bn_moments, form: kl}, {term: total_variation, weight: 1e-2}]
 """,

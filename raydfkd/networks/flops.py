@@ -44,7 +44,7 @@ def load_of(network: nn.Module, shape: tuple[int, ...], *, backward: Backward | 
     """The load of the answer to an image [C, H, W] or a vector, and of a gradient where one is wanted."""
     try:
         one, two = (_counted_on("meta", network, (images, *shape), backward) for images in (1, 2))
-    except (RuntimeError, NotImplementedError):  # operators that need values
+    except (RuntimeError, NotImplementedError, AssertionError):  # operators that need values, TorchScript
         one, two = (_counted_on("cpu", network, (images, *shape), backward) for images in (1, 2))
     return Load(flops=one.flops, elements=two.elements - one.elements)  # where weights and their gradients drop out
 
@@ -108,7 +108,9 @@ def _convolution_backward(  # noqa: PLR0913, PLR0917 - those of the operator
 
 
 def _counted_on(device: str, network: nn.Module, shape: tuple[int, ...], backward: Backward | None) -> Load:
-    counted = copy.deepcopy(network).to(device).eval().requires_grad_(backward == "weights")
+    counted = copy.deepcopy(network).to(device).eval()
+    for weight in counted.parameters():  # TorchScript modules have no requires_grad_, and copies that are no leaves
+        weight.detach_().requires_grad_(backward == "weights")
     images = torch.zeros(shape, device=device, requires_grad=backward == "image")
     own = {torch.ops.aten.convolution_backward: _convolution_backward}
     with (

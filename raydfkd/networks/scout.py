@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from raydfkd.errors import RecipeError
 from raydfkd.networks.answers import logits_of
 from raydfkd.networks.batchnorm import layers_with_statistics
 from raydfkd.networks.build import construct_network, count_parameters
+from raydfkd.networks.flops import forward_flops
 from raydfkd.networks.hubs import Description
 from raydfkd.networks.libraries import described
 from raydfkd.networks.measured import is_norm
@@ -52,6 +55,8 @@ class Found:
     """Whether it takes images of one size alone."""
     takes: Callable[[int | list[int]], bool] = lambda size: False
     """Says whether it takes images of a size."""
+    flops: Callable[[], float] = lambda: math.inf
+    """Counts the arithmetic of its answer to an image."""
     notes: tuple[str, ...] = ()
     """What the user should know, a line each."""
 
@@ -108,7 +113,8 @@ def scout(
     if names is not None and len(names) == classes:
         section.setdefault("class_names", names)
     fixed_size = not trial.takes_half(space["size"])
-    return replace(_layers(module, section), sources=sources, fixed_size=fixed_size, takes=trial.takes)
+    flops = partial(forward_flops, module, (space["channels"], *_edges(space["size"])))
+    return replace(_layers(module, section), sources=sources, fixed_size=fixed_size, takes=trial.takes, flops=flops)
 
 
 def _sources_of(known: Description, given: Mapping[str, Any]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,14 +13,18 @@ import yaml
 
 from raydfkd.config.load import load_recipe, page_data
 from raydfkd.config.recipe import Recipe
-from raydfkd.config.schema import Precision, is_own
+from raydfkd.config.schema import ImageSpace, Precision, is_own
 from raydfkd.devices import device_name
 from raydfkd.networks.build import NETWORKS, count_parameters
+from raydfkd.networks.flops import forward_flops
+from raydfkd.networks.generators import GENERATORS
 from raydfkd.networks.scout import Found
 from raydfkd.runner.pace import Arithmetic, Sizes, Speed, fastest, in_words, sizes_for
 
 SMALL = 64
 """Pixels up to which generators are chosen, and batches of a hundred images."""
+MOST_WORK, LEAST_WIDTH = 1.5, 8
+"""Work of a generator for an image, in that of the teacher, and the width below which it is not made narrower."""
 WIDTHS = (4, 8, 12, 16, 24, 32, 48, 64)
 """Widths of the first layer of a student that nobody has named."""
 UNEVEN = {"kind": "soft_kl", "temperature": 2, "standardised": "teacher"}
@@ -204,6 +209,9 @@ class Draft:
         yield from _entry("augment", [{"kind": "jitter", "pixels": jitter}], "a sixteenth of the image")
         if self._is_generator:
             yield from _entry("batch_per_class", self._batch_per_class)
+            width, usual = self._generator_width(), self._synthesis_of_method["generator"]["width"]
+            if width != usual:
+                yield from _entry("generator", {"width": width}, f"one of {usual} would do more work than the teacher")
             return
         yield from _entry("batch_size", self._batch_per_class * self._classes_per_unit)
         stages = self._synthesis_of_method["stages"]
@@ -212,6 +220,19 @@ class Draft:
             yield from _entry(
                 "stages", [{"steps": steps}], "the network takes no images of half the size to begin with"
             )
+
+    def _generator_width(self) -> int:
+        """The method's, halved until the generator does little more work for an image than the teacher does."""
+        spec = {**self._synthesis_of_method["generator"]}
+        kind, width = spec.pop("kind"), spec.pop("width")
+        space, most = ImageSpace.model_validate_json(json.dumps(self._space)), MOST_WORK * self.found.flops()
+        while width > LEAST_WIDTH:
+            options = {**spec, "width": width}
+            generator = GENERATORS.build(kind, options, space, where="synthesis.generator")
+            if forward_flops(generator, (spec["latent"],)) <= most:
+                break
+            width //= 2
+        return int(width)
 
     def _numbers(self, sizes: Sizes, precision: Precision) -> Iterator[str]:
         beside = sum(part.get("images", 1) for part in self._synthesis_of_method.get("beside", ()))

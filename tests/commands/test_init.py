@@ -14,6 +14,9 @@ from raydfkd.cli import app
 from raydfkd.config.load import load_recipe, packaged_methods
 from raydfkd.errors import RecipeError
 from raydfkd.networks.build import NETWORKS
+from raydfkd.networks.flops import forward_flops
+from raydfkd.networks.generators import GENERATORS
+from raydfkd.networks.teacher import build_teacher
 from raydfkd.runner import pace
 from raydfkd.runner.pace import Speed
 from raydfkd.runner.run import run
@@ -64,6 +67,19 @@ def test_recipe_for_a_teacher_is_sound_and_as_the_teacher_is(begun, row):
     assert recipe.teacher.classes == (2 if "one logit" in row.name else CLASSES)
     assert not row.space or shape(recipe) == row.space
     assert f"recipe: {row.method} " in page.read_text()
+
+
+@pytest.mark.usefixtures("slow_machine")
+@pytest.mark.parametrize(("name", "width"), [("state dict", 8), ("torchvision:resnet18", 32)])
+def test_generator_does_little_more_work_than_the_teacher(begun, name, width):
+    page = begun(row_called(name))
+    recipe = load_recipe(page)
+    assert recipe.synthesis.generator["width"] == width
+    assert ("one of 32 would do more work than the teacher" in page.read_text()) == (width < 32)
+    space, teacher = recipe.teacher.image_space, build_teacher(recipe)
+    generator = GENERATORS.build("conv", {"latent": 256, "width": width}, space, where="test")
+    within = forward_flops(generator, (256,)) <= 1.5 * forward_flops(teacher, space.shape)
+    assert within or width == 8
 
 
 SLOW = [pytest.param(name, marks=pytest.mark.cluster) for name in ("28x28, grey", "timm:vit_tiny_patch16_224")]

@@ -66,7 +66,7 @@ def test_batches_that_would_take_too_long_are_timed_by_few_images(tmp_path, monk
     monkeypatch.setattr(here._Trials, "_run", noted)
     found = time_here(recipe, 0, clock=looks())
     assert set(sizes) == {2 * here.FEW}
-    assert found.unit_s == pytest.approx(64 / (2 * here.FEW) * (3 + 4 + 1)), "in proportion to images"
+    assert found.unit_s == pytest.approx(64 / (2 * here.FEW) * (2 + 2 + 1)), "in proportion to images"
     assert found.student_step_s == 64 / here.FEW**2
 
 

@@ -73,7 +73,7 @@ def test_adversarial_run_called_again_makes_nothing_and_says_the_same(tmp_path):
     assert {**again, "command": ""} == {**first, "command": ""}
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("sgd", marks=pytest.mark.cluster)])
 @pytest.mark.parametrize(
     "settings",
     [

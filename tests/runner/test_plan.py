@@ -75,6 +75,12 @@ def test_network_whose_answer_depends_on_values_is_counted_by_doing_it():
     assert forward_flops(Fickle(), (1, 2, 2)) == 2 * 4 * 2
 
 
+def test_torchscript_is_counted_as_the_network_that_it_was_made_of():
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 6 * 6, 3)).eval()
+    scripted = torch.jit.trace(network, torch.zeros(2, 1, 8, 8))
+    assert forward_flops(scripted, (1, 8, 8)) == forward_flops(network, (1, 8, 8)) > 0
+
+
 def test_deepinversion_of_resnet50_is_25_tflop_an_image():
     work = work_of(load_recipe("one-gpu", ["teacher.weights=random"]))
     assert work.tflop_per_image == pytest.approx(25.0, rel=0.02)

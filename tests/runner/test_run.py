@@ -239,5 +239,5 @@ def test_progress_and_curves_of_units_are_in_the_metrics(tmp_path):
     assert Counter(kinds)["unit"] == 4
     progress = [event for event in events if event["event"] == "progress"]
     assert {event["unit"] for event in progress} == result.job.unit_ids
-    assert {event["steps"] for event in progress} == {14}
+    assert {event["steps"] for event in progress} == {8}
     assert {event["training"] for event in events if event["event"] == "student"} == {result.job.student_digest[:8]}

@@ -8,7 +8,7 @@ from toy import SYNTHESIZERS_UNDER_TEST, batches_of, toy_recipe, unit_of
 from raydfkd.images.augment import AUGMENTATIONS
 from raydfkd.losses.objective import TERMS, Term
 
-STEPS = {"pixels": 7, "generator": 6}
+STEPS = {"pixels": 4, "generator": 6}
 
 
 @pytest.mark.parametrize("synthesizer", SYNTHESIZERS_UNDER_TEST)

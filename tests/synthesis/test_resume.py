@@ -75,8 +75,14 @@ def objects(job, folder):
 
 
 # a part for each image, for some of them, and for the whole unit
-@pytest.mark.parametrize("part_rows", [pytest.param(1, marks=pytest.mark.cluster), 4, 4096])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "part_rows"),
+    [
+        pytest.param(variant, rows, marks=() if rows == 4 or variant == "pixels" else pytest.mark.cluster)
+        for variant in VARIANTS
+        for rows in (1, 4, 4096)
+    ],
+)
 def test_unit_that_is_left_at_any_step_and_gone_on_with_has_the_same_bytes(tmp_path, variant, part_rows):
     synthesizer, settings = VARIANTS[variant]
     settings = [*settings, f"transfer_set.part_rows={part_rows}"]
