@@ -3,7 +3,9 @@
 # make test-cluster the slow ones: several nodes, object stores, minutes
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+# on all cores where pip takes one, and without what hardly anybody imports; files for another Python are errors
+COMPILE := $(BIN)/python -m compileall -q -j 0 -x '/(tests|testing/_internal|transformers|rllib)/' .venv/lib > /dev/null
 # hundreds of programs are started, each of which would compile the package anew
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -31,15 +33,18 @@ test-cluster: .venv/installed-cluster
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt
 	@echo "installing into .venv, once; about two minutes"
 	@$(PIP) -e .
+	@$(COMPILE) || true
 	@$(BIN)/python -c 'from importlib.metadata import version; print(".venv ready (torch", version("torch") + ", ray", version("ray") + ")")'
 	@touch $@
 
 .venv/installed-dev: .venv/installed
 	@$(PIP) -e '.[s3,dev]'
+	@$(COMPILE) || true
 	@touch $@
 
 .venv/installed-cluster: .venv/installed-dev
 	@$(PIP) -e '.[s3,dev,cluster-tests]'
+	@$(COMPILE) || true
 	@touch $@
 
 clean:

@@ -37,8 +37,8 @@ def rng_at(state: Tensor) -> torch.Generator:
 def seed_globally(seed: int, device: torch.device | None = None) -> None:
     """Seed torch's global random numbers: those of the CPU, and those of ``device`` where it is a GPU.
 
-    ``torch.manual_seed`` also tells kinds of devices that are not there, and notes the stack for each of them: a
-    millisecond, which is a tenth of a small student's step.
+    ``torch.manual_seed`` also tells kinds of devices that are not there, and notes the stack for each of them, which
+    takes a millisecond of a slow core at every step.
     """
     import torch
 

@@ -113,7 +113,7 @@ def scout(
     if names is not None and len(names) == classes:
         section.setdefault("class_names", names)
     fixed_size = not trial.takes_half(space["size"])
-    flops = partial(forward_flops, module, (space["channels"], *_edges(space["size"])))
+    flops = partial(_flops, module, (space["channels"], *_edges(space["size"])))
     return replace(_layers(module, section), sources=sources, fixed_size=fixed_size, takes=trial.takes, flops=flops)
 
 
@@ -239,6 +239,12 @@ class _Trial:
             answer = logits_of(self._network(images))
             return answer if len(answer) == 2 else None
         return None
+
+
+def _flops(network: nn.Module, shape: tuple[int, ...]) -> float:
+    with contextlib.suppress(Exception):  # of operators that nobody knows to count
+        return forward_flops(network, shape)
+    return math.inf
 
 
 def _edges(size: int | list[int]) -> list[int]:
