@@ -244,7 +244,7 @@ class TeacherSpec(TrainedSpec):
     """Channels, size and normalisation of the images that it takes."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """What its logits are divided by, everywhere: above one for a teacher that is sure of all that it sees, noise
-    included, which teaches little. `raydfkd init` finds it; which class comes first stays as it is."""
+    included. `raydfkd init` finds it; which class comes first stays as it is."""
     weights: Text = "${run_dir}/teacher.safetensors"
     """Path or URL of a .safetensors or .pt state dict or of the index of a sharded one; "pretrained", or a name such as
     IMAGENET1K_V2, for weights that the network comes with; "random" for benchmarks and tests."""

@@ -61,8 +61,8 @@ def _sure_of_noise(teacher: nn.Module, spec: TeacherSpec) -> Iterator[str]:
     if confidence > TOO_SURE:
         temperature = spec.temperature * calming_temperature(logits)
         yield (
-            f"the teacher is {confidence:.1%} sure of what it sees in noise, and from one that is sure of everything a "
-            f"student learns next to nothing (benchmarks.md); set teacher.temperature: {temperature:.2g}"
+            f"the teacher is {confidence:.1%} sure of what it sees in noise, so its answers differ little where they "
+            f"should teach (benchmarks.md); set teacher.temperature: {temperature:.2g}, as `raydfkd init` does"
         )
 
 

@@ -91,7 +91,7 @@ def tempered(found: Found) -> Found:
     temperature = temperature_for(_teacher(spec), spec)
     if temperature == 1:
         return found
-    source = "divides its logits: it is sure of all that it sees, noise included, which teaches little"
+    source = "divides its logits, because it is sure of all that it sees, noise included"
     return replace(
         found,
         section={**found.section, "temperature": temperature},

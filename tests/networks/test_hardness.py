@@ -74,7 +74,7 @@ def test_teacher_is_calm_with_the_temperature_that_is_found_for_it(teacher):
         teacher.head.weight.mul_(10_000)
     temperature = temperature_for(teacher, SPEC)
     (line,) = hardness(teacher, SPEC)
-    assert line.endswith(f"set teacher.temperature: {temperature:.2g}")
+    assert f"set teacher.temperature: {temperature:.2g}, as" in line
     calm = SPEC.model_copy(update={"temperature": temperature})
     network = build_network(calm, calm, where="teacher", seed=0).eval()
     network.load_state_dict(teacher.state_dict())

@@ -27,7 +27,8 @@ from raydfkd.networks.teacher import open_teacher
 def scaled(recipe: Recipe, times: float, folder: Path) -> Path:
     """The teacher's weights with logits so many times larger, in a file."""
     state = load_file(recipe.teacher.weights)
-    head = [name for name, tensor in state.items() if len(tensor) == recipe.teacher.classes][-1].rpartition(".")[0]
+    of_classes = [name for name, tensor in state.items() if tensor.ndim and len(tensor) == recipe.teacher.classes]
+    head = of_classes[-1].rpartition(".")[0]
     for name in (f"{head}.weight", f"{head}.bias"):
         state[name] = state[name] * times
     path = folder / f"{recipe.name}-{times:g}-times.safetensors"

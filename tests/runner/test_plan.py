@@ -121,7 +121,7 @@ def test_renewed_generator_pays_its_steps_for_each_batch_of_a_unit():
 @pytest.fixture(scope="module")
 def planned():
     workers = ["runtime.workers={min: 1, max: 4}", "runtime.student_workers={min: 1, max: 2}"]
-    recipe = load_recipe("one-gpu", ["teacher.weights=random", *workers])
+    recipe = load_recipe("one-gpu", ["teacher.weights=random", "teacher.network=torchvision:resnet18", *workers])
     return Plan(recipe=recipe, work=work_of(recipe), memory=PLANNED)
 
 
