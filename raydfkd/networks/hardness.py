@@ -61,8 +61,9 @@ def _sure_of_noise(teacher: nn.Module, spec: TeacherSpec) -> Iterator[str]:
     if confidence > TOO_SURE:
         temperature = spec.temperature * calming_temperature(logits)
         yield (
-            f"the teacher is {confidence:.1%} sure of what it sees in noise, so its answers differ little where they "
-            f"should teach (benchmarks.md); set teacher.temperature: {temperature:.2g}, as `raydfkd init` does"
+            f"the teacher is {confidence:.1%} sure of what it sees in noise: students of two that were made so lost 4 "
+            "and 6 points, and had them back with a temperature (benchmarks.md); set "
+            f"teacher.temperature: {temperature:.2g}, as `raydfkd init` does"
         )
 
 
