@@ -108,7 +108,7 @@ def test_recipe_for_a_teacher_runs_unedited(begun, row):
     result = run(load_recipe(begun(row, budget="20s")))
     assert not result.missing
     assert result.report["images"] == result.job.planned_images
-    assert result.report["agreement"] > 0
+    assert result.report["student"]["estimate"]["words"], "nothing is held out, so an estimate judges"
 
 
 @pytest.mark.usefixtures("slow_machine")
