@@ -1,11 +1,11 @@
-# make quickstart   from nothing to a distilled student, about two minutes after installation
+# make quickstart   from nothing to a distilled student, two to five minutes after installation
 # make test         set-up, style, types, import contract, tests
 # make test-cluster the slow ones: several nodes, object stores, minutes
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # on all cores where pip takes one, and without what hardly anybody imports; files for another Python are errors
-COMPILE := $(BIN)/python -m compileall -q -j 0 -x '/(tests|testing/_internal|transformers|rllib)/' .venv/lib > /dev/null
+COMPILE := $(BIN)/python -m compileall -q -j 0 -x '/(tests|testing/_internal|transformers|rllib)/' .venv/lib > /dev/null || true
 # hundreds of programs are started, each of which would compile the package anew
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -31,20 +31,20 @@ test-cluster: .venv/installed-cluster
 	$(PYTHON) -m venv .venv
 
 .venv/installed: .venv/bin/python pyproject.toml constraints.txt
-	@echo "installing into .venv, once; about two minutes"
+	@echo "installing into .venv, once; two to five minutes"
 	@$(PIP) -e .
-	@$(COMPILE) || true
+	@$(COMPILE)
 	@$(BIN)/python -c 'from importlib.metadata import version; print(".venv ready (torch", version("torch") + ", ray", version("ray") + ")")'
 	@touch $@
 
 .venv/installed-dev: .venv/installed
 	@$(PIP) -e '.[s3,dev]'
-	@$(COMPILE) || true
+	@$(COMPILE)
 	@touch $@
 
 .venv/installed-cluster: .venv/installed-dev
 	@$(PIP) -e '.[s3,dev,cluster-tests]'
-	@$(COMPILE) || true
+	@$(COMPILE)
 	@touch $@
 
 clean:

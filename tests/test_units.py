@@ -504,5 +504,5 @@ class Queue(RuleBasedStateMachine):
         assert given_up | self.done == self.units.keys()
 
 
-Queue.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+Queue.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 test_queue_keeps_its_promises_in_any_order_of_events = Queue.TestCase

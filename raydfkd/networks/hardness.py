@@ -59,7 +59,7 @@ def _sure_of_noise(teacher: nn.Module, spec: TeacherSpec) -> Iterator[str]:
     logits = _answers_to_noise(teacher, spec)
     confidence = _confidence(logits)
     if confidence > TOO_SURE:
-        temperature = spec.temperature * calming_temperature(logits)
+        temperature = spec.temperature * _calming_temperature(logits)
         yield (
             f"the teacher is {confidence:.1%} sure of what it sees in noise: students of two that were made so lost 4 "
             "and 6 points, and had them back with a temperature (benchmarks.md); set "
@@ -70,10 +70,10 @@ def _sure_of_noise(teacher: nn.Module, spec: TeacherSpec) -> Iterator[str]:
 def temperature_for(teacher: nn.Module, spec: TeacherSpec) -> float:
     """What a teacher's logits should be divided by: 1, unless it is too sure of noise. Two digits."""
     logits = _answers_to_noise(teacher, spec)
-    return float(f"{calming_temperature(logits):.2g}") if _confidence(logits) > TOO_SURE else 1.0
+    return float(f"{_calming_temperature(logits):.2g}") if _confidence(logits) > TOO_SURE else 1.0
 
 
-def calming_temperature(logits: Tensor) -> float:
+def _calming_temperature(logits: Tensor) -> float:
     """Which temperature makes the mean confidence of ``logits`` [N, K] as :data:`CALM` says, as far as any does."""
     low, high = 0.0, 40.0  # powers of two
     for _ in range(30):

@@ -175,9 +175,9 @@ class GrowingSet:
 
 
 @pytest.mark.parametrize(
-    ("source", "killed_at"),
-    [("growing", 6), ("{kind: growing, refresh_steps: 2}", 9), ("{kind: priority, refresh_steps: 2}", 11)],
+    "source", ["growing", "{kind: growing, refresh_steps: 2}", "{kind: priority, refresh_steps: 2}"]
 )
+@pytest.mark.parametrize("killed_at", [*(pytest.param(step, marks=pytest.mark.cluster) for step in (6, 9)), 11])
 def test_training_that_is_killed_while_the_set_grows_ends_in_the_same_student(tmp_path, monkeypatch, source, killed_at):
     """Steps after the last checkpoint are made again with the batches that they had, though the set is larger now."""
     settings = ["distill.steps=16", "distill.checkpoint_every=4", f"distill.source={source}"]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from simulated_ray import Weather, drive
 
-WORKERS, UNITS = 64, 320
+WORKERS, UNITS = 64, 500
 WEATHER = Weather(workers=WORKERS, unit_s=60, preempt_per_hour=10)
 
 
