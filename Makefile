@@ -30,22 +30,15 @@ test-cluster: .venv/installed-cluster
 	  { echo "raydfkd needs Python 3.11 to 3.13; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv .venv
 
-.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+# each at once: a second call of pip, and the search for what is not compiled, would take half a minute more
+.venv/installed-dev: EXTRAS := [s3,dev]
+.venv/installed-cluster: EXTRAS := [s3,dev,cluster-tests]
+.venv/installed .venv/installed-dev .venv/installed-cluster: .venv/bin/python pyproject.toml constraints.txt
 	@echo "installing into .venv, once; two to five minutes"
-	@$(PIP) -e .
+	@$(PIP) -e '.$(EXTRAS)'
 	@$(COMPILE)
 	@$(BIN)/python -c 'from importlib.metadata import version; print(".venv ready (torch", version("torch") + ", ray", version("ray") + ")")'
-	@touch $@
-
-.venv/installed-dev: .venv/installed
-	@$(PIP) -e '.[s3,dev]'
-	@$(COMPILE)
-	@touch $@
-
-.venv/installed-cluster: .venv/installed-dev
-	@$(PIP) -e '.[s3,dev,cluster-tests]'
-	@$(COMPILE)
-	@touch $@
+	@touch .venv/installed $@
 
 clean:
 	rm -rf .venv runs build dist *.egg-info

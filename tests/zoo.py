@@ -110,6 +110,12 @@ def plain(channels: int = 1, size: int = 28) -> nn.Module:
     )
 
 
+def linear(numbers: int = 784, *, flattens: bool = True) -> nn.Module:
+    """Linear layers alone, for images of one size or the vectors that they are flattened to."""
+    layers = (nn.Linear(numbers, 32), nn.ReLU(), nn.Linear(32, CLASSES))
+    return nn.Sequential(*([nn.Flatten()] if flattens else []), *layers)
+
+
 def tall() -> nn.Module:
     """For images of 96x64 pixels."""
     return nn.Sequential(
@@ -360,6 +366,12 @@ ZOO = (
         space="4x32x32",
     ),
     Row(name="28x28, grey", arguments=("--network", "zoo:plain"), space="1x28x28", method="nayer_procedural"),
+    Row(name="linear layers alone", arguments=("--network", "zoo:linear"), space="1x28x28", method="nayer_procedural"),
+    Row(
+        name="takes vectors",
+        arguments=("--network", "zoo:linear", "--options", "{flattens: false}"),
+        refused="--network takes vectors of 784 numbers and no images; give one that flattens them first",
+    ),
     Row(name="96x64", arguments=("--network", "zoo:tall"), space="3x96x64", method="deepinversion"),
     Row(name="normalises by itself", arguments=("--network", "zoo:Normalized")),
     Row(name="takes 0..255", arguments=("--network", "zoo:Bytes", "--mean", "0,0,0", "--std", "0.0039,0.0039,0.0039")),

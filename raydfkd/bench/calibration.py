@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
-from sklearn.linear_model import LinearRegression
 
 from raydfkd.runner.estimate import EDGE, Calibration, above_chance, log_odds, midst
 from raydfkd.runner.evidence import OF_TEACHER
@@ -88,6 +86,8 @@ def fit(known: Sequence[Known], *, measured: Mapping[str, Any] | None = None) ->
 
 def cross_validated(known: Sequence[Known]) -> tuple[Accuracy, list[float | None]]:
     """Estimate the students of each teacher from those of all others; returns how good that is, and each estimate."""
+    from scipy.stats import spearmanr
+
     calibrations = {name: fit(_without(known, name)) for name in _names(known)}
     estimates: list[float | None] = []
     inside = []
@@ -116,12 +116,13 @@ def _line(known: Sequence[Known]) -> tuple[float, float]:
     """Slope and intercept of an expectile (Newey & Powell 1987), by least squares whose weights follow the misses."""
     counts = {name: sum(one.teacher == name for one in known) for name in _names(known)}
     shares = np.array([1 / counts[one.teacher] for one in known])
-    rows, wanted = np.array([[one.midst] for one in known]), np.array([one.wanted for one in known])
-    weights = shares
+    midsts, wanted = (np.array(values) for values in zip(*((one.midst, one.wanted) for one in known), strict=True))
+    rows, weights = np.stack([midsts, np.ones_like(midsts)], axis=1), shares
     for _ in range(ROUNDS):
-        found = LinearRegression().fit(rows, wanted, weights)
-        weights = shares * np.where(found.predict(rows) > wanted, HARM, 1.0)
-    return float(found.coef_[0]), float(found.intercept_)
+        root = np.sqrt(weights)
+        (slope, intercept), *_ = np.linalg.lstsq(root[:, None] * rows, root * wanted)
+        weights = shares * np.where(slope * midsts + intercept > wanted, HARM, 1.0)
+    return float(slope), float(intercept)
 
 
 def _without(known: Sequence[Known], name: str) -> list[Known]:

@@ -26,6 +26,7 @@ from raydfkd.runner.suits import why_not
 CHOSEN_ON = (
     *("digits-convnet", "digits-lenet", "fashion-lenet", "fashion-resnet"),
     *("fashion-groupnorm", "mnist-plain", "mnist-batchnorm"),
+    *("fashion-mlp", "mnist-mlp"),
 )
 """Teachers on which methods may be chosen."""
 JUDGED_ON = (

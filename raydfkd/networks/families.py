@@ -1,4 +1,4 @@
-"""Small networks of other families, for images of 28 to 64 pixels: plain, VGG, depthwise, attention."""
+"""Small networks of other families, for images of 28 to 64 pixels: plain, linear, VGG, depthwise, attention."""
 
 from __future__ import annotations
 
@@ -38,6 +38,41 @@ class PlainCNN(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [N, C, size, size] to logits [N, K]."""
+        logits: Tensor = self.head(self.body(images))
+        return logits
+
+
+@NETWORKS.register("mlp")
+class MLP(nn.Module):
+    """Linear layers with ReLU on all pixels at once; one size of images.
+
+    Args:
+        widths: of the hidden layers.
+        size: edge of the images, or height and width.
+        norm: BatchNorm after each hidden layer.
+    """
+
+    def __init__(
+        self,
+        classes: int,
+        channels: int,
+        *,
+        widths: tuple[Positive, ...] = (256, 128),
+        size: Positive | tuple[Positive, Positive] = 32,
+        norm: bool = False,
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Flatten()]
+        height, width = (size, size) if isinstance(size, int) else size
+        inputs = channels * height * width
+        for outputs in widths:
+            layers += [nn.Linear(inputs, outputs), *([nn.BatchNorm1d(outputs)] if norm else []), nn.ReLU()]
+            inputs = outputs
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(inputs, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [N, C, H, W] to logits [N, K]."""
         logits: Tensor = self.head(self.body(images))
         return logits
 

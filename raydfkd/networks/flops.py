@@ -42,26 +42,23 @@ NO_LOAD = Load(flops=0, elements=0)
 
 def load_of(network: nn.Module, shape: tuple[int, ...], *, backward: Backward | None = None) -> Load:
     """The load of the answer to an image [C, H, W] or a vector, and of a gradient where one is wanted."""
-    try:
-        one, two = (_counted_on("meta", network, (images, *shape), backward) for images in (1, 2))
-    except (RuntimeError, NotImplementedError, AssertionError):  # operators that need values, TorchScript
-        one, two = (_counted_on("cpu", network, (images, *shape), backward) for images in (1, 2))
+    one, two = (_counted(network, (images, *shape), backward) for images in (1, 2))
     return Load(flops=one.flops, elements=two.elements - one.elements)  # where weights and their gradients drop out
 
 
 def forward_flops(network: nn.Module, shape: tuple[int, ...]) -> float:
     """Of the answer to an image [C, H, W] or a vector: convolutions, matrix products and attention, as elsewhere."""
-    return load_of(network, shape).flops
+    return _counted(network, (1, *shape), None).flops
 
 
 def image_gradient_flops(network: nn.Module, shape: tuple[int, ...]) -> float:
     """Of the answer to an image and of the gradient with respect to that image, the weights being frozen."""
-    return load_of(network, shape, backward="image").flops
+    return _counted(network, (1, *shape), "image").flops
 
 
 def training_flops(network: nn.Module, shape: tuple[int, ...]) -> float:
     """Of the answer to an image and of the gradient with respect to the weights."""
-    return load_of(network, shape, backward="weights").flops
+    return _counted(network, (1, *shape), "weights").flops
 
 
 class _Traffic(TorchDispatchMode):
@@ -105,6 +102,13 @@ def _convolution_backward(  # noqa: PLR0913, PLR0917 - those of the operator
     """
     positions = math.prod((x if transposed else gy)[2:])
     return 2 * x[0] * positions * math.prod(weight) * sum(wanted[:2])
+
+
+def _counted(network: nn.Module, shape: tuple[int, ...], backward: Backward | None) -> Load:
+    try:
+        return _counted_on("meta", network, shape, backward)
+    except (RuntimeError, NotImplementedError, AssertionError):  # operators that need values, TorchScript
+        return _counted_on("cpu", network, shape, backward)
 
 
 def _counted_on(device: str, network: nn.Module, shape: tuple[int, ...], backward: Backward | None) -> Load:

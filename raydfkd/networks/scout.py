@@ -50,6 +50,7 @@ class Found:
     statistics: int = 0
     """Number of those that stored statistics of their training."""
     has_attention: bool = False
+    has_convolutions: bool = True
     parameters: int = 0
     fixed_size: bool = False
     """Whether it takes images of one size alone."""
@@ -97,7 +98,7 @@ def scout(
         **given.get("image_space", {}),
     }
     module = outline if (classes or 2, space.get("channels")) == guess else _built(section, classes or 2, space)
-    trial = _Trial(module, channels=space.get("channels") or _channels(module))
+    trial = _trial(module, space)
     sources = {"channels": "of its first layer", **_sources_of(known, given), "classes": classes_from}
     if "size" not in space:
         space["size"], sources["size"] = trial.size()
@@ -177,13 +178,21 @@ def _built(section: Mapping[str, Any], classes: int, space: Mapping[str, Any]) -
     return construct_network(spec, spec, where="teacher", seed=0).eval()
 
 
-def _channels(network: nn.Module) -> int:
-    """Channels of the images that a network's first convolution takes; 3 where it has none."""
+def _trial(network: nn.Module, space: Mapping[str, Any]) -> _Trial:
+    """The trials of a network, with the channels that are known; else, without a convolution, coloured before grey."""
+    known = space.get("channels") or _channels(network)
+    sizes = [space["size"]] if "size" in space else SQUARES
+    trials = [_Trial(network, channels=channels) for channels in ([known] if known else [3, 1])]
+    return next((trial for trial in trials if any(trial.takes(size) for size in sizes)), trials[0])
+
+
+def _channels(network: nn.Module) -> int | None:
+    """Channels of the images that a network's first convolution takes; None where it has none."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             return module.in_channels
     first = next((value for value in network.parameters() if value.ndim == 4), None)
-    return 3 if first is None else first.shape[1]
+    return None if first is None else first.shape[1]
 
 
 class _Trial:
@@ -209,6 +218,11 @@ class _Trial:
         for pair in sorted(pairs, key=lambda pair: (max(pair) / min(pair), pair[0] < pair[1], max(pair))):
             if self.takes([*pair]):
                 return [*pair], "the first size tried that it takes; set what it was trained on"
+        if numbers := self._vector():
+            raise RecipeError(
+                f"--network takes vectors of {numbers} numbers and no images; give one that flattens them first, such "
+                "as torch.nn.Sequential(torch.nn.Flatten(), network)"
+            )
         raise RecipeError(
             "--network takes random images of no usual size; give --size, such as --size 75 or --size 96x64"
         )
@@ -233,8 +247,17 @@ class _Trial:
         """Whether it takes images of half the size too."""
         return self.takes([edge // 2 for edge in _edges(size)])
 
+    def _vector(self) -> int:
+        """Numbers of the vectors that the network takes; 0 where it takes none."""
+        first = next((module for module in self._network.modules() if isinstance(module, nn.Linear)), None)
+        return first.in_features if first is not None and self._of(first.in_features) is not None else 0
+
     def _answer(self, size: int | list[int]) -> Tensor | None:
-        images = torch.randn(2, self.channels, *_edges(size), generator=rng_from(0))
+        return self._of(self.channels, *_edges(size))
+
+    def _of(self, *shape: int) -> Tensor | None:
+        """Its answer to two random inputs of that shape; None where it has none."""
+        images = torch.randn(2, *shape, generator=rng_from(0))
         with seeded(0), torch.no_grad(), contextlib.suppress(Exception):  # code of the user's may raise anything
             answer = logits_of(self._network(images))
             return answer if len(answer) == 2 else None
@@ -279,5 +302,6 @@ def _layers(network: nn.Module, section: Mapping[str, Any]) -> Found:
         norms=Counter(type(module).__name__ for module in network.modules() if is_norm(module)),
         statistics=len(layers_with_statistics(network)),
         has_attention=any("attention" in type(module).__name__.lower() for module in network.modules()),
+        has_convolutions=_channels(network) is not None,
         parameters=count_parameters(network),
     )

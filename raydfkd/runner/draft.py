@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ SMALL = 64
 MOST_WORK, LEAST_WIDTH = 1.5, 8
 """Work of a generator for an image, in that of the teacher, and the width below which it is not made narrower."""
 WIDTHS = (4, 8, 12, 16, 24, 32, 48, 64)
-"""Widths of the first layer of a student that nobody has named."""
+"""Channels of the first convolution of a student that nobody has named."""
+HIDDEN = (32, 64, 128, 256, 512)
+"""Widths of its first layer where all are linear."""
 UNEVEN = {"kind": "soft_kl", "temperature": 2, "standardised": "teacher"}
 """Criterion for teachers without BatchNorm, whose logits are many times larger in some images than in others."""
 TRIAL = Sizes(batches_per_unit=1, units_per_class=2, student_steps=20, workers=1, executor="local", rounds=2)
@@ -178,7 +181,9 @@ class Draft:
     def _student(self) -> Iterator[str]:
         student = self.student or self._small_student()
         yield "student:"
-        yield from _entry("network", student["network"], None if self.student else "any network will do")
+        is_linear = student["network"] == "mlp"
+        why = "the teacher has no convolutions; linear layers learn more of it" if is_linear else "any network will do"
+        yield from _entry("network", student["network"], None if self.student else why)
         if student.get("options"):
             yield from _entry("options", student["options"])
         if self.data is None:
@@ -187,19 +192,23 @@ class Draft:
             yield f"real_data: {_flow({'kind': 'image_folder', 'root': self.data})}   # judges, and nothing else"
 
     def _small_student(self) -> Mapping[str, Any]:
-        """A stack of convolutions, of a quarter of the teacher's weights at most where that is possible.
+        """A network of a quarter of the teacher's weights at most where that is possible.
 
-        For small images one that pools what it has seen at full size: where images are unlike those that it is asked
-        about later, strided convolutions learn far less (benchmarks.md).
+        Linear layers of a teacher without convolutions: its answers depend on where things are, which those learn far
+        better of it. Else a stack of convolutions, for small images one that pools what it has seen at full size: where
+        images are unlike those that it is asked about later, strided convolutions learn far less (benchmarks.md).
         """
-        network, depth = ("vgg_small", 3) if self._is_small else ("convnet", 5)
-        stacks = [[min(width << layer, 8 * width) for layer in range(depth)] for width in WIDTHS]
-        fitting = [widths for widths in stacks if self._parameters(network, widths) <= self.found.parameters / 4]
-        return {"network": network, "options": {"widths": (fitting or stacks)[-1 if fitting else 0]}}
+        if self._is_small and not self.found.has_convolutions and not self.found.has_attention:
+            network, stacks = "mlp", [{"widths": [width, width // 2], "size": self._space["size"]} for width in HIDDEN]
+        else:
+            network, depth = ("vgg_small", 3) if self._is_small else ("convnet", 5)
+            stacks = [{"widths": [min(width << layer, 8 * width) for layer in range(depth)]} for width in WIDTHS]
+        fitting = [options for options in stacks if self._parameters(network, options) <= self.found.parameters / 4]
+        return {"network": network, "options": fitting[-1] if fitting else stacks[0]}
 
-    def _parameters(self, network: str, widths: list[int]) -> int:
+    def _parameters(self, network: str, options: Mapping[str, Any]) -> int:
         supplied = (self._classes, self._space["channels"])
-        return count_parameters(NETWORKS.build(network, {"widths": widths}, *supplied, where="student.options"))
+        return count_parameters(NETWORKS.build(network, options, *supplied, where="student.options"))
 
     def _synthesis(self, precision: Precision) -> Iterator[str]:
         jitter = max(1, round(min(self._edges) / 16))
@@ -209,7 +218,7 @@ class Draft:
         yield from _entry("augment", [{"kind": "jitter", "pixels": jitter}], "a sixteenth of the image")
         if self._is_generator:
             yield from _entry("batch_per_class", self._batch_per_class)
-            width, usual = self._generator_width(), self._synthesis_of_method["generator"]["width"]
+            width, usual = self._generator_width, self._synthesis_of_method["generator"]["width"]
             if width != usual:
                 yield from _entry("generator", {"width": width}, f"one of {usual} would do more work than the teacher")
             return
@@ -221,6 +230,7 @@ class Draft:
                 "stages", [{"steps": steps}], "the network takes no images of half the size to begin with"
             )
 
+    @cached_property
     def _generator_width(self) -> int:
         """The method's, halved until the generator does little more work for an image than the teacher does."""
         spec = {**self._synthesis_of_method["generator"]}

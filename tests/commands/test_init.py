@@ -18,6 +18,7 @@ from raydfkd.networks.flops import forward_flops
 from raydfkd.networks.generators import GENERATORS
 from raydfkd.networks.teacher import build_teacher
 from raydfkd.runner import pace
+from raydfkd.runner.check import check
 from raydfkd.runner.pace import Speed
 from raydfkd.runner.run import run
 
@@ -67,6 +68,20 @@ def test_recipe_for_a_teacher_is_sound_and_as_the_teacher_is(begun, row):
     assert recipe.teacher.classes == (2 if "one logit" in row.name else CLASSES)
     assert not row.space or shape(recipe) == row.space
     assert f"recipe: {row.method} " in page.read_text()
+
+
+@pytest.mark.usefixtures("slow_machine")
+@pytest.mark.parametrize(
+    ("options", "size"), [("{}", 28), ("{numbers: 1536}", [24, 64])], ids=["of linear layers", "not square"]
+)
+def test_student_of_a_teacher_without_convolutions_has_none_either(begun, options, size):
+    row = row_called("linear layers alone")
+    given = [] if size == 28 else ["--size", "24x64"]
+    text = begun(replace(row, arguments=(*row.arguments, "--options", options)), *given).read_text()
+    recipe = load_recipe("mine.yaml")
+    assert (recipe.student.network, recipe.student.options) == ("mlp", {"widths": [32, 16], "size": size})
+    assert "the teacher has no convolutions; linear layers learn more of it" in text
+    check(recipe)
 
 
 @pytest.mark.usefixtures("slow_machine")

@@ -76,7 +76,7 @@ def test_load_py_answers_as_the_student_and_names_classes_where_raydfkd_cannot_b
 
 @pytest.mark.parametrize("name", shipped(NETWORKS))
 def test_every_network_of_ours_is_built_by_its_own_source_alone(name, tmp_path):
-    size = 32 if name in ("lenet5", "plain_cnn", "vit_small") else 8
+    size = 32 if name in ("lenet5", "mlp", "plain_cnn", "vit_small") else 8
     student = f"student={{network: {name}, options: {{}}}}"
     recipe = saved_student(tmp_path, f"teacher.image_space.size={size}", student)
     folder, found = exported(recipe, "safetensors")

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from picture_files import BROKEN, colours, opened, refusal, space, write_pictures
 from test_real_data import write_idx
-from torchvision import datasets
 
 from raydfkd.images.torchvision_data import SETS
 
@@ -19,6 +18,8 @@ NAMES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
     """CIFAR-10 with 20 pictures of training and 2 of test; picture i has colour and label i."""
+    from torchvision import datasets  # takes seconds, of every process that collects the tests
+
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
 

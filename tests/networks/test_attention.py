@@ -3,13 +3,10 @@ from __future__ import annotations
 import math
 
 import pytest
-import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision.models import SwinTransformer, VisionTransformer
 from toy import TinyViT, attention_teacher, batchnorm_teacher, toy_images
-from transformers import ViTConfig, ViTForImageClassification
 
 from raydfkd.errors import RecipeError
 from raydfkd.networks.observed import Need, ObservedNetwork
@@ -22,7 +19,12 @@ def images_of(count, shape=SHAPE, seed=0):
     return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
 
 
+# Libraries are imported where they are used: each takes seconds of every process that collects the tests.
+
+
 def huggingface(implementation):
+    from transformers import ViTConfig, ViTForImageClassification
+
     config = ViTConfig(
         hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
     )
@@ -38,11 +40,21 @@ def unfused(network):
 
 
 def small_vit(**options):
+    import timm
+
     return timm.create_model("test_vit", **{"num_classes": 4, "img_size": 32, "patch_size": 8, **options})
 
 
 def torchvision_vit():
+    from torchvision.models import VisionTransformer
+
     return VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=4)
+
+
+def torchvision_swin():
+    from torchvision.models import SwinTransformer
+
+    return SwinTransformer([2, 2], 16, [1, 1], [2, 2], [4, 4], num_classes=4)
 
 
 NETWORKS = {
@@ -51,7 +63,7 @@ NETWORKS = {
     "timm with registers": (lambda: small_vit(reg_tokens=2), 3, 1),
     "timm without a class token": (lambda: small_vit(class_token=False, global_pool="avg"), 0, 1),
     "torchvision": (torchvision_vit, 1, 1),
-    "torchvision, in windows": (lambda: SwinTransformer([2, 2], 16, [1, 1], [2, 2], [4, 4], num_classes=4), 0, 16),
+    "torchvision, in windows": (torchvision_swin, 0, 16),
     "transformers, sdpa": (lambda: huggingface("sdpa"), 1, 1),
     "transformers, eager": (lambda: huggingface("eager"), 1, 1),
 }

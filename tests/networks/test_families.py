@@ -9,7 +9,7 @@ from torch import nn
 
 from raydfkd.networks.batchnorm import layers_with_statistics
 from raydfkd.networks.build import count_parameters
-from raydfkd.networks.families import PlainCNN, SmallViT
+from raydfkd.networks.families import MLP, PlainCNN, SmallViT
 
 ANY_SIZE = {"vgg_small": {"widths": [4, 6, 8]}, "mobilenet_small": {"width": 4}}
 
@@ -32,6 +32,14 @@ def test_plain_network_is_the_tutorials():
     assert network(torch.rand(2, 1, 28, 28)).shape == (2, 10)
     assert not layers_with_statistics(network)
     assert len(layers_with_statistics(PlainCNN(10, 1, norm=True))) == 2
+
+
+def test_linear_layers_take_images_of_one_size():
+    network = MLP(10, 3, size=8, widths=(16, 12))
+    assert count_parameters(network) == (3 * 64 * 16 + 16) + (16 * 12 + 12) + (12 * 10 + 10)
+    assert network(torch.rand(2, 3, 8, 8)).shape == (2, 10)
+    assert not layers_with_statistics(network)
+    assert len(layers_with_statistics(MLP(10, 3, size=8, widths=(16, 12), norm=True))) == 2
 
 
 def test_depthwise_layers_have_a_filter_for_each_channel():

@@ -51,6 +51,23 @@ def test_size_that_nobody_would_try_must_be_given():
     assert space_of(found("plain", options={"size": 75}, image_space={"size": 75})) == {"channels": 1, "size": 75}
 
 
+@pytest.mark.parametrize(
+    ("numbers", "channels", "size"), [(784, 1, 28), (3 * 32 * 32, 3, 32), (64, 1, 8), (224 * 224, 1, 224)]
+)
+def test_images_of_linear_layers_are_those_that_flatten_to_their_width(numbers, channels, size):
+    assert space_of(found("linear", options={"numbers": numbers})) == {"channels": channels, "size": size}
+
+
+def test_channels_of_linear_layers_follow_from_the_size_that_is_given():
+    seen = found("linear", options={"numbers": 75 * 75}, image_space={"size": 75})
+    assert space_of(seen) == {"channels": 1, "size": 75}
+
+
+def test_network_for_vectors_is_refused_with_what_makes_it_one_for_images():
+    with pytest.raises(RecipeError, match="takes vectors of 784 numbers and no images; give one that flattens"):
+        found("linear", options={"flattens": False})
+
+
 def test_network_that_normalises_by_itself_takes_images_from_0_to_1():
     seen = found("Normalized")
     assert (seen.section["image_space"]["mean"], seen.section["image_space"]["std"]) == ([0.0] * 3, [1.0] * 3)

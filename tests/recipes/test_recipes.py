@@ -34,7 +34,13 @@ def test_every_part_of_a_packaged_recipe_can_be_built(name, tmp_path):
     check(load_recipe(name, NO_DATA, run_dir=str(tmp_path)))
 
 
-@pytest.mark.parametrize("name", packaged_recipes())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.cluster) if name.startswith("fashion-resnet") else name
+        for name in packaged_recipes()
+    ],
+)
 def test_packaged_recipe_makes_images_and_five_steps(name, tmp_path):
     packaged = load_recipe(name)
     images_per_class = 2 * packaged.rounds
