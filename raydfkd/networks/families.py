@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +18,9 @@ class PlainCNN(nn.Module):
 
     Args:
         widths: channels of the two convolutions and of the hidden linear layer.
-        size: edge of the images.
+        size: edge of the images, or height and width.
         norm: BatchNorm after each convolution.
+        pools: 1 for a pooling after both convolutions, 2 for one after each, which is a fraction of the work.
     """
 
     def __init__(
@@ -25,19 +29,27 @@ class PlainCNN(nn.Module):
         channels: int,
         *,
         widths: tuple[Positive, Positive, Positive] = (32, 64, 128),
-        size: Positive = 32,
+        size: Positive | tuple[Positive, Positive] = 32,
         norm: bool = False,
+        pools: Literal[1, 2] = 1,
     ) -> None:
         super().__init__()
-        first, second, hidden = widths
-        layers = [nn.Conv2d(channels, first, 3), nn.BatchNorm2d(first), nn.ReLU()]
-        layers += [nn.Conv2d(first, second, 3), nn.BatchNorm2d(second), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
-        layers += [nn.Linear(second * ((size - 4) // 2) ** 2, hidden), nn.ReLU()]
-        self.body = nn.Sequential(*(layer for layer in layers if norm or not isinstance(layer, nn.BatchNorm2d)))
+        *convolved, hidden = widths
+        layers: list[nn.Module] = []
+        edges = [size, size] if isinstance(size, int) else [*size]
+        inputs = channels
+        for index, outputs in enumerate(convolved):
+            layers += [nn.Conv2d(inputs, outputs, 3), *([nn.BatchNorm2d(outputs)] if norm else []), nn.ReLU()]
+            inputs, edges = outputs, [edge - 2 for edge in edges]
+            if pools == 2 or index == 1:
+                layers.append(nn.MaxPool2d(2))
+                edges = [edge // 2 for edge in edges]
+        layers += [nn.Flatten(), nn.Linear(inputs * math.prod(edges), hidden), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
         self.head = nn.Linear(hidden, classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [N, C, size, size] to logits [N, K]."""
+        """Images [N, C, H, W] to logits [N, K]."""
         logits: Tensor = self.head(self.body(images))
         return logits
 

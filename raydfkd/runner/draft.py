@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,10 +26,16 @@ SMALL = 64
 """Pixels up to which generators are chosen, and batches of a hundred images."""
 MOST_WORK, LEAST_WIDTH = 1.5, 8
 """Work of a generator for an image, in that of the teacher, and the width below which it is not made narrower."""
+MOST_WEIGHTS, MOST_FLOPS, NEXT_TO_NOTHING = 0.4, 0.75, 1 / 16
+"""Of the teacher's weights and work, for a student that nobody has named; the last of the work for a deep one."""
 WIDTHS = (4, 8, 12, 16, 24, 32, 48, 64)
 """Channels of the first convolution of a student that nobody has named."""
+DEEP_WIDTHS = WIDTHS[3:]
+"""Those of a deep one."""
 HIDDEN = (32, 64, 128, 256, 512)
 """Widths of its first layer where all are linear."""
+FOR_TWO_POOLINGS = 16
+"""Pixels of the shorter edge from which a small student pools twice."""
 UNEVEN = {"kind": "soft_kl", "temperature": 2, "standardised": "teacher"}
 """Criterion for teachers without BatchNorm, whose logits are many times larger in some images than in others."""
 TRIAL = Sizes(batches_per_unit=1, units_per_class=2, student_steps=20, workers=1, executor="local", rounds=2)
@@ -179,7 +185,7 @@ class Draft:
             yield from _entry(key, self._space[key], sources.get(key), indent=4)
 
     def _student(self) -> Iterator[str]:
-        student = self.student or self._small_student()
+        student = self.student or self._small_student
         yield "student:"
         is_linear = student["network"] == "mlp"
         why = "the teacher has no convolutions; linear layers learn more of it" if is_linear else "any network will do"
@@ -191,24 +197,37 @@ class Draft:
         else:
             yield f"real_data: {_flow({'kind': 'image_folder', 'root': self.data})}   # judges, and nothing else"
 
+    @cached_property
     def _small_student(self) -> Mapping[str, Any]:
-        """A network of a quarter of the teacher's weights at most where that is possible.
+        """A network for these images that is far smaller than the teacher.
 
-        Linear layers of a teacher without convolutions: its answers depend on where things are, which those learn far
-        better of it. Else a stack of convolutions, for small images one that pools what it has seen at full size: where
-        images are unlike those that it is asked about later, strided convolutions learn far less (benchmarks.md).
+        Steps are what a budget is short of, and images are unlike those that the student is asked about later
+        (benchmarks.md). So it has linear layers where the teacher has no convolutions, whose answers depend on where
+        things are; else two convolutions, pooled and not strided, unless a deeper stack costs next to nothing beside
+        the teacher's own answers.
         """
-        if self._is_small and not self.found.has_convolutions and not self.found.has_attention:
-            network, stacks = "mlp", [{"widths": [width, width // 2], "size": self._space["size"]} for width in HIDDEN]
+        size = self._space["size"]
+        if not self._is_small:
+            students = _stacks("convnet", WIDTHS, depth=5)
+        elif not self.found.has_convolutions and not self.found.has_attention:
+            students = [
+                {"network": "mlp", "options": {"widths": [width, width // 2], "size": size}} for width in HIDDEN
+            ]
         else:
-            network, depth = ("vgg_small", 3) if self._is_small else ("convnet", 5)
-            stacks = [{"widths": [min(width << layer, 8 * width) for layer in range(depth)]} for width in WIDTHS]
-        fitting = [options for options in stacks if self._parameters(network, options) <= self.found.parameters / 4]
-        return {"network": network, "options": fitting[-1] if fitting else stacks[0]}
+            deep = _stacks("vgg_small", DEEP_WIDTHS, depth=3)
+            pools = 2 if min(self._edges) >= FOR_TWO_POOLINGS else 1
+            students = [one for one in deep if self._is_smaller(one, flops=NEXT_TO_NOTHING)]
+            students = students or _stacks("plain_cnn", WIDTHS, depth=3, size=size, pools=pools)
+        fitting = [one for one in students if self._is_smaller(one, flops=MOST_FLOPS)]
+        return fitting[-1] if fitting else students[0]
 
-    def _parameters(self, network: str, options: Mapping[str, Any]) -> int:
+    def _is_smaller(self, student: Mapping[str, Any], *, flops: float) -> bool:
+        """Whether a student has at most so much of the teacher's work for an image, and of its weights."""
         supplied = (self._classes, self._space["channels"])
-        return count_parameters(NETWORKS.build(network, options, *supplied, where="student.options"))
+        network = NETWORKS.build(student["network"], student["options"], *supplied, where="student.options")
+        if count_parameters(network) > MOST_WEIGHTS * self.found.parameters:
+            return False
+        return forward_flops(network, (self._space["channels"], *self._edges)) <= flops * self.found.flops()
 
     def _synthesis(self, precision: Precision) -> Iterator[str]:
         jitter = max(1, round(min(self._edges) / 16))
@@ -271,6 +290,12 @@ class Draft:
         yield from _entry("executor", sizes.executor, where)
         if sizes.executor == "ray":
             yield from _entry("workers", {"max": sizes.workers}, "and a core or GPU for the student")
+
+
+def _stacks(network: str, widths: Sequence[int], *, depth: int, **options: Any) -> list[dict[str, Any]]:
+    """Students by the width of their first layer; one has twice that of the layer before, eight times it at most."""
+    stacks = [[min(width << layer, 8 * width) for layer in range(depth)] for width in widths]
+    return [{"network": network, "options": {"widths": stack, **options}} for stack in stacks]
 
 
 def recipe_of(page: str) -> Recipe:

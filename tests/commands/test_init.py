@@ -13,13 +13,15 @@ from zoo import CLASSES, ZOO, make
 from raydfkd.cli import app
 from raydfkd.config.load import load_recipe, packaged_methods
 from raydfkd.errors import RecipeError
-from raydfkd.networks.build import NETWORKS
+from raydfkd.networks.build import NETWORKS, build_network, count_parameters
 from raydfkd.networks.flops import forward_flops
 from raydfkd.networks.generators import GENERATORS
+from raydfkd.networks.scout import scout
 from raydfkd.networks.teacher import build_teacher
 from raydfkd.runner import pace
 from raydfkd.runner.check import check
-from raydfkd.runner.pace import Speed
+from raydfkd.runner.draft import TRIAL, Draft, recipe_of
+from raydfkd.runner.pace import Arithmetic, Speed
 from raydfkd.runner.run import run
 
 QUICK = [row for row in ZOO if not row.is_slow]
@@ -81,6 +83,38 @@ def test_student_of_a_teacher_without_convolutions_has_none_either(begun, option
     recipe = load_recipe("mine.yaml")
     assert (recipe.student.network, recipe.student.options) == ("mlp", {"widths": [32, 16], "size": size})
     assert "the teacher has no convolutions; linear layers learn more of it" in text
+    check(recipe)
+
+
+@pytest.mark.usefixtures("slow_machine")
+@pytest.mark.parametrize(
+    ("name", "kind"), [("28x28, grey", "plain_cnn"), ("torchvision:resnet18", "plain_cnn"), ("96x64", "convnet")]
+)
+def test_student_is_far_smaller_than_the_teacher_or_as_small_as_they_come(begun, name, kind):
+    begun(row_called(name))
+    recipe = load_recipe("mine.yaml")
+    assert recipe.student.network == kind
+    student = build_network(recipe.student, recipe.teacher, where="student", seed=0)
+    teacher, shape_ = build_teacher(recipe), recipe.teacher.image_space.shape
+    smaller = count_parameters(student) <= 0.4 * count_parameters(teacher)
+    cheaper = forward_flops(student, shape_) <= 0.75 * forward_flops(teacher, shape_)
+    assert (smaller and cheaper) or recipe.student.options["widths"][0] == 4
+
+
+def test_student_of_a_teacher_with_far_more_work_is_deep():
+    space = {"channels": 3, "size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+    given = {"classes": 10, "image_space": space}
+    found = scout("resnet_small", options={"depth": 8, "width": 96}, weights="random", given=given)
+    page = Draft(found=found, name="mine", student={}, data=None, command="").page_of(TRIAL, Arithmetic())
+    assert recipe_of(page).student.network == "vgg_small"
+
+
+@pytest.mark.usefixtures("slow_machine")
+def test_student_for_very_small_images_pools_once(begun):
+    row = row_called("28x28, grey")
+    begun(replace(row, arguments=(*row.arguments, "--options", "{size: 12}")), "--size", "12")
+    recipe = load_recipe("mine.yaml")
+    assert recipe.student.options == {"widths": [4, 8, 16], "size": 12, "pools": 1}
     check(recipe)
 
 

@@ -34,6 +34,15 @@ def test_plain_network_is_the_tutorials():
     assert len(layers_with_statistics(PlainCNN(10, 1, norm=True))) == 2
 
 
+@pytest.mark.parametrize(("pools", "size", "flat"), [(1, 28, 144), (2, 28, 25), (2, (16, 24), 8), (1, (8, 12), 8)])
+def test_plain_network_pools_once_or_twice(pools, size, flat):
+    network = PlainCNN(10, 1, size=size, widths=(4, 6, 8), pools=pools)
+    assert network(torch.rand(2, 1, *((size, size) if isinstance(size, int) else size))).shape == (2, 10)
+    (first, _) = (layer for layer in network.modules() if isinstance(layer, nn.Linear))
+    assert first.in_features == 6 * flat
+    assert sum(isinstance(layer, nn.MaxPool2d) for layer in network.modules()) == pools
+
+
 def test_linear_layers_take_images_of_one_size():
     network = MLP(10, 3, size=8, widths=(16, 12))
     assert count_parameters(network) == (3 * 64 * 16 + 16) + (16 * 12 + 12) + (12 * 10 + 10)
