@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,12 +26,10 @@ SMALL = 64
 """Pixels up to which generators are chosen, and batches of a hundred images."""
 MOST_WORK, LEAST_WIDTH = 1.5, 8
 """Work of a generator for an image, in that of the teacher, and the width below which it is not made narrower."""
-MOST_WEIGHTS, MOST_FLOPS, NEXT_TO_NOTHING = 0.4, 0.75, 1 / 16
-"""Of the teacher's weights and work, for a student that nobody has named; the last of the work for a deep one."""
+MOST_WEIGHTS = 0.4
+"""Of the teacher's, for a student that nobody has named."""
 WIDTHS = (4, 8, 12, 16, 24, 32, 48, 64)
 """Channels of the first convolution of a student that nobody has named."""
-DEEP_WIDTHS = WIDTHS[3:]
-"""Those of a deep one."""
 HIDDEN = (32, 64, 128, 256, 512)
 """Widths of its first layer where all are linear."""
 FOR_TWO_POOLINGS = 16
@@ -199,27 +197,29 @@ class Draft:
 
     @cached_property
     def _small_student(self) -> Mapping[str, Any]:
-        """A network for these images that is far smaller than the teacher.
+        """The largest of ``_students`` with a third of the teacher's work, or as much at most; else the smallest."""
+        smallest, *larger = self._students()
+        for share in (1 / 3, 1):
+            if fitting := [one for one in larger if self._is_smaller(one, flops=share)]:
+                return fitting[-1]
+        return smallest
 
-        Steps are what a budget is short of, and images are unlike those that the student is asked about later
-        (benchmarks.md). So it has linear layers where the teacher has no convolutions, whose answers depend on where
-        things are; else two convolutions, pooled and not strided, unless a deeper stack costs next to nothing beside
-        the teacher's own answers.
+    def _students(self) -> list[dict[str, Any]]:
+        """Networks of a kind that learns well of such a teacher in a short time, from small to large (benchmarks.md).
+
+        Linear layers where the teacher has no convolutions: its answers depend on where things are. For other small
+        images two convolutions and linear layers, with which a step takes little, or, where images have the moments of
+        the teacher's BatchNorm, a deeper stack that has it too. All pool what they have seen at full size, not strided.
         """
         size = self._space["size"]
         if not self._is_small:
-            students = _stacks("convnet", WIDTHS, depth=5)
-        elif not self.found.has_convolutions and not self.found.has_attention:
-            students = [
-                {"network": "mlp", "options": {"widths": [width, width // 2], "size": size}} for width in HIDDEN
-            ]
-        else:
-            deep = _stacks("vgg_small", DEEP_WIDTHS, depth=3)
-            pools = 2 if min(self._edges) >= FOR_TWO_POOLINGS else 1
-            students = [one for one in deep if self._is_smaller(one, flops=NEXT_TO_NOTHING)]
-            students = students or _stacks("plain_cnn", WIDTHS, depth=3, size=size, pools=pools)
-        fitting = [one for one in students if self._is_smaller(one, flops=MOST_FLOPS)]
-        return fitting[-1] if fitting else students[0]
+            return _stacks("convnet", depth=5)
+        if not self.found.has_convolutions and not self.found.has_attention:
+            return [{"network": "mlp", "options": {"widths": [width, width // 2], "size": size}} for width in HIDDEN]
+        if self.found.statistics:
+            return _stacks("vgg_small", depth=3)
+        pools = 2 if min(self._edges) >= FOR_TWO_POOLINGS else 1
+        return _stacks("plain_cnn", depth=3, size=size, pools=pools)
 
     def _is_smaller(self, student: Mapping[str, Any], *, flops: float) -> bool:
         """Whether a student has at most so much of the teacher's work for an image, and of its weights."""
@@ -292,10 +292,10 @@ class Draft:
             yield from _entry("workers", {"max": sizes.workers}, "and a core or GPU for the student")
 
 
-def _stacks(network: str, widths: Sequence[int], *, depth: int, **options: Any) -> list[dict[str, Any]]:
-    """Students by the width of their first layer; one has twice that of the layer before, eight times it at most."""
-    stacks = [[min(width << layer, 8 * width) for layer in range(depth)] for width in widths]
-    return [{"network": network, "options": {"widths": stack, **options}} for stack in stacks]
+def _stacks(network: str, *, depth: int, **options: Any) -> list[dict[str, Any]]:
+    """Students from narrow to wide; a layer has twice the channels of the one before, up to eight times the first's."""
+    stacks = [[min(width << layer, 8 * width) for layer in range(depth)] for width in WIDTHS]
+    return [{"network": network, "options": {"widths": widths, **options}} for widths in stacks]
 
 
 def recipe_of(page: str) -> Recipe:
