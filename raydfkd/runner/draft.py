@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ WIDTHS = (4, 8, 12, 16, 24, 32, 48, 64)
 """Channels of the first convolution of a student that nobody has named."""
 HIDDEN = (32, 64, 128, 256, 512)
 """Widths of its first layer where all are linear."""
+MANY_STEPS = 600
+"""With so many a deep student does better than two convolutions: 367 were too few, 793 enough (benchmarks.md)."""
 FOR_TWO_POOLINGS = 16
 """Pixels of the shorter edge from which a small student pools twice."""
 UNEVEN = {"kind": "soft_kl", "temperature": 2, "standardised": "teacher"}
@@ -51,6 +53,8 @@ class Draft:
     """Folder of labelled pictures that judge."""
     command: str
     """What the user has typed."""
+    is_hurried: bool = False
+    """Whether the student is to learn in few steps."""
 
     def page(self, budget: float) -> str:
         """The commented recipe for a budget of seconds on this machine, on which a few steps of it are made.
@@ -61,6 +65,9 @@ class Draft:
         arithmetic, speed = self.fastest()
         groups = -(-self._classes // self._classes_per_unit)
         sizes = sizes_for(budget, speed, groups=groups, rounds=self._rounds)
+        is_deep = not self.student and not self.is_hurried and self._takes_many_steps
+        if is_deep and sizes.student_steps < MANY_STEPS:
+            return replace(self, is_hurried=True).page(budget)
         return self._text(sizes, arithmetic, [*self._speed(speed, budget)])
 
     def fastest(self) -> tuple[Arithmetic, Speed]:
@@ -208,18 +215,29 @@ class Draft:
         """Networks of a kind that learns well of such a teacher in a short time, from small to large (benchmarks.md).
 
         Linear layers where the teacher has no convolutions: its answers depend on where things are. For other small
-        images two convolutions and linear layers, with which a step takes little, or, where images have the moments of
-        the teacher's BatchNorm, a deeper stack that has it too. All pool what they have seen at full size, not strided.
+        images two convolutions and linear layers, with which a step takes little and few are enough; or, where images
+        have the moments of the teacher's BatchNorm and there is time, a deeper stack that has it too. All pool what
+        they have seen at full size, not strided.
         """
         size = self._space["size"]
         if not self._is_small:
             return _stacks("convnet", depth=5)
-        if not self.found.has_convolutions and not self.found.has_attention:
+        if not self._has_space_inside:
             return [{"network": "mlp", "options": {"widths": [width, width // 2], "size": size}} for width in HIDDEN]
-        if self.found.statistics:
+        if self._takes_many_steps and not self.is_hurried:
             return _stacks("vgg_small", depth=3)
         pools = 2 if min(self._edges) >= FOR_TWO_POOLINGS else 1
         return _stacks("plain_cnn", depth=3, size=size, pools=pools)
+
+    @property
+    def _has_space_inside(self) -> bool:
+        """Whether the teacher treats places alike, as convolutions and attention do."""
+        return self.found.has_convolutions or self.found.has_attention
+
+    @property
+    def _takes_many_steps(self) -> bool:
+        """Whether the best student for the teacher is one that learns little in few steps."""
+        return self._is_small and self._has_space_inside and self.found.statistics > 0
 
     def _is_smaller(self, student: Mapping[str, Any], *, flops: float) -> bool:
         """Whether a student has at most so much of the teacher's work for an image, and of its weights."""

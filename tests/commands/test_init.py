@@ -20,7 +20,7 @@ from raydfkd.networks.scout import scout
 from raydfkd.networks.teacher import build_teacher
 from raydfkd.runner import pace
 from raydfkd.runner.check import check
-from raydfkd.runner.draft import TRIAL, Draft, recipe_of
+from raydfkd.runner.draft import MANY_STEPS, TRIAL, Draft, recipe_of
 from raydfkd.runner.pace import Arithmetic, Speed
 from raydfkd.runner.run import run
 
@@ -109,6 +109,15 @@ def test_student_is_of_a_kind_that_learns_of_the_teacher_and_far_smaller(network
     if width > 4:  # there is no smaller one
         assert count_parameters(student) <= 0.4 * found.parameters
         assert forward_flops(student, recipe.teacher.image_space.shape) <= found.flops()
+
+
+@pytest.mark.usefixtures("slow_machine")
+@pytest.mark.parametrize(("budget", "kind"), [("20s", "plain_cnn"), ("30m", "vgg_small")])
+def test_deep_student_is_taken_where_there_is_time_for_its_steps(begun, budget, kind):
+    begun(row_called("state dict"), budget=budget)
+    recipe = load_recipe("mine.yaml")
+    assert recipe.student.network == kind
+    assert (recipe.distill.steps < MANY_STEPS) == (kind == "plain_cnn")
 
 
 @pytest.mark.usefixtures("slow_machine")
