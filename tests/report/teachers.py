@@ -41,7 +41,7 @@ well; the recipe says so beside the value. A method that needs BatchNorm statist
 `raydfkd show --for RECIPE` says which methods suit a teacher, and why others do not.
 
 Since then `init` chooses `nayer` where a row has `renewed_generator`, and `nayer_procedural` where it has
-`renewed_generator_logits`; the rows are of before.
+`renewed_generator_logits`, and other students for small images; those rows are of before.
 
 Not taken: code that nobody allowed (pickled modules never, TorchScript files and exported programs with
 `allow_code: true`), teachers of several labels an image, layers without a gradient, such as quantised ones.
