@@ -179,11 +179,12 @@ def _built(section: Mapping[str, Any], classes: int, space: Mapping[str, Any]) -
 
 
 def _trial(network: nn.Module, space: Mapping[str, Any]) -> _Trial:
-    """The trials of a network, with the channels that are known; else, without a convolution, coloured before grey."""
-    known = space.get("channels") or _channels(network)
+    """The trials of a network; where nothing tells its channels, coloured images are tried before grey ones."""
+    if known := space.get("channels") or _channels(network):
+        return _Trial(network, channels=known)
     sizes = [space["size"]] if "size" in space else SQUARES
-    trials = [_Trial(network, channels=channels) for channels in ([known] if known else [3, 1])]
-    return next((trial for trial in trials if any(trial.takes(size) for size in sizes)), trials[0])
+    coloured, grey = (_Trial(network, channels=channels) for channels in (3, 1))
+    return grey if any(map(grey.takes, sizes)) and not any(map(coloured.takes, sizes)) else coloured
 
 
 def _channels(network: nn.Module) -> int | None:

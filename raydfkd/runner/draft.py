@@ -65,8 +65,7 @@ class Draft:
         arithmetic, speed = self.fastest()
         groups = -(-self._classes // self._classes_per_unit)
         sizes = sizes_for(budget, speed, groups=groups, rounds=self._rounds)
-        is_deep = not self.student and not self.is_hurried and self._takes_many_steps
-        if is_deep and sizes.student_steps < MANY_STEPS:
+        if self._has_deep_student and sizes.student_steps < MANY_STEPS:
             return replace(self, is_hurried=True).page(budget)
         return self._text(sizes, arithmetic, [*self._speed(speed, budget)])
 
@@ -224,7 +223,7 @@ class Draft:
             return _stacks("convnet", depth=5)
         if not self._has_space_inside:
             return [{"network": "mlp", "options": {"widths": [width, width // 2], "size": size}} for width in HIDDEN]
-        if self._takes_many_steps and not self.is_hurried:
+        if self._has_deep_student:
             return _stacks("vgg_small", depth=3)
         pools = 2 if min(self._edges) >= FOR_TWO_POOLINGS else 1
         return _stacks("plain_cnn", depth=3, size=size, pools=pools)
@@ -235,9 +234,10 @@ class Draft:
         return self.found.has_convolutions or self.found.has_attention
 
     @property
-    def _takes_many_steps(self) -> bool:
-        """Whether the best student for the teacher is one that learns little in few steps."""
-        return self._is_small and self._has_space_inside and self.found.statistics > 0
+    def _has_deep_student(self) -> bool:
+        """Whether the student is chosen here and one that learns little in few steps."""
+        is_free = not self.student and not self.is_hurried
+        return is_free and self._is_small and self._has_space_inside and self.found.statistics > 0
 
     def _is_smaller(self, student: Mapping[str, Any], *, flops: float) -> bool:
         """Whether a student has at most so much of the teacher's work for an image, and of its weights."""
