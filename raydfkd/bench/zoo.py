@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from raydfkd.bench.controls import NOISE, REAL
+from raydfkd.bench.engine import code_digest
 from raydfkd.bench.quality import Cell, Result, bench_quality, spread, taught
 from raydfkd.config.load import load_recipe
 from raydfkd.config.recipe import Recipe
@@ -20,7 +19,6 @@ from raydfkd.images.real_data import Split
 from raydfkd.networks.scout import scout
 from raydfkd.runner.constants import tempered
 from raydfkd.runner.draft import Draft
-from raydfkd.runner.pace import Arithmetic, Sizes
 from raydfkd.runner.suits import why_not
 
 CHOSEN_ON = (
@@ -35,7 +33,7 @@ JUDGED_ON = (
 )
 """Teachers that say whether that holds; nothing is chosen on them."""
 TEACHERS = (*CHOSEN_ON, *JUDGED_ON)
-SIZES = Sizes(batches_per_unit=6, units_per_class=10, student_steps=4000, workers=1, executor="local", rounds=5)
+BATCHES_PER_UNIT, UNITS_PER_ROUND, STUDENT_STEPS = 6, 2, 4000
 """Of a recipe that is run by the clock: what a unit holds counts, how many there are does not."""
 
 Student = Literal["half", "chosen"]
@@ -91,7 +89,7 @@ def visit_zoo(
         told: of each result as it comes.
 
     Raises:
-        RecipeError: no such teacher, or its data are not there.
+        RecipeError: no such teacher, its data are not there, or the budget has no room for a recipe.
     """
     for name in visit.teachers:
         if name not in TEACHERS:
@@ -100,7 +98,7 @@ def visit_zoo(
     for name in visit.teachers:
         recipe = taught(load_recipe(name), folder)
         for student in visit.students:
-            page, chosen = _draft(recipe, name, student, folder)
+            page, chosen = write_recipe(recipe, name, student, visit.budget_s, folder)
             for cell in _cells(recipe, page, visit, is_first=student == visit.students[0]):
                 if cell.method in (None, REAL) or not why_not(cell.load()):
                     cells[cell] = (name, student, chosen)
@@ -116,8 +114,19 @@ def visit_zoo(
     return rows
 
 
-def _draft(recipe: Recipe, name: str, student: Student, folder: Path) -> tuple[Path, str]:
-    """Write the recipe that init writes for the teacher; returns its file and the method that it begins with."""
+def write_recipe(recipe: Recipe, name: str, student: Student, budget: float, folder: Path) -> tuple[Path, str]:
+    """Write the recipe that init writes for the teacher; returns its file and the method that it begins with.
+
+    Args:
+        recipe: the teacher's page.
+        name: the teacher's.
+        student: that it is for.
+        budget: seconds; rounds, arithmetic and the student that init chooses follow from it and from this machine.
+        folder: where it is written, unless there is one already.
+
+    Raises:
+        RecipeError: the budget has no room for a recipe.
+    """
     teacher = recipe.teacher
     space = teacher.image_space.model_dump(mode="json")
     found = scout(
@@ -133,17 +142,19 @@ def _draft(recipe: Recipe, name: str, student: Student, folder: Path) -> tuple[P
         data=None,
         command=f"raydfkd bench zoo {name}",
     )
-    path = folder / "recipes" / f"{name}-{student}.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():  # measured again it might be another, and nothing would be resumed
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        arithmetic = Arithmetic(
-            synthesis=before["synthesis"].get("precision", "float32"),
-            student=before["distill"].get("precision", "float32"),
+    path = folder / "recipes" / f"{name}-{student}-{budget:g}s-{code_digest()}.yaml"
+    if not path.exists():  # measured again the machine might be another, and nothing would be resumed
+        fit = draft.fit(budget)
+        sizes = replace(
+            fit.sizes,
+            batches_per_unit=BATCHES_PER_UNIT,
+            units_per_class=UNITS_PER_ROUND * fit.sizes.rounds,
+            student_steps=STUDENT_STEPS,
+            workers=1,
+            executor="local",
         )
-    else:
-        arithmetic, _ = draft.fastest()
-    path.write_text(draft.page_of(SIZES, arithmetic), encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(fit.draft.page_of(sizes, fit.arithmetic), encoding="utf-8")
     return path, draft.method
 
 

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -163,15 +164,21 @@ def read_report(run_dir: Path) -> dict[str, Any] | None:
 
 
 def _rendered(template: str, **values: Any) -> str:
-    page = Environment(
+    return _pages().get_template(template).render(**values)
+
+
+@cache
+def _pages() -> Environment:
+    """The templates, each compiled once."""
+    pages = Environment(
         loader=PackageLoader("raydfkd.report", "."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page.filters.update(percent=percent, count=count, duration=duration, estimated=estimated, found=_FOUND.get)
-    return page.get_template(template).render(**values)
+    pages.filters.update(percent=percent, count=count, duration=duration, estimated=estimated, found=_FOUND.get)
+    return pages
 
 
 def _yaml(data: Mapping[str, Any]) -> str:

@@ -62,20 +62,21 @@ class Draft:
         Raises:
             RecipeError: the teacher cannot be opened or inverted, or the budget has no room for a unit of each class.
         """
-        arithmetic, speed = self.fastest()
+        fit = self.fit(budget)
+        return fit.draft._text(fit.sizes, fit.arithmetic, [*self._speed(fit.speed, budget)])
+
+    def fit(self, budget: float) -> Fit:
+        """What of a recipe depends on the machine, measured by a few steps.
+
+        Raises:
+            RecipeError: the teacher cannot be opened or inverted, or the budget has no room for a unit of each class.
+        """
+        arithmetic, speed = fastest(lambda arithmetic: recipe_of(self.page_of(TRIAL, arithmetic)))
         groups = -(-self._classes // self._classes_per_unit)
         sizes = sizes_for(budget, speed, groups=groups, rounds=self._rounds)
         if self._has_deep_student and sizes.student_steps < MANY_STEPS:
-            return replace(self, is_hurried=True).page(budget)
-        return self._text(sizes, arithmetic, [*self._speed(speed, budget)])
-
-    def fastest(self) -> tuple[Arithmetic, Speed]:
-        """The arithmetic that is fastest on this machine, and how fast it is.
-
-        Raises:
-            RecipeError: the teacher cannot be opened or inverted.
-        """
-        return fastest(lambda arithmetic: recipe_of(self.page_of(TRIAL, arithmetic)))
+            return replace(self, is_hurried=True).fit(budget)
+        return Fit(draft=self, arithmetic=arithmetic, speed=speed, sizes=sizes)
 
     def page_of(self, sizes: Sizes, arithmetic: Arithmetic) -> str:
         """The commented recipe with those numbers of images, steps and rounds, whatever they take."""
@@ -308,6 +309,18 @@ class Draft:
         yield from _entry("executor", sizes.executor, where)
         if sizes.executor == "ray":
             yield from _entry("workers", {"max": sizes.workers}, "and a core or GPU for the student")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """A recipe for a budget of seconds on this machine."""
+
+    draft: Draft
+    """With the student for which there is time."""
+    arithmetic: Arithmetic
+    """That is fastest here."""
+    speed: Speed
+    sizes: Sizes
 
 
 def _stacks(network: str, *, depth: int, **options: Any) -> list[dict[str, Any]]:

@@ -6,20 +6,33 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from test_bench_quality import RESULT, Here
 
 from raydfkd.bench import quality, zoo
 from raydfkd.bench.controls import NOISE, REAL
-from raydfkd.bench.zoo import CHOSEN_ON, JUDGED_ON, TEACHERS, Row, Visit, markdown, to_json, visit_zoo
+from raydfkd.bench.zoo import (
+    CHOSEN_ON,
+    JUDGED_ON,
+    TEACHERS,
+    Row,
+    Visit,
+    markdown,
+    to_json,
+    visit_zoo,
+    write_recipe,
+)
 from raydfkd.config.load import RECIPES, load_recipe
 from raydfkd.errors import RecipeError
 from raydfkd.networks.batchnorm import layers_with_statistics
 from raydfkd.networks.build import build_network, count_parameters
 from raydfkd.networks.teacher import build_teacher
-from raydfkd.runner import evidence, pace, teach
+from raydfkd.runner import draft, evidence, pace, teach
+from raydfkd.runner.pace import Arithmetic, Speed
 
 QUICK = ("teacher.train.epochs=1", "teacher.train.batch_size=256")
 VISIT = Visit(teachers=("digits-lenet",), budget_s=0.5, seeds=(0,), split="validation", students=("half",))
+FAST = Speed(synthesis=1e-5, student=1e-5, first_batch=40, next_batch=40, device=torch.device("cpu"), peak_mib=0)
 
 
 @pytest.fixture
@@ -54,6 +67,8 @@ def test_student_is_at_most_half_of_the_teacher(name):
 @pytest.mark.cluster
 @pytest.mark.usefixtures("quickly_taught")
 def test_recipe_is_inits_own_and_measured_once_between_the_controls(tmp_path, monkeypatch):
+    monkeypatch.setattr(draft, "fastest", lambda _: (Arithmetic(), FAST))
+    monkeypatch.setattr(pace, "LOCAL_SECONDS", 0)
     told = []
     visit = replace(VISIT, methods=("dafl", "deepinversion"))
     rows = visit_zoo(visit, tmp_path, told=told.append)
@@ -63,15 +78,28 @@ def test_recipe_is_inits_own_and_measured_once_between_the_controls(tmp_path, mo
     assert all(row.teacher == "digits-lenet" and row.student == "half" for row in rows)
     assert all(row.share == row.result.student_top1 / row.result.teacher_top1 for row in rows)
     assert all({"drawn", "generated_moved", "steady_generated"} <= row.result.evidence.keys() for row in rows)
-    page = (tmp_path / "recipes/digits-lenet-half.yaml").read_text()
+    (file,) = (tmp_path / "recipes").iterdir()
+    page = file.read_text()
     assert "recipe: nayer_procedural " in page
     assert "Written by `raydfkd bench zoo digits-lenet`" in page
     monkeypatch.setattr(quality, "ProcessPoolExecutor", None)
     monkeypatch.setattr(teach, "teach", None)
-    monkeypatch.setattr(pace, "measure", None)  # another time the other arithmetic might be faster
+    monkeypatch.setattr(draft, "fastest", None)  # another time the other arithmetic might be faster
     again = visit_zoo(visit, tmp_path)
     assert sorted(again, key=lambda row: row.method) == sorted(rows, key=lambda row: row.method)
     assert len(json.loads(to_json(rows))) == 4
+
+
+def test_recipe_has_the_rounds_and_the_student_for_which_there_is_time(tmp_path, monkeypatch):
+    recipe = load_recipe("digits-convnet", ["teacher.weights=random", "teacher.train=null"])
+    pages = []
+    for seconds in (1e-5, 0.2):
+        speed = replace(FAST, synthesis=seconds, student=seconds)
+        monkeypatch.setattr(draft, "fastest", lambda _, speed=speed: (Arithmetic(), speed))
+        page, _ = write_recipe(recipe, "digits-convnet", "chosen", 60, tmp_path / str(seconds))
+        pages.append(load_recipe(page))
+    assert [page.rounds for page in pages] == [5, 3], "a batch of 40 steps takes eight seconds"
+    assert [page.student.network for page in pages] == ["vgg_small", "plain_cnn"]
 
 
 def test_teacher_that_is_not_there_is_named_before_any_work(tmp_path):

@@ -20,6 +20,8 @@ def small_recipe(run_dir: Path, *overrides: str) -> Recipe:
             "student.options={widths: [4]}",
             "synthesis.steps=40",
             "synthesis.emissions=2",
+            "synthesis.batch_per_class=4",
+            "synthesis.generator.width=8",
             "transfer_set.images_per_class=24",
             "transfer_set.unit={classes: 5, images_per_class: 4}",
             "distill.steps=40",

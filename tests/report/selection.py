@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from raydfkd.bench.quality import taught
-from raydfkd.bench.zoo import SIZES, _draft
+from raydfkd.bench.zoo import write_recipe
 from raydfkd.config.load import load_recipe
 from raydfkd.distillation.evaluate import judge
 from raydfkd.images.pixels import PixelRange
@@ -25,7 +25,7 @@ from raydfkd.runner.teach import judging_data
 
 def row(folder: Path, name: str, seconds: float) -> str:
     own = taught(load_recipe(name), folder)
-    page, _ = _draft(own, name, "half", folder)
+    page, _ = write_recipe(own, name, "half", seconds, folder)
     looks = []
 
     def recording(recipe, teacher):
@@ -45,7 +45,7 @@ def row(folder: Path, name: str, seconds: float) -> str:
         budget.run_within(recipe, seconds)
     best, chosen, last = max(real for _, real in looks), max(looks)[1], looks[-1][1]
     figures = " | ".join(f"{100 * share:.1f}" for share in (best, chosen, last))
-    return f"| {name}, of {SIZES.rounds} rounds | {len(looks)} | {figures} |"
+    return f"| {name}, of {recipe.rounds} rounds | {len(looks)} | {figures} |"
 
 
 def main() -> None:
