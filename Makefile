@@ -9,18 +9,23 @@ COMPILE := $(BIN)/python -m compileall -q -j 0 -x '/(tests|testing/_internal|tra
 # hundreds of programs are started, each of which would compile the package anew
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: quickstart test test-cluster clean
+.PHONY: quickstart test style ordinary test-cluster clean
 
 quickstart: .venv/installed
 	@$(BIN)/raydfkd run jobs/quickstart.yaml
 
 test: .venv/installed-dev
+	@$(MAKE) --no-print-directory --jobs 2 style ordinary
+	$(BIN)/pytest -m "ray and not cluster" tests/distributed
+
+style:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+ordinary:
 	$(BIN)/pytest -m "not ray and not cluster" -n 3 --dist loadfile
-	$(BIN)/pytest -m "ray and not cluster" tests/distributed
 
 test-cluster: .venv/installed-cluster
 	$(BIN)/pytest -m "ray or cluster"

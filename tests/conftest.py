@@ -6,6 +6,7 @@ import uuid
 
 import pytest
 import torch
+from hypothesis import settings
 
 from raydfkd.data.batches import SyntheticBatch
 
@@ -13,6 +14,9 @@ from raydfkd.data.batches import SyntheticBatch
 # because tests are made of networks; the second line is for programs that tests start.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+settings.register_profile("same examples each time", derandomize=True)
+settings.load_profile("same examples each time")
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -8,7 +8,14 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from raydfkd.seeds import derive_seed
 from raydfkd.units import MAX_ALIKE, Phase, UnitQueue, plan_phases, plan_units
@@ -504,5 +511,10 @@ class Queue(RuleBasedStateMachine):
         assert given_up | self.done == self.units.keys()
 
 
-Queue.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+Queue.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 test_queue_keeps_its_promises_in_any_order_of_events = Queue.TestCase
+
+
+@pytest.mark.cluster
+def test_queue_keeps_its_promises_in_a_thousand_orders():
+    run_state_machine_as_test(Queue, settings=settings(max_examples=1000, stateful_step_count=40, deadline=None))

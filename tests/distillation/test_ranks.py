@@ -70,6 +70,7 @@ def train_as(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.cluster
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")
 def test_two_processes_make_the_steps_of_one_with_all_images(tmp_path):
     """With criteria that take turns, a connector, an average, clipped gradients and batches in parts."""
