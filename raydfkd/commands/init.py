@@ -108,4 +108,10 @@ def _mapping(text: str) -> dict[str, Any]:
         options = None
     if not isinstance(options, dict):
         raise RecipeError(f"--options is {text!r}; write it as a mapping, such as '{{width: 32}}'")
+    for key, value in options.items():
+        if value is None and ":" in str(key):
+            spaced = str(key).replace(":", ": ", 1)
+            raise RecipeError(
+                f"--options is {text!r}, where {key} has no space after the colon; write it as {spaced!r}"
+            )
     return options
