@@ -89,7 +89,7 @@ def visit_zoo(
         told: of each result as it comes.
 
     Raises:
-        RecipeError: no such teacher, its data are not there, or the budget has no room for a recipe.
+        RecipeError: no such teacher, or its data are not there.
     """
     for name in visit.teachers:
         if name not in TEACHERS:
@@ -123,9 +123,6 @@ def write_recipe(recipe: Recipe, name: str, student: Student, budget: float, fol
         student: that it is for.
         budget: seconds; rounds, arithmetic and the student that init chooses follow from it and from this machine.
         folder: where it is written, unless there is one already.
-
-    Raises:
-        RecipeError: the budget has no room for a recipe.
     """
     teacher = recipe.teacher
     space = teacher.image_space.model_dump(mode="json")
@@ -144,7 +141,7 @@ def write_recipe(recipe: Recipe, name: str, student: Student, budget: float, fol
     )
     path = folder / "recipes" / f"{name}-{student}-{budget:g}s-{code_digest()}.yaml"
     if not path.exists():  # measured again the machine might be another, and nothing would be resumed
-        fit = draft.fit(budget)
+        fit = draft.fit(budget, by_clock=True)
         sizes = replace(
             fit.sizes,
             batches_per_unit=BATCHES_PER_UNIT,

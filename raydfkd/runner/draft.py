@@ -65,17 +65,21 @@ class Draft:
         fit = self.fit(budget)
         return fit.draft._text(fit.sizes, fit.arithmetic, [*self._speed(fit.speed, budget)])
 
-    def fit(self, budget: float) -> Fit:
+    def fit(self, budget: float, *, by_clock: bool = False) -> Fit:
         """What of a recipe depends on the machine, measured by a few steps.
+
+        Args:
+            budget: seconds on this machine.
+            by_clock: whether the run ends with its budget whatever it has made; no budget is too short then.
 
         Raises:
             RecipeError: the teacher cannot be opened or inverted, or the budget has no room for a unit of each class.
         """
         arithmetic, speed = fastest(lambda arithmetic: recipe_of(self.page_of(TRIAL, arithmetic)))
         groups = -(-self._classes // self._classes_per_unit)
-        sizes = sizes_for(budget, speed, groups=groups, rounds=self._rounds)
+        sizes = sizes_for(budget, speed, groups=groups, rounds=self._rounds, by_clock=by_clock)
         if self._has_deep_student and sizes.student_steps < MANY_STEPS:
-            return replace(self, is_hurried=True).fit(budget)
+            return replace(self, is_hurried=True).fit(budget, by_clock=by_clock)
         return Fit(draft=self, arithmetic=arithmetic, speed=speed, sizes=sizes)
 
     def page_of(self, sizes: Sizes, arithmetic: Arithmetic) -> str:

@@ -172,7 +172,7 @@ def peak_mib(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
-def sizes_for(budget: float, speed: Speed, *, groups: int, rounds: int = 1) -> Sizes:
+def sizes_for(budget: float, speed: Speed, *, groups: int, rounds: int = 1, by_clock: bool = False) -> Sizes:
     """Divide a budget of seconds: half for images, the rest for the student, who learns meanwhile on a cluster.
 
     Args:
@@ -180,6 +180,7 @@ def sizes_for(budget: float, speed: Speed, *, groups: int, rounds: int = 1) -> S
         speed: of the recipe.
         groups: units that hold all classes once.
         rounds: that there should be; fewer where there is no room for a unit of each class in all of them.
+        by_clock: whether the run ends with its budget whatever it has made, so that no budget is too short.
 
     Raises:
         RecipeError: it has no room for a unit of each class.
@@ -190,7 +191,7 @@ def sizes_for(budget: float, speed: Speed, *, groups: int, rounds: int = 1) -> S
     beside = RAY_SECONDS if is_cluster else LOCAL_SECONDS
     for_images = SYNTHESIS_SHARE * (budget - beside) * workers
     units, fewest = int(for_images / (groups * speed.unit_seconds(1))), min(rounds, 2)
-    if units < fewest:
+    if units < fewest and not by_clock:
         least = groups * speed.unit_seconds(1) / workers
         raise RecipeError(
             f"--budget is {in_words(budget)}, but a unit of each class takes {in_words(least)} here"
@@ -200,7 +201,7 @@ def sizes_for(budget: float, speed: Speed, *, groups: int, rounds: int = 1) -> S
     batches, pieces = 1, max(PIECES, 2 * rounds)
     while groups * pieces * speed.unit_seconds(batches + 1) <= for_images:
         batches += 1
-    units = max(1, int(for_images / (groups * speed.unit_seconds(batches))))
+    units = max(fewest, int(for_images / (groups * speed.unit_seconds(batches))))
     rounds = min(rounds, units)
     share = STUDENT_SHARE if is_cluster else 1 - SYNTHESIS_SHARE
     return Sizes(
