@@ -1184,6 +1184,7 @@ def test_check_of_everything_imports_torch_and_what_stores_images_only(raydfkd):
     assert imports.heavy == ("torch", "pyarrow", "numpy")
 
 
+@pytest.mark.cluster
 def test_run_in_this_process_does_not_import_ray(raydfkd):
     out, imports = in_another_process(raydfkd.folder, "run", "toy.yaml", "--on", "local", "--json")
     assert "torch" in imports.heavy

@@ -229,6 +229,7 @@ def assert_ended(process):
         time.sleep(0.1)
 
 
+@pytest.mark.cluster
 def test_store_that_is_out_of_reach_costs_no_attempt(ray_cluster, tmp_path, monkeypatch):
     (tmp_path / "told").touch()
     job = job_of(tmp_path, "teacher.network=deadly:build_cut_off", f"teacher.options={{told: {tmp_path / 'told'}}}",

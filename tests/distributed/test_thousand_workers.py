@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 from simulated_ray import Weather, drive
 
+pytestmark = pytest.mark.cluster
+
 WORKERS, UNITS = 64, 500
 WEATHER = Weather(workers=WORKERS, unit_s=60, preempt_per_hour=10)
 

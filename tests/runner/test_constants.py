@@ -99,6 +99,7 @@ def test_class_folder_that_the_teacher_does_not_have_is_named(tmp_path):
         fit_to_pictures(seen(), "pictures")
 
 
+@pytest.mark.cluster
 def test_recipe_of_init_judges_on_the_pictures(there, monkeypatch):
     arguments = ["init", "--network", "mynet:build", "--weights", "model.pt", "--data", "pictures", "--budget", "20h"]
     monkeypatch.setattr(sys, "argv", ["raydfkd", *arguments])
