@@ -70,7 +70,7 @@ class Draft:
 
         Args:
             budget: seconds on this machine.
-            by_clock: whether the run ends with its budget whatever it has made; no budget is too short then.
+            by_clock: whether the run, of one process, ends with its budget whatever it has made; none is too short.
 
         Raises:
             RecipeError: the teacher cannot be opened or inverted, or the budget has no room for a unit of each class.

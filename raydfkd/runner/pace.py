@@ -180,13 +180,13 @@ def sizes_for(budget: float, speed: Speed, *, groups: int, rounds: int = 1, by_c
         speed: of the recipe.
         groups: units that hold all classes once.
         rounds: that there should be; fewer where there is no room for a unit of each class in all of them.
-        by_clock: whether the run ends with its budget whatever it has made, so that no budget is too short.
+        by_clock: whether the run, of one process, ends with its budget whatever it has made; none is too short.
 
     Raises:
         RecipeError: it has no room for a unit of each class.
     """
     places = torch.cuda.device_count() if speed.device.type == "cuda" else _cores()
-    is_cluster = budget > SHORT and places > 1
+    is_cluster = budget > SHORT and places > 1 and not by_clock
     workers = places - 1 if is_cluster else 1
     beside = RAY_SECONDS if is_cluster else LOCAL_SECONDS
     for_images = SYNTHESIS_SHARE * (budget - beside) * workers

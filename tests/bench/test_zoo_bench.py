@@ -27,7 +27,7 @@ from raydfkd.errors import RecipeError
 from raydfkd.networks.batchnorm import layers_with_statistics
 from raydfkd.networks.build import build_network, count_parameters
 from raydfkd.networks.teacher import build_teacher
-from raydfkd.runner import draft, evidence, teach
+from raydfkd.runner import draft, evidence, pace, teach
 from raydfkd.runner.pace import Arithmetic, Speed
 
 QUICK = ("teacher.train.epochs=1", "teacher.train.batch_size=256")
@@ -99,6 +99,15 @@ def test_recipe_has_the_rounds_and_the_student_for_which_there_is_time(tmp_path,
         pages.append(load_recipe(page))
     assert [page.rounds for page in pages] == [5, 3, 2], "a batch of 40 steps takes eight seconds, or far too long"
     assert [page.student.network for page in pages] == ["vgg_small", "plain_cnn", "plain_cnn"]
+
+
+def test_recipe_for_the_clock_is_that_of_one_process_however_many_cores_there_are(tmp_path, monkeypatch):
+    recipe = load_recipe("digits-convnet", ["teacher.weights=random", "teacher.train=null"])
+    monkeypatch.setattr(draft, "fastest", lambda _: (Arithmetic(), replace(FAST, synthesis=2)))
+    monkeypatch.setattr(pace, "_cores", lambda: 16)
+    page, _ = write_recipe(recipe, "digits-convnet", "half", 600, tmp_path)
+    made = load_recipe(page)
+    assert (made.rounds, made.runtime.executor) == (3, "local"), "of 300 s for images a batch takes 80"
 
 
 def test_teacher_that_is_not_there_is_named_before_any_work(tmp_path):
