@@ -18,6 +18,8 @@ test: .venv/installed-dev
 	@$(MAKE) --no-print-directory --jobs 2 style ordinary
 	$(BIN)/pytest -m "ray and not cluster" tests/distributed
 
+style ordinary: .venv/installed-dev
+
 style:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

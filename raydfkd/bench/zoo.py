@@ -147,8 +147,6 @@ def write_recipe(recipe: Recipe, name: str, student: Student, budget: float, fol
             batches_per_unit=BATCHES_PER_UNIT,
             units_per_class=UNITS_PER_ROUND * fit.sizes.rounds,
             student_steps=STUDENT_STEPS,
-            workers=1,
-            executor="local",
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(fit.draft.page_of(sizes, fit.arithmetic), encoding="utf-8")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from real_pictures import save
 
 import raydfkd
 from raydfkd.config.load import page_data
@@ -55,10 +55,7 @@ def write_pictures(place: Path, recipe: Recipe) -> Path:
     if not place.exists():
         split = open_real_data(recipe.real_data, recipe.teacher.image_space, recipe.teacher.classes).load("train")
         for label in range(recipe.teacher.classes):
-            own = split.images[split.labels == label][:PICTURES]
-            (place / str(label)).mkdir(parents=True)
-            for position, image in enumerate(own):
-                Image.fromarray(image[0].numpy()).save(place / str(label) / f"{position:03}.png")
+            save(split.images[split.labels == label][:PICTURES], place / str(label))
     return place
 
 

@@ -48,12 +48,17 @@ def main() -> None:
 def write_pictures(place: Path, recipe: Any) -> Path:
     """Write pictures of the training split, if they are not there."""
     if not place.exists():
-        place.mkdir(parents=True)
         split = open_real_data(recipe.real_data, recipe.teacher.image_space, recipe.teacher.classes).load("train")
         rows = torch.randperm(len(split.images), generator=torch.Generator().manual_seed(0))[:PICTURES]
-        for position, row in enumerate(rows):
-            Image.fromarray(split.images[row, 0].numpy()).save(place / f"{position:03}.png")
+        save(split.images[rows], place)
     return place
+
+
+def save(images: torch.Tensor, place: Path) -> None:
+    """Write grey images [N, 1, H, W], uint8, into a new folder as PNG files."""
+    place.mkdir(parents=True)
+    for position, image in enumerate(images):
+        Image.fromarray(image[0].numpy()).save(place / f"{position:03}.png")
 
 
 def ways(pictures: str) -> Mapping[str, Mapping[str, Any]]:
