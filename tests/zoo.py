@@ -25,10 +25,10 @@ VIT = "{image_size: 32, patch_size: 16, num_layers: 2, num_heads: 2, hidden_dim:
 class Small(nn.Module):
     """Two convolutions with BatchNorm and a linear layer, and variations of it."""
 
-    def __init__(self, channels: int = 3, answer: str = "logits", outputs: int = CLASSES) -> None:
+    def __init__(self, channels: int = 3, answer: str = "logits", outputs: int = CLASSES, stride: int = 2) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            *(nn.Conv2d(channels, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
+            *(nn.Conv2d(channels, 8, 3, stride=stride, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
             *(nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
         )
         self.head = nn.Linear(16, outputs)

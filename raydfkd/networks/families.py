@@ -21,6 +21,7 @@ class PlainCNN(nn.Module):
         size: edge of the images, or height and width.
         norm: BatchNorm after each convolution.
         pools: 1 for a pooling after both convolutions, 2 for one after each, which is a fraction of the work.
+        kernel: edge of what a convolution sees.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class PlainCNN(nn.Module):
         size: Positive | tuple[Positive, Positive] = 32,
         norm: bool = False,
         pools: Literal[1, 2] = 1,
+        kernel: Literal[3, 5] = 3,
     ) -> None:
         super().__init__()
         *convolved, hidden = widths
@@ -39,8 +41,8 @@ class PlainCNN(nn.Module):
         edges = [size, size] if isinstance(size, int) else [*size]
         inputs = channels
         for index, outputs in enumerate(convolved):
-            layers += [nn.Conv2d(inputs, outputs, 3), *([nn.BatchNorm2d(outputs)] if norm else []), nn.ReLU()]
-            inputs, edges = outputs, [edge - 2 for edge in edges]
+            layers += [nn.Conv2d(inputs, outputs, kernel), *([nn.BatchNorm2d(outputs)] if norm else []), nn.ReLU()]
+            inputs, edges = outputs, [edge - kernel + 1 for edge in edges]
             if pools == 2 or index == 1:
                 layers.append(nn.MaxPool2d(2))
                 edges = [edge // 2 for edge in edges]

@@ -51,6 +51,10 @@ class Found:
     """Number of those that stored statistics of their training."""
     has_attention: bool = False
     has_convolutions: bool = True
+    stride: int = 1
+    """Places by which its first convolution moves on."""
+    kernel: int = 3
+    """Edge of what that sees."""
     parameters: int = 0
     fixed_size: bool = False
     """Whether it takes images of one size alone."""
@@ -189,11 +193,14 @@ def _trial(network: nn.Module, space: Mapping[str, Any]) -> _Trial:
 
 def _channels(network: nn.Module) -> int | None:
     """Channels of the images that a network's first convolution takes; None where it has none."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            return module.in_channels
+    if (convolution := _first_convolution(network)) is not None:
+        return convolution.in_channels
     first = next((value for value in network.parameters() if value.ndim == 4), None)
     return None if first is None else first.shape[1]
+
+
+def _first_convolution(network: nn.Module) -> nn.Conv2d | None:
+    return next((module for module in network.modules() if isinstance(module, nn.Conv2d)), None)
 
 
 class _Trial:
@@ -298,11 +305,14 @@ def _normalizers(network: nn.Module, channels: int) -> Iterator[str]:
 
 
 def _layers(network: nn.Module, section: Mapping[str, Any]) -> Found:
+    first = _first_convolution(network)
     return Found(
         section=section,
         norms=Counter(type(module).__name__ for module in network.modules() if is_norm(module)),
         statistics=len(layers_with_statistics(network)),
         has_attention=any("attention" in type(module).__name__.lower() for module in network.modules()),
         has_convolutions=_channels(network) is not None,
+        stride=1 if first is None else max(first.stride),
+        kernel=3 if first is None else max(first.kernel_size),
         parameters=count_parameters(network),
     )

@@ -16,7 +16,7 @@ Norm = Callable[[int], nn.Module]
 
 
 def _conv_norm_relu(inputs: int, outputs: int, stride: int, norm: Norm = nn.BatchNorm2d) -> nn.Sequential:
-    convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+    convolution = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=norm is _no_norm)
     return nn.Sequential(convolution, norm(outputs), nn.ReLU(inplace=True))
 
 
@@ -24,8 +24,12 @@ def _group_norm(channels: int) -> nn.Module:
     return nn.GroupNorm(math.gcd(8, channels), channels)
 
 
-NormName = Literal["batch", "group"]
-NORMS: dict[NormName, Norm] = {"batch": nn.BatchNorm2d, "group": _group_norm}
+def _no_norm(channels: int) -> nn.Module:  # noqa: ARG001 - as the others
+    return nn.Identity()
+
+
+NormName = Literal["batch", "group", "none"]
+NORMS: dict[NormName, Norm] = {"batch": nn.BatchNorm2d, "group": _group_norm, "none": _no_norm}
 """Normalisations by name; GroupNorm has eight groups or fewer."""
 
 
@@ -35,7 +39,7 @@ class ConvNet(nn.Module):
 
     Args:
         widths: output channels of each convolution.
-        norm: batch (BatchNorm) or group (GroupNorm).
+        norm: batch (BatchNorm), group (GroupNorm) or none.
     """
 
     def __init__(

@@ -20,6 +20,7 @@ from raydfkd.networks.build import NETWORKS, count_parameters
 from raydfkd.networks.flops import forward_flops
 from raydfkd.networks.generators import GENERATORS
 from raydfkd.networks.scout import Found
+from raydfkd.networks.small import NormName
 from raydfkd.runner.pace import Arithmetic, Sizes, Speed, fastest, in_words, sizes_for
 
 SMALL = 64
@@ -28,7 +29,7 @@ MOST_WORK, LEAST_WIDTH = 1.5, 8
 """Work of a generator for an image, in that of the teacher, and the width below which it is not made narrower."""
 MOST_WEIGHTS = 0.4
 """Of the teacher's, for a student that nobody has named."""
-WIDTHS = (4, 8, 12, 16, 24, 32, 48, 64)
+WIDTHS = (4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Channels of the first convolution of a student that nobody has named."""
 HIDDEN = (32, 64, 128, 256, 512)
 """Widths of its first layer where all are linear."""
@@ -38,6 +39,8 @@ FOR_TWO_POOLINGS = 16
 """Pixels of the shorter edge from which a small student pools twice."""
 UNEVEN = {"kind": "soft_kl", "temperature": 2, "standardised": "teacher"}
 """Criterion for teachers without BatchNorm, whose logits are many times larger in some images than in others."""
+LARGE = 5
+"""Edge of what a convolution sees of small images, in networks such as LeNet."""
 TRIAL = Sizes(batches_per_unit=1, units_per_class=2, student_steps=20, workers=1, executor="local", rounds=2)
 
 
@@ -89,10 +92,14 @@ class Draft:
     @property
     def method(self) -> str:
         """The packaged method that layers and size of images suggest."""
-        has_moments = self.found.statistics > 0
         if self._is_small and all(edge % 4 == 0 for edge in self._edges):
-            return "nayer" if has_moments else "nayer_procedural"
-        return "deepinversion" if has_moments else "deepdream"
+            return "nayer" if self._has_moments else "nayer_procedural"
+        return "deepinversion" if self._has_moments else "deepdream"
+
+    @property
+    def _has_moments(self) -> bool:
+        """Whether the teacher stored moments that images can have."""
+        return self.found.statistics > 0
 
     @property
     def _space(self) -> Mapping[str, Any]:
@@ -169,7 +176,7 @@ class Draft:
 
     @property
     def _why(self) -> str:
-        moments = "statistics of BatchNorm" if self.found.statistics else "no statistics of BatchNorm"
+        moments = "statistics of BatchNorm" if self._has_moments else "no statistics of BatchNorm"
         if self._is_generator:
             return f"{moments}, small images"
         return f"{moments}, {'an edge not divisible by 4' if self._is_small else f'images over {SMALL} pixels'}"
@@ -196,15 +203,19 @@ class Draft:
     def _student(self) -> Iterator[str]:
         student = self.student or self._small_student
         yield "student:"
-        is_linear = student["network"] == "mlp"
-        why = "the teacher has no convolutions; linear layers learn more of it" if is_linear else "any network will do"
-        yield from _entry("network", student["network"], None if self.student else why)
+        yield from _entry("network", student["network"], None if self.student else self._why_student)
         if student.get("options"):
             yield from _entry("options", student["options"])
         if self.data is None:
             yield "real_data: null   # an estimate judges; or pictures of yours, {kind: image_folder, root: ...}"
         else:
             yield f"real_data: {_flow({'kind': 'image_folder', 'root': self.data})}   # judges, and nothing else"
+
+    @property
+    def _why_student(self) -> str:
+        if not self._has_space_inside:
+            return "the teacher has no convolutions; linear layers learn more of it"
+        return "strided as the teacher is; any network will do" if self._has_strided_student else "any network will do"
 
     @cached_property
     def _small_student(self) -> Mapping[str, Any]:
@@ -219,19 +230,23 @@ class Draft:
         """Networks of a kind that learns well of such a teacher in a short time, from small to large (benchmarks.md).
 
         Linear layers where the teacher has no convolutions: its answers depend on where things are. For other small
-        images two convolutions and linear layers, with which a step takes little and few are enough; or, where images
-        have the moments of the teacher's BatchNorm and there is time, a deeper stack that has it too. All pool what
-        they have seen at full size, not strided.
+        images a strided stack where the teacher is one, with normalisation of the same kind; two convolutions that see
+        as much as the teacher's first, and linear layers, with which a step takes little and few are enough; or, where
+        images have the moments of the teacher's BatchNorm and there is time, a deeper stack that has it too.
         """
-        size = self._space["size"]
         if not self._is_small:
             return _stacks("convnet", depth=5)
-        if not self._has_space_inside:
-            return [{"network": "mlp", "options": {"widths": [width, width // 2], "size": size}} for width in HIDDEN]
+        if self._has_strided_student:
+            return _stacks("convnet", depth=3, norm=self._norm)
         if self._has_deep_student:
             return _stacks("vgg_small", depth=3)
-        pools = 2 if min(self._edges) >= FOR_TWO_POOLINGS else 1
-        return _stacks("plain_cnn", depth=3, size=size, pools=pools)
+        size = self._space["size"]
+        if not self._has_space_inside:
+            return [{"network": "mlp", "options": {"widths": [width, width // 2], "size": size}} for width in HIDDEN]
+        if min(self._edges) < FOR_TWO_POOLINGS:
+            return _stacks("plain_cnn", depth=3, size=size, pools=1)
+        sees_more = self.found.kernel >= LARGE and self._slides
+        return _lenets(size) if sees_more else _stacks("plain_cnn", depth=3, size=size, pools=2)
 
     @property
     def _has_space_inside(self) -> bool:
@@ -239,10 +254,27 @@ class Draft:
         return self.found.has_convolutions or self.found.has_attention
 
     @property
+    def _slides(self) -> bool:
+        """Whether the teacher's first convolution sees places more than once, unlike one that cuts patches."""
+        return self.found.kernel > self.found.stride and not self.found.has_attention
+
+    @property
+    def _has_strided_student(self) -> bool:
+        """Whether the student is chosen here and leaves out places from the start."""
+        return not self.student and self._is_small and self.found.stride > 1 and self._slides
+
+    @property
+    def _norm(self) -> NormName:
+        """The kind of normalisation that the teacher has."""
+        if self._has_moments:
+            return "batch"
+        return "group" if self.found.norms else "none"
+
+    @property
     def _has_deep_student(self) -> bool:
         """Whether the student is chosen here and one that learns little in few steps."""
-        is_free = not self.student and not self.is_hurried
-        return is_free and self._is_small and self._has_space_inside and self.found.statistics > 0
+        is_free = not self.student and not self.is_hurried and not self._has_strided_student
+        return is_free and self._is_small and self._has_space_inside and self._has_moments
 
     def _is_smaller(self, student: Mapping[str, Any], *, flops: float) -> bool:
         """Whether a student has at most so much of the teacher's work for an image, and of its weights."""
@@ -302,7 +334,7 @@ class Draft:
             yield from _entry("precision", precision)
         if self._is_small and self.data is None:
             yield from _entry("holdout", 0, "of the images; the estimate needs none")
-        if self._is_small and not self.found.statistics:
+        if self._is_small and not self._has_moments:
             yield from _entry("criterion", UNEVEN, "its answers to such images differ in size more than in kind")
         if ":" in str(self.student.get("network", "")):
             yield from _entry("optimizer", {"kind": "adam", "lr": 1e-3}, "lower than the method's, for larger networks")
@@ -331,6 +363,12 @@ def _stacks(network: str, *, depth: int, **options: Any) -> list[dict[str, Any]]
     """Students from narrow to wide; a layer has twice the channels of the one before, up to eight times the first's."""
     stacks = [[min(width << layer, 8 * width) for layer in range(depth)] for width in WIDTHS]
     return [{"network": network, "options": {"widths": widths, **options}} for widths in stacks]
+
+
+def _lenets(size: Any) -> list[dict[str, Any]]:
+    """Students from narrow to wide that see as much as LeNet-5 does."""
+    given = {"size": size, "pools": 2, "kernel": LARGE}
+    return [{"network": "plain_cnn", "options": {"widths": [width, 2 * width, 8 * width], **given}} for width in WIDTHS]
 
 
 def recipe_of(page: str) -> Recipe:

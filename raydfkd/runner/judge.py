@@ -202,7 +202,8 @@ class Look:
         if self.intended is not None and self.intended < chance + 0.25 * (1 - chance):
             found.append(
                 f"the teacher finds the intended class in only {self.intended:.0%} of the synthetic images (chance is "
-                f"{chance:.0%}): synthesis has not worked; check image_space.mean and std, then steps and objective"
+                f"{chance:.0%}): the student learns its answers to images of no class; check image_space.mean and std, "
+                "then steps and objective"
             )
         if self.answered < self.classes / 2:
             found.append(

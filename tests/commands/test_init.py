@@ -87,26 +87,35 @@ def test_student_of_a_teacher_without_convolutions_has_none_either(begun, option
 
 
 @pytest.mark.parametrize(
-    ("network", "options", "size", "kind", "width"),
+    ("network", "options", "size", "kind", "chosen"),
     [
-        ("lenet5", {}, 32, "plain_cnn", 8),
-        ("plain_cnn", {}, 32, "plain_cnn", 32),
-        ("resnet_small", {"depth": 8, "norm": "group"}, 32, "plain_cnn", 8),
-        ("resnet_small", {"depth": 8}, 32, "vgg_small", 8),
-        ("vgg_small", {"widths": [8, 16, 32]}, 32, "vgg_small", 4),
-        ("convnet", {"widths": [64, 128, 256]}, 128, "convnet", 12),
-        ("mlp", {"widths": [512, 256]}, 32, "mlp", 128),
-        ("vit_small", {}, 32, "plain_cnn", 8),
+        ("lenet5", {}, 32, "plain_cnn", {"widths": [6, 12, 48], "pools": 2, "kernel": 5, "size": 32}),
+        ("plain_cnn", {}, 32, "plain_cnn", {"widths": [32, 64, 128], "pools": 2, "size": 32}),
+        (
+            "resnet_small",
+            {"depth": 8, "norm": "group"},
+            32,
+            "plain_cnn",
+            {"widths": [8, 16, 32], "pools": 2, "size": 32},
+        ),
+        ("resnet_small", {"depth": 8}, 32, "vgg_small", {"widths": [8, 16, 32]}),
+        ("vgg_small", {"widths": [8, 16, 32]}, 32, "vgg_small", {"widths": [4, 8, 16]}),
+        ("convnet", {"widths": [32, 64, 128]}, 32, "convnet", {"widths": [16, 32, 64], "norm": "batch"}),
+        ("convnet", {"norm": "group"}, 32, "convnet", {"widths": [16, 32, 64], "norm": "group"}),
+        ("convnet", {"norm": "none"}, 32, "convnet", {"widths": [16, 32, 64], "norm": "none"}),
+        ("convnet", {"widths": [64, 128, 256]}, 128, "convnet", {"widths": [12, 24, 48, 96, 96]}),
+        ("mlp", {"widths": [512, 256]}, 32, "mlp", {"widths": [128, 64], "size": 32}),
+        ("vit_small", {}, 32, "plain_cnn", {"widths": [8, 16, 32], "pools": 2, "size": 32}),
     ],
 )
-def test_student_is_of_a_kind_that_learns_of_the_teacher_and_far_smaller(network, options, size, kind, width):
+def test_student_is_of_a_kind_that_learns_of_the_teacher_and_far_smaller(network, options, size, kind, chosen):
     space = {"channels": 3, "size": size, "mean": [0.5] * 3, "std": [0.5] * 3}
     found = scout(network, options=options, weights="random", given={"classes": 10, "image_space": space})
     page = Draft(found=found, name="mine", student={}, data=None, command="").page_of(TRIAL, Arithmetic())
     recipe = recipe_of(page)
-    assert (recipe.student.network, recipe.student.options["widths"][0]) == (kind, width)
+    assert (recipe.student.network, recipe.student.options) == (kind, chosen)
     student = build_network(recipe.student, recipe.teacher, where="student", seed=0)
-    if width > 4:  # there is no smaller one
+    if chosen["widths"][0] > 4:  # there is no smaller one
         assert count_parameters(student) <= 0.4 * found.parameters
         assert forward_flops(student, recipe.teacher.image_space.shape) <= found.flops()
 
@@ -114,10 +123,25 @@ def test_student_is_of_a_kind_that_learns_of_the_teacher_and_far_smaller(network
 @pytest.mark.usefixtures("slow_machine")
 @pytest.mark.parametrize(("budget", "kind"), [("20s", "plain_cnn"), ("30m", "vgg_small")])
 def test_deep_student_is_taken_where_there_is_time_for_its_steps(begun, budget, kind):
-    begun(row_called("state dict"), budget=budget)
+    begun(row_called("state dict"), "--options", "{stride: 1}", budget=budget)
     recipe = load_recipe("mine.yaml")
     assert recipe.student.network == kind
     assert (recipe.distill.steps < MANY_STEPS) == (kind == "plain_cnn")
+
+
+@pytest.mark.usefixtures("slow_machine")
+@pytest.mark.parametrize("budget", ["20s", "30m"])
+def test_student_of_a_strided_teacher_is_strided_however_short_the_budget(begun, budget):
+    text = begun(row_called("state dict"), budget=budget).read_text()
+    assert "network: convnet   # strided as the teacher is" in text
+
+
+def test_student_of_a_teacher_that_cuts_patches_is_not_strided():
+    space = {"channels": 3, "size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
+    found = scout("convnet", options={"norm": "group"}, weights="random", given={"classes": 10, "image_space": space})
+    patches = replace(found, stride=4, kernel=4)
+    page = Draft(found=patches, name="mine", student={}, data=None, command="").page_of(TRIAL, Arithmetic())
+    assert recipe_of(page).student.network == "plain_cnn"
 
 
 @pytest.mark.usefixtures("slow_machine")

@@ -34,9 +34,12 @@ def test_plain_network_is_the_tutorials():
     assert len(layers_with_statistics(PlainCNN(10, 1, norm=True))) == 2
 
 
-@pytest.mark.parametrize(("pools", "size", "flat"), [(1, 28, 144), (2, 28, 25), (2, (16, 24), 8), (1, (8, 12), 8)])
-def test_plain_network_pools_once_or_twice(pools, size, flat):
-    network = PlainCNN(10, 1, size=size, widths=(4, 6, 8), pools=pools)
+@pytest.mark.parametrize(
+    ("pools", "size", "kernel", "flat"),
+    [(1, 28, 3, 144), (2, 28, 3, 25), (2, (16, 24), 3, 8), (1, (8, 12), 3, 8), (2, 28, 5, 16), (2, (16, 24), 5, 3)],
+)
+def test_plain_network_pools_once_or_twice(pools, size, kernel, flat):
+    network = PlainCNN(10, 1, size=size, widths=(4, 6, 8), pools=pools, kernel=kernel)
     assert network(torch.rand(2, 1, *((size, size) if isinstance(size, int) else size))).shape == (2, 10)
     (first, _) = (layer for layer in network.modules() if isinstance(layer, nn.Linear))
     assert first.in_features == 6 * flat

@@ -12,7 +12,7 @@ from raydfkd.config.schema import TeacherSpec
 from raydfkd.networks import hardness as hardness_module
 from raydfkd.networks.batchnorm import layers_with_statistics
 from raydfkd.networks.build import build_network
-from raydfkd.networks.hardness import CALM, FEW_BATCHES, NOISE_IMAGES, hardness, temperature_for
+from raydfkd.networks.hardness import CALM, FEW_BATCHES, NOISE_IMAGES, TOO_SURE, hardness, temperature_for
 from raydfkd.networks.teacher import open_teacher
 from raydfkd.runner.check import check
 from raydfkd.seeds import rng_from
@@ -57,12 +57,18 @@ def test_statistics_that_are_averaged_over_all_batches_are_not_too_few(teacher):
     assert hardness(teacher, SPEC) == []
 
 
+@torch.no_grad()
+def confidence_in_noise(network):
+    """With BatchNorm by the noise's own moments."""
+    noise = torch.randn(NOISE_IMAGES, *SPACE.shape, generator=rng_from(0))
+    return copy.deepcopy(network).train()(noise).softmax(1).amax(1).mean().item()
+
+
 @pytest.mark.parametrize("loudness", [1.0, 10_000.0])
 def test_teacher_that_is_sure_of_noise_is_said_to_be_with_how_sure(teacher, loudness):
     with torch.no_grad():
         teacher.head.weight.mul_(loudness)
-        noise = torch.randn(NOISE_IMAGES, *SPACE.shape, generator=rng_from(0))
-        confidence = teacher(noise).softmax(1).amax(1).mean().item()
+    confidence = confidence_in_noise(teacher)
     lines = hardness(teacher, SPEC)
     assert len(lines) == (confidence > 0.98) == (loudness > 1)
     assert all(f"{confidence:.1%} sure of what it sees in noise" in line for line in lines)
@@ -78,9 +84,17 @@ def test_teacher_is_calm_with_the_temperature_that_is_found_for_it(teacher):
     calm = SPEC.model_copy(update={"temperature": temperature})
     network = build_network(calm, calm, where="teacher", seed=0).eval()
     network.load_state_dict(teacher.state_dict())
-    noise = torch.randn(NOISE_IMAGES, *SPACE.shape, generator=rng_from(0))
-    assert network(noise).softmax(1).amax(1).mean().item() == pytest.approx(CALM, abs=0.02)
+    assert confidence_in_noise(network) == pytest.approx(CALM, abs=0.02)
     assert hardness(network, calm) == []
+
+
+def test_teacher_is_not_sure_because_noise_is_louder_than_its_images_were(teacher):
+    for _, layer in layers_with_statistics(teacher):
+        layer.running_var.fill_(1e-6)
+    noise = torch.randn(NOISE_IMAGES, *SPACE.shape, generator=rng_from(0))
+    assert teacher(noise).softmax(1).amax(1).mean() > TOO_SURE
+    assert temperature_for(teacher, SPEC) == 1
+    assert hardness(teacher, SPEC) == []
 
 
 def test_check_tells_it(tmp_path, monkeypatch):
