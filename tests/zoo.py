@@ -81,6 +81,13 @@ class Tied(Small):
         self.again = self.body[3]
 
 
+def stack(layers: list[list[int]]) -> nn.Module:
+    """Convolutions of such edges and strides, and a linear layer."""
+    channels = [3, *[8] * len(layers)]
+    convolutions = (nn.Conv2d(n, 8, *layer) for n, layer in zip(channels, layers, strict=False))
+    return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, CLASSES))
+
+
 def frozen() -> nn.Module:
     """All but its last layer takes no gradient."""
     network = Small()

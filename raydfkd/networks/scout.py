@@ -51,10 +51,10 @@ class Found:
     """Number of those that stored statistics of their training."""
     has_attention: bool = False
     has_convolutions: bool = True
-    stride: int = 1
-    """Places by which its first convolution moves on."""
+    is_strided: bool = False
+    """Whether half of its convolutions that see several places, or more, leave out some."""
     kernel: int = 3
-    """Edge of what that sees."""
+    """Edge of what its first convolution sees; 3 where that cuts patches."""
     parameters: int = 0
     fixed_size: bool = False
     """Whether it takes images of one size alone."""
@@ -304,15 +304,25 @@ def _normalizers(network: nn.Module, channels: int) -> Iterator[str]:
             yield name or type(module).__name__
 
 
-def _layers(network: nn.Module, section: Mapping[str, Any]) -> Found:
+def _is_strided(network: nn.Module) -> bool:
+    seeing = [module for module in network.modules() if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1]
+    strided = [module for module in seeing if 1 < max(module.stride) < max(module.kernel_size)]
+    return 0 < len(seeing) <= 2 * len(strided)
+
+
+def _kernel(network: nn.Module) -> int:
     first = _first_convolution(network)
+    return 3 if first is None or max(first.kernel_size) <= max(first.stride) else max(first.kernel_size)
+
+
+def _layers(network: nn.Module, section: Mapping[str, Any]) -> Found:
     return Found(
         section=section,
         norms=Counter(type(module).__name__ for module in network.modules() if is_norm(module)),
         statistics=len(layers_with_statistics(network)),
         has_attention=any("attention" in type(module).__name__.lower() for module in network.modules()),
         has_convolutions=_channels(network) is not None,
-        stride=1 if first is None else max(first.stride),
-        kernel=3 if first is None else max(first.kernel_size),
+        is_strided=_is_strided(network),
+        kernel=_kernel(network),
         parameters=count_parameters(network),
     )

@@ -245,7 +245,7 @@ class Draft:
             return [{"network": "mlp", "options": {"widths": [width, width // 2], "size": size}} for width in HIDDEN]
         if min(self._edges) < FOR_TWO_POOLINGS:
             return _stacks("plain_cnn", depth=3, size=size, pools=1)
-        sees_more = self.found.kernel >= LARGE and self._slides
+        sees_more = self.found.kernel >= LARGE and not self.found.has_attention
         return _lenets(size) if sees_more else _stacks("plain_cnn", depth=3, size=size, pools=2)
 
     @property
@@ -254,14 +254,9 @@ class Draft:
         return self.found.has_convolutions or self.found.has_attention
 
     @property
-    def _slides(self) -> bool:
-        """Whether the teacher's first convolution sees places more than once, unlike one that cuts patches."""
-        return self.found.kernel > self.found.stride and not self.found.has_attention
-
-    @property
     def _has_strided_student(self) -> bool:
-        """Whether the student is chosen here and leaves out places from the start."""
-        return not self.student and self._is_small and self.found.stride > 1 and self._slides
+        """Whether the student is chosen here and leaves out places in each layer, as the teacher does in most."""
+        return not self.student and self._is_small and self.found.is_strided and not self.found.has_attention
 
     @property
     def _norm(self) -> NormName:

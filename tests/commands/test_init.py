@@ -103,6 +103,7 @@ def test_student_of_a_teacher_without_convolutions_has_none_either(begun, option
         ("convnet", {"widths": [32, 64, 128]}, 32, "convnet", {"widths": [16, 32, 64], "norm": "batch"}),
         ("convnet", {"norm": "group"}, 32, "convnet", {"widths": [16, 32, 64], "norm": "group"}),
         ("convnet", {"norm": "none"}, 32, "convnet", {"widths": [16, 32, 64], "norm": "none"}),
+        ("mobilenet_small", {}, 32, "vgg_small", {"widths": [8, 16, 32]}),
         ("convnet", {"widths": [64, 128, 256]}, 128, "convnet", {"widths": [12, 24, 48, 96, 96]}),
         ("mlp", {"widths": [512, 256]}, 32, "mlp", {"widths": [128, 64], "size": 32}),
         ("vit_small", {}, 32, "plain_cnn", {"widths": [8, 16, 32], "pools": 2, "size": 32}),
@@ -134,14 +135,6 @@ def test_deep_student_is_taken_where_there_is_time_for_its_steps(begun, budget, 
 def test_student_of_a_strided_teacher_is_strided_however_short_the_budget(begun, budget):
     text = begun(row_called("state dict"), budget=budget).read_text()
     assert "network: convnet   # strided as the teacher is" in text
-
-
-def test_student_of_a_teacher_that_cuts_patches_is_not_strided():
-    space = {"channels": 3, "size": 32, "mean": [0.5] * 3, "std": [0.5] * 3}
-    found = scout("convnet", options={"norm": "group"}, weights="random", given={"classes": 10, "image_space": space})
-    patches = replace(found, stride=4, kernel=4)
-    page = Draft(found=patches, name="mine", student={}, data=None, command="").page_of(TRIAL, Arithmetic())
-    assert recipe_of(page).student.network == "plain_cnn"
 
 
 @pytest.mark.usefixtures("slow_machine")

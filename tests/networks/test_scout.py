@@ -112,3 +112,20 @@ def test_file_that_does_not_keep_the_layers_order_says_the_same(tmp_path):
     seen = scout("lenet5", options={}, weights=str(tmp_path / "shuffled.pt"), given={"image_space": {"size": 32}})
     assert space_of(seen) == {"channels": 1, "size": 32}
     assert seen.section["classes"] == 7
+
+
+@pytest.mark.parametrize(
+    ("layers", "is_strided", "kernel"),
+    [
+        ([[3, 2], [3, 2], [3, 1]], True, 3),
+        ([[8, 4], [4, 2]], True, 8),
+        ([[3, 2], [3, 1], [3, 1]], False, 3),
+        ([[5, 1], [5, 1]], False, 5),
+        ([[4, 4], [2, 2]], False, 3),
+        ([[1, 2]], False, 3),
+    ],
+    ids=["most", "as in DQN", "a third", "none", "patches", "nothing sees"],
+)
+def test_network_is_strided_where_half_of_what_sees_several_places_is(layers, is_strided, kernel):
+    seen = found("stack", options={"layers": layers})
+    assert (seen.is_strided, seen.kernel) == (is_strided, kernel)
