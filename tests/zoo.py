@@ -29,7 +29,7 @@ class Small(nn.Module):
         super().__init__()
         self.body = nn.Sequential(
             *(nn.Conv2d(channels, 8, 3, stride=stride, padding=1), nn.BatchNorm2d(8), nn.ReLU()),
-            *(nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
+            *(nn.Conv2d(8, 16, 3, stride=stride, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
         )
         self.head = nn.Linear(16, outputs)
         self.answer = answer

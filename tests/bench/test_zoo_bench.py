@@ -90,12 +90,12 @@ def test_recipe_is_inits_own_and_measured_once_between_the_controls(tmp_path, mo
 
 
 def test_recipe_has_the_rounds_and_the_student_for_which_there_is_time(tmp_path, monkeypatch):
-    recipe = load_recipe("digits-convnet", ["teacher.weights=random", "teacher.train=null"])
+    recipe = load_recipe("fashion-vgg", ["teacher.weights=random", "teacher.train=null"])
     pages = []
     for seconds in (1e-5, 0.2, 20):
         speed = replace(FAST, synthesis=seconds, student=seconds)
         monkeypatch.setattr(draft, "fastest", lambda _, speed=speed: (Arithmetic(), speed))
-        page, _ = write_recipe(recipe, "digits-convnet", "chosen", 60, tmp_path / str(seconds))
+        page, _ = write_recipe(recipe, "fashion-vgg", "chosen", 60, tmp_path / str(seconds))
         pages.append(load_recipe(page))
     assert [page.rounds for page in pages] == [5, 3, 2], "a batch of 40 steps takes eight seconds, or far too long"
     assert [page.student.network for page in pages] == ["vgg_small", "plain_cnn", "plain_cnn"]
