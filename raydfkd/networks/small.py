@@ -85,7 +85,7 @@ class SmallResNet(nn.Module):
     Args:
         depth: layers, 6n + 2 (8, 20, 32, 56).
         width: channels of the first stage.
-        norm: batch (BatchNorm) or group (GroupNorm).
+        norm: batch (BatchNorm), group (GroupNorm) or none.
     """
 
     def __init__(

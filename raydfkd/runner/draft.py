@@ -255,8 +255,8 @@ class Draft:
 
     @property
     def _has_strided_student(self) -> bool:
-        """Whether the student is chosen here and leaves out places in each layer, as the teacher does in most."""
-        return not self.student and self._is_small and self.found.is_strided and not self.found.has_attention
+        """Whether a student that is chosen here leaves out places in each layer, as the teacher does in most."""
+        return self._is_small and self.found.is_strided and not self.found.has_attention
 
     @property
     def _norm(self) -> NormName:
