@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # on all cores where pip takes one, and without what hardly anybody imports; files for another Python are errors
-COMPILE := $(BIN)/python -m compileall -q -j 0 -x '/(tests|testing/_internal|transformers|rllib)/' .venv/lib > /dev/null || true
+COMPILE := $(BIN)/python -m compileall -q -j 0 -x '/(tests|testing/_internal|_inductor|transformers|rllib|serve|tune|llm|pip|mypy|pygments)/' .venv/lib > /dev/null || true
 # hundreds of programs are started, each of which would compile the package anew
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -36,6 +36,7 @@ test-cluster: .venv/installed-cluster
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "raydfkd needs Python 3.11 to 3.13; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv .venv
+	@$(PIP) --upgrade pip  # the one that Python brings may take minutes more to find out what to install
 
 # each at once: a second call of pip, and the search for what is not compiled, would take half a minute more
 .venv/installed-dev: EXTRAS := [s3,dev]

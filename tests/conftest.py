@@ -1,11 +1,13 @@
 """Its presence makes pytest put this folder on the path, so that tests in all subfolders can import ``toy``."""
 
+import functools
 import itertools
 import os
 import uuid
 
 import pytest
 import torch
+import typer
 from hypothesis import settings
 
 from raydfkd.data.batches import SyntheticBatch
@@ -14,6 +16,9 @@ from raydfkd.data.batches import SyntheticBatch
 # because tests are made of networks; the second line is for programs that tests start.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Else each call of the command line within a process puts all commands together again.
+typer.main.get_command = functools.cache(typer.main.get_command)
 
 settings.register_profile("same examples each time", derandomize=True)
 settings.load_profile("same examples each time")

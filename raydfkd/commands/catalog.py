@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, get_origin
 
 from pydantic import BaseModel
@@ -227,7 +227,7 @@ def _plugin(key: str, name: str, *, whole: bool = False) -> Iterator[str]:
     yield from _described(name, doc, options, whole=whole)
 
 
-def _described(name: str, doc: str, options: list[OptionDoc], *, whole: bool) -> Iterator[str]:
+def _described(name: str, doc: str, options: Iterable[OptionDoc], *, whole: bool) -> Iterator[str]:
     first, _, rest = doc.replace("``", "`").partition("\n")
     yield f"  {name:28} {first}"
     if whole and rest.strip():

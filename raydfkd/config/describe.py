@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -52,9 +53,10 @@ def describe_option(name: str, annotation: Any, default: Any, meaning: str) -> O
     )
 
 
-def options_of(model: type[BaseModel]) -> list[OptionDoc]:
+@cache
+def options_of(model: type[BaseModel]) -> tuple[OptionDoc, ...]:
     """Every option of a section or plug-in, those that are sections themselves included."""
-    return [
+    return tuple(
         describe_option(
             field.alias or name,
             annotation_of(field),
@@ -62,7 +64,7 @@ def options_of(model: type[BaseModel]) -> list[OptionDoc]:
             field.description or "",
         )
         for name, field in model.model_fields.items()
-    ]
+    )
 
 
 def keyed_options(model: type[BaseModel], where: str = "") -> dict[str, OptionDoc]:
@@ -84,11 +86,15 @@ def model_in(annotation: Any) -> type[BaseModel] | None:
 
 def sections_in(model: type[BaseModel], where: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
     """Dotted key and model of every section inside ``model``; plug-ins are not sections."""
-    for name, field in model.model_fields.items():
-        inner = model_in(field.annotation)
-        if inner is not None and inner is not PluginSpec:
-            yield f"{where}{name}", inner
-            yield from sections_in(inner, f"{where}{name}.")
+    for name, inner in _own_sections(model):
+        yield f"{where}{name}", inner
+        yield from sections_in(inner, f"{where}{name}.")
+
+
+@cache
+def _own_sections(model: type[BaseModel]) -> tuple[tuple[str, type[BaseModel]], ...]:
+    found = ((name, model_in(field.annotation)) for name, field in model.model_fields.items())
+    return tuple((name, inner) for name, inner in found if inner is not None and inner is not PluginSpec)
 
 
 def flatten(annotation: Any) -> list[Any]:

@@ -149,7 +149,7 @@ class Registry(Generic[T]):
         """Names of the options of plug-in ``name``."""
         return [parameter.name for parameter in _keyword_only(self.get(name, where=self.family))]
 
-    def describe(self, name: str) -> tuple[str, list[OptionDoc]]:
+    def describe(self, name: str) -> tuple[str, tuple[OptionDoc, ...]]:
         """The docstring of plug-in ``name`` without its arguments, and its options."""
         factory = self.get(name, where=self.family)
         return (inspect.getdoc(factory) or "").partition("Args:")[0].strip(), options_of(options_model(factory))
