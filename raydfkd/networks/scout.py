@@ -35,6 +35,8 @@ EDGES = (8, 16, 24, 28, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 3
 """Edges of images that are not square."""
 MOST_CHANNELS = 32
 """More are those of a layer further inside."""
+SMALL = 64
+"""Pixels of the longer edge up to which images are small: for generators, and batches of a hundred."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,21 @@ class Found:
     """Counts the arithmetic of its answer to an image."""
     notes: tuple[str, ...] = ()
     """What the user should know, a line each."""
+
+    @property
+    def has_moments(self) -> bool:
+        """Whether it stored moments that images can have."""
+        return self.statistics > 0
+
+    @property
+    def edges(self) -> list[int]:
+        """Height and width of its images in pixels."""
+        return _edges(self.section["image_space"]["size"])
+
+    @property
+    def is_small(self) -> bool:
+        """Whether its images are."""
+        return max(self.edges) <= SMALL
 
 
 def scout(

@@ -16,31 +16,16 @@ from raydfkd.config.load import load_recipe, page_data
 from raydfkd.config.recipe import Recipe
 from raydfkd.config.schema import ImageSpace, Precision, is_own
 from raydfkd.devices import device_name
-from raydfkd.networks.build import NETWORKS, count_parameters
 from raydfkd.networks.flops import forward_flops
 from raydfkd.networks.generators import GENERATORS
-from raydfkd.networks.scout import Found
-from raydfkd.networks.small import NormName
+from raydfkd.networks.scout import SMALL, Found
 from raydfkd.runner.pace import Arithmetic, Sizes, Speed, fastest, in_words, sizes_for
+from raydfkd.runner.small_students import Kind, kind_for, largest_within
 
-SMALL = 64
-"""Pixels up to which generators are chosen, and batches of a hundred images."""
 MOST_WORK, LEAST_WIDTH = 1.5, 8
 """Work of a generator for an image, in that of the teacher, and the width below which it is not made narrower."""
-MOST_WEIGHTS = 0.4
-"""Of the teacher's, for a student that nobody has named."""
-WIDTHS = (4, 6, 8, 12, 16, 24, 32, 48, 64)
-"""Channels of the first convolution of a student that nobody has named."""
-HIDDEN = (32, 64, 128, 256, 512)
-"""Widths of its first layer where all are linear."""
-MANY_STEPS = 600
-"""With so many a deep student does better than two convolutions: 367 were too few, 793 enough (benchmarks.md)."""
-FOR_TWO_POOLINGS = 16
-"""Pixels of the shorter edge from which a small student pools twice."""
 UNEVEN = {"kind": "soft_kl", "temperature": 2, "standardised": "teacher"}
 """Criterion for teachers without BatchNorm, whose logits are many times larger in some images than in others."""
-LARGE = 5
-"""Edge of what a convolution sees of small images, in networks such as LeNet."""
 TRIAL = Sizes(batches_per_unit=1, units_per_class=2, student_steps=20, workers=1, executor="local", rounds=2)
 
 
@@ -81,7 +66,7 @@ class Draft:
         arithmetic, speed = fastest(lambda arithmetic: recipe_of(self.page_of(TRIAL, arithmetic)))
         groups = -(-self._classes // self._classes_per_unit)
         sizes = sizes_for(budget, speed, groups=groups, rounds=self._rounds, by_clock=by_clock)
-        if self._has_deep_student and sizes.student_steps < MANY_STEPS:
+        if not self.student and sizes.student_steps < self._kind.least_steps:
             return replace(self, is_hurried=True).fit(budget, by_clock=by_clock)
         return Fit(draft=self, arithmetic=arithmetic, speed=speed, sizes=sizes)
 
@@ -92,27 +77,13 @@ class Draft:
     @property
     def method(self) -> str:
         """The packaged method that layers and size of images suggest."""
-        if self._is_small and all(edge % 4 == 0 for edge in self._edges):
-            return "nayer" if self._has_moments else "nayer_procedural"
-        return "deepinversion" if self._has_moments else "deepdream"
-
-    @property
-    def _has_moments(self) -> bool:
-        """Whether the teacher stored moments that images can have."""
-        return self.found.statistics > 0
+        if self.found.is_small and all(edge % 4 == 0 for edge in self.found.edges):
+            return "nayer" if self.found.has_moments else "nayer_procedural"
+        return "deepinversion" if self.found.has_moments else "deepdream"
 
     @property
     def _space(self) -> Mapping[str, Any]:
         return dict(self.found.section["image_space"])
-
-    @property
-    def _edges(self) -> tuple[int, ...]:
-        size = self._space["size"]
-        return (size, size) if isinstance(size, int) else tuple(size)
-
-    @property
-    def _is_small(self) -> bool:
-        return max(self._edges) <= SMALL
 
     @property
     def _classes(self) -> int:
@@ -134,12 +105,12 @@ class Draft:
     @property
     def _classes_per_unit(self) -> int:
         """All of them where a batch has room: a run by the clock can then end after any batch."""
-        return min(self._classes, 100 if self._is_small else 20)
+        return min(self._classes, 100 if self.found.is_small else 20)
 
     @property
     def _batch_per_class(self) -> int:
         """Images of each class in a batch of about a hundred, or twenty where they are large."""
-        return max(1, (100 if self._is_small else 20) // self._classes_per_unit)
+        return max(1, (100 if self.found.is_small else 20) // self._classes_per_unit)
 
     def _text(self, sizes: Sizes, arithmetic: Arithmetic, speed: list[str]) -> str:
         sections = (
@@ -176,10 +147,10 @@ class Draft:
 
     @property
     def _why(self) -> str:
-        moments = "statistics of BatchNorm" if self._has_moments else "no statistics of BatchNorm"
+        moments = "statistics of BatchNorm" if self.found.has_moments else "no statistics of BatchNorm"
         if self._is_generator:
             return f"{moments}, small images"
-        return f"{moments}, {'an edge not divisible by 4' if self._is_small else f'images over {SMALL} pixels'}"
+        return f"{moments}, {'an edge not divisible by 4' if self.found.is_small else f'images over {SMALL} pixels'}"
 
     def _teacher(self) -> Iterator[str]:
         section, sources = self.found.section, self.found.sources
@@ -201,9 +172,9 @@ class Draft:
             yield from _entry(key, self._space[key], sources.get(key), indent=4)
 
     def _student(self) -> Iterator[str]:
-        student = self.student or self._small_student
+        student = self.student or largest_within(self._kind, self.found)
         yield "student:"
-        yield from _entry("network", student["network"], None if self.student else self._why_student)
+        yield from _entry("network", student["network"], None if self.student else self._kind.why)
         if student.get("options"):
             yield from _entry("options", student["options"])
         if self.data is None:
@@ -211,76 +182,13 @@ class Draft:
         else:
             yield f"real_data: {_flow({'kind': 'image_folder', 'root': self.data})}   # judges, and nothing else"
 
-    @property
-    def _why_student(self) -> str:
-        if not self._has_space_inside:
-            return "the teacher has no convolutions; linear layers learn more of it"
-        return "strided as the teacher is; any network will do" if self._has_strided_student else "any network will do"
-
     @cached_property
-    def _small_student(self) -> Mapping[str, Any]:
-        """The largest of ``_students`` with a third of the teacher's work, or as much at most; else the smallest."""
-        smallest, *larger = self._students()
-        for share in (1 / 3, 1):
-            if fitting := [one for one in larger if self._is_smaller(one, flops=share)]:
-                return fitting[-1]
-        return smallest
-
-    def _students(self) -> list[dict[str, Any]]:
-        """Networks of a kind that learns well of such a teacher in a short time, from small to large (benchmarks.md).
-
-        Linear layers where the teacher has no convolutions: its answers depend on where things are. For other small
-        images a strided stack where the teacher is one, with normalisation of the same kind; two convolutions that see
-        as much as the teacher's first, and linear layers, with which a step takes little and few are enough; or, where
-        images have the moments of the teacher's BatchNorm and there is time, a deeper stack that has it too.
-        """
-        if not self._is_small:
-            return _stacks("convnet", depth=5)
-        if self._has_strided_student:
-            return _stacks("convnet", depth=3, norm=self._norm)
-        if self._has_deep_student:
-            return _stacks("vgg_small", depth=3)
-        size = self._space["size"]
-        if not self._has_space_inside:
-            return [{"network": "mlp", "options": {"widths": [width, width // 2], "size": size}} for width in HIDDEN]
-        if min(self._edges) < FOR_TWO_POOLINGS:
-            return _stacks("plain_cnn", depth=3, size=size, pools=1)
-        sees_more = self.found.kernel >= LARGE and not self.found.has_attention
-        return _lenets(size) if sees_more else _stacks("plain_cnn", depth=3, size=size, pools=2)
-
-    @property
-    def _has_space_inside(self) -> bool:
-        """Whether the teacher treats places alike, as convolutions and attention do."""
-        return self.found.has_convolutions or self.found.has_attention
-
-    @property
-    def _has_strided_student(self) -> bool:
-        """Whether a student that is chosen here leaves out places in each layer, as the teacher does in most."""
-        return self._is_small and self.found.is_strided and not self.found.has_attention
-
-    @property
-    def _norm(self) -> NormName:
-        """The kind of normalisation that the teacher has."""
-        if self._has_moments:
-            return "batch"
-        return "group" if self.found.norms else "none"
-
-    @property
-    def _has_deep_student(self) -> bool:
-        """Whether the student is chosen here and one that learns little in few steps."""
-        is_free = not self.student and not self.is_hurried and not self._has_strided_student
-        return is_free and self._is_small and self._has_space_inside and self._has_moments
-
-    def _is_smaller(self, student: Mapping[str, Any], *, flops: float) -> bool:
-        """Whether a student has at most so much of the teacher's work for an image, and of its weights."""
-        supplied = (self._classes, self._space["channels"])
-        network = NETWORKS.build(student["network"], student["options"], *supplied, where="student.options")
-        if count_parameters(network) > MOST_WEIGHTS * self.found.parameters:
-            return False
-        return forward_flops(network, (self._space["channels"], *self._edges)) <= flops * self.found.flops()
+    def _kind(self) -> Kind:
+        """Of the student, where the user has named none."""
+        return kind_for(self.found, is_hurried=self.is_hurried)
 
     def _synthesis(self, precision: Precision) -> Iterator[str]:
-        jitter = max(1, round(min(self._edges) / 16))
+        jitter = max(1, round(min(self.found.edges) / 16))
         yield "synthesis:"
         if precision != "float32":
             yield from _entry("precision", precision, "faster than float32 on this machine")
@@ -293,7 +201,7 @@ class Draft:
             return
         yield from _entry("batch_size", self._batch_per_class * self._classes_per_unit)
         stages = self._synthesis_of_method["stages"]
-        if len(stages) > 1 and (self.found.fixed_size or any(edge % 2 for edge in self._edges)):
+        if len(stages) > 1 and (self.found.fixed_size or any(edge % 2 for edge in self.found.edges)):
             steps = sum(stage["steps"] for stage in stages)
             yield from _entry(
                 "stages", [{"steps": steps}], "the network takes no images of half the size to begin with"
@@ -327,9 +235,9 @@ class Draft:
         yield from _entry("steps", sizes.student_steps)
         if precision != "float32":
             yield from _entry("precision", precision)
-        if self._is_small and self.data is None:
+        if self.found.is_small and self.data is None:
             yield from _entry("holdout", 0, "of the images; the estimate needs none")
-        if self._is_small and not self._has_moments:
+        if self.found.is_small and not self.found.has_moments:
             yield from _entry("criterion", UNEVEN, "its answers to such images differ in size more than in kind")
         if ":" in str(self.student.get("network", "")):
             yield from _entry("optimizer", {"kind": "adam", "lr": 1e-3}, "lower than the method's, for larger networks")
@@ -352,18 +260,6 @@ class Fit:
     """That is fastest here."""
     speed: Speed
     sizes: Sizes
-
-
-def _stacks(network: str, *, depth: int, **options: Any) -> list[dict[str, Any]]:
-    """Students from narrow to wide; a layer has twice the channels of the one before, up to eight times the first's."""
-    stacks = [[min(width << layer, 8 * width) for layer in range(depth)] for width in WIDTHS]
-    return [{"network": network, "options": {"widths": widths, **options}} for widths in stacks]
-
-
-def _lenets(size: Any) -> list[dict[str, Any]]:
-    """Students from narrow to wide that see as much as LeNet-5 does."""
-    given = {"size": size, "pools": 2, "kernel": LARGE}
-    return [{"network": "plain_cnn", "options": {"widths": [width, 2 * width, 8 * width], **given}} for width in WIDTHS]
 
 
 def recipe_of(page: str) -> Recipe:

@@ -13,16 +13,15 @@ from zoo import CLASSES, ZOO, make
 from raydfkd.cli import app
 from raydfkd.config.load import load_recipe, packaged_methods
 from raydfkd.errors import RecipeError
-from raydfkd.networks.build import NETWORKS, build_network, count_parameters
+from raydfkd.networks.build import NETWORKS
 from raydfkd.networks.flops import forward_flops
 from raydfkd.networks.generators import GENERATORS
-from raydfkd.networks.scout import scout
 from raydfkd.networks.teacher import build_teacher
 from raydfkd.runner import pace
 from raydfkd.runner.check import check
-from raydfkd.runner.draft import MANY_STEPS, TRIAL, Draft, recipe_of
-from raydfkd.runner.pace import Arithmetic, Speed
+from raydfkd.runner.pace import Speed
 from raydfkd.runner.run import run
+from raydfkd.runner.small_students import MANY_STEPS
 
 QUICK = [row for row in ZOO if not row.is_slow]
 
@@ -84,41 +83,6 @@ def test_student_of_a_teacher_without_convolutions_has_none_either(begun, option
     assert (recipe.student.network, recipe.student.options) == ("mlp", {"widths": [32, 16], "size": size})
     assert "the teacher has no convolutions; linear layers learn more of it" in text
     check(recipe)
-
-
-@pytest.mark.parametrize(
-    ("network", "options", "size", "kind", "chosen"),
-    [
-        ("lenet5", {}, 32, "plain_cnn", {"widths": [6, 12, 48], "pools": 2, "kernel": 5, "size": 32}),
-        ("plain_cnn", {}, 32, "plain_cnn", {"widths": [32, 64, 128], "pools": 2, "size": 32}),
-        (
-            "resnet_small",
-            {"depth": 8, "norm": "group"},
-            32,
-            "plain_cnn",
-            {"widths": [8, 16, 32], "pools": 2, "size": 32},
-        ),
-        ("resnet_small", {"depth": 8}, 32, "vgg_small", {"widths": [8, 16, 32]}),
-        ("vgg_small", {"widths": [8, 16, 32]}, 32, "vgg_small", {"widths": [4, 8, 16]}),
-        ("convnet", {"widths": [32, 64, 128]}, 32, "convnet", {"widths": [16, 32, 64], "norm": "batch"}),
-        ("convnet", {"norm": "group"}, 32, "convnet", {"widths": [16, 32, 64], "norm": "group"}),
-        ("convnet", {"norm": "none"}, 32, "convnet", {"widths": [16, 32, 64], "norm": "none"}),
-        ("mobilenet_small", {}, 32, "vgg_small", {"widths": [8, 16, 32]}),
-        ("convnet", {"widths": [64, 128, 256]}, 128, "convnet", {"widths": [12, 24, 48, 96, 96]}),
-        ("mlp", {"widths": [512, 256]}, 32, "mlp", {"widths": [128, 64], "size": 32}),
-        ("vit_small", {}, 32, "plain_cnn", {"widths": [8, 16, 32], "pools": 2, "size": 32}),
-    ],
-)
-def test_student_is_of_a_kind_that_learns_of_the_teacher_and_far_smaller(network, options, size, kind, chosen):
-    space = {"channels": 3, "size": size, "mean": [0.5] * 3, "std": [0.5] * 3}
-    found = scout(network, options=options, weights="random", given={"classes": 10, "image_space": space})
-    page = Draft(found=found, name="mine", student={}, data=None, command="").page_of(TRIAL, Arithmetic())
-    recipe = recipe_of(page)
-    assert (recipe.student.network, recipe.student.options) == (kind, chosen)
-    student = build_network(recipe.student, recipe.teacher, where="student", seed=0)
-    if chosen["widths"][0] > 4:  # there is no smaller one
-        assert count_parameters(student) <= 0.4 * found.parameters
-        assert forward_flops(student, recipe.teacher.image_space.shape) <= found.flops()
 
 
 @pytest.mark.usefixtures("slow_machine")
