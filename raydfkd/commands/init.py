@@ -13,7 +13,7 @@ import yaml
 
 from raydfkd.commands.options import allow_code, seconds_of
 from raydfkd.commands.output import DONE
-from raydfkd.config.load import expand_home
+from raydfkd.config.load import expand_home, yaml_value
 from raydfkd.errors import RecipeError
 
 
@@ -103,15 +103,11 @@ def _given(size: str | None, mean: str | None, std: str | None) -> dict[str, Any
 
 def _mapping(text: str) -> dict[str, Any]:
     try:
-        options = yaml.safe_load(text)
+        options = yaml_value(text)
     except yaml.YAMLError:
         options = None
+    except RecipeError as error:
+        raise RecipeError(f"--options is {text!r}: {error}") from None
     if not isinstance(options, dict):
         raise RecipeError(f"--options is {text!r}; write it as a mapping, such as '{{width: 32}}'")
-    for key, value in options.items():
-        if value is None and ":" in str(key):
-            spaced = str(key).replace(":", ": ", 1)
-            raise RecipeError(
-                f"--options is {text!r}, where {key} has no space after the colon; write it as {spaced!r}"
-            )
     return options

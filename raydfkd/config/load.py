@@ -32,6 +32,8 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 """Recipes that come with raydfkd; in ``jobs`` those that also say where they run, in ``methods`` those for any teacher,
 in ``parts`` what several of them have in common, in ``zoo`` teachers that methods have to hold for.
 """
+GLUED = re.compile(r"[{,\s]*\w+:[^\s:/]")
+"""A key without a space after its colon."""
 COMMON = "student_training"
 """Name of the part that all methods have in common: how a student is trained."""
 
@@ -228,7 +230,7 @@ def _read(path: Path, source: str, seen: tuple[str, ...], without: str | None = 
     if source in seen:
         raise RecipeError(f"recipe: {' -> '.join((*seen, source))} goes in a circle; name another base")
     try:
-        data = yaml.load(read_text(path, f"{path} cannot be read as a recipe"), _Loader)  # noqa: S506 - _Loader is a SafeLoader
+        data = yaml_value(read_text(path, f"{path} cannot be read as a recipe"))
     except yaml.YAMLError as error:
         raise RecipeError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
@@ -273,11 +275,24 @@ def _changes(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str
         if not equals or not path:
             raise RecipeError(f"--set {redacted_setting(override)}: write it as key=value, such as seed=1")
         try:
-            value = yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
+            value = yaml_value(text)
         except yaml.YAMLError:
             said = redacted_setting(override)
-            raise RecipeError(f"--set {said}: {said.partition('=')[2]!r} is not a YAML value; quote it") from None
+            remedy = "write a space after each colon" if GLUED.match(text) else "quote it"
+            raise RecipeError(f"--set {said}: {said.partition('=')[2]!r} is not a YAML value; {remedy}") from None
+        except RecipeError as error:
+            raise RecipeError(f"--set {redacted_setting(override)}: {error}") from None
         yield path, value, f"--set {redacted_setting(override)}"
+
+
+def yaml_value(text: str) -> Any:
+    """The value of a text of YAML as recipes are written.
+
+    Raises:
+        yaml.YAMLError: it is none.
+        RecipeError: a key is given twice, or has no space after its colon, which would make both a name.
+    """
+    return yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
 
 
 def _plain(value: Any) -> Any:
@@ -479,7 +494,7 @@ def _expand(data: dict[str, Any]) -> None:
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # the same in C
-    """Safe YAML in which 1e-4 is a number, a date is text and a key given twice is an error."""
+    """Safe YAML in which 1e-4 is a number, a date is text, and a key given twice or glued to its value is an error."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
@@ -488,14 +503,21 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key, _ in node.value:
+        for key, value in node.value:
             if key.value in seen:
                 line = key.start_mark.line + 1
                 raise RecipeError(f"{key.value}: given twice, again in line {line}; keep one of them")
+            if isinstance(key, yaml.ScalarNode) and GLUED.match(key.value) and _is_left_out(value):
+                name = key.value.partition(":")[0]  # what follows may be a secret
+                raise RecipeError(f"{name}: no space after its colon; write one before the value")
             if isinstance(key, yaml.ScalarNode):
                 seen.add(key.value)
         found: dict[Any, Any] = super().construct_mapping(node, deep)
         return found
+
+
+def _is_left_out(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and not node.value and node.style not in ("'", '"')
 
 
 _Loader.add_implicit_resolver(

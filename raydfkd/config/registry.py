@@ -289,7 +289,7 @@ def _said(key: str, found: Sequence[ErrorDetails]) -> list[str]:
     first = found[0]
     if first["type"] == "missing":
         return [f"{key} is required and missing"]
-    messages = [finding["msg"].removeprefix("Value error, ") for finding in found]
+    messages = [_KEYS_WANTED.get(finding["type"], finding["msg"].removeprefix("Value error, ")) for finding in found]
     if first["type"] == "value_error" and isinstance(first["input"], dict):
         return [f"{key}: {message}" if key else message for message in messages[0].split("\n")]
     value = json.dumps(redacted_at(key, first["input"]), default=str)
@@ -298,6 +298,10 @@ def _said(key: str, found: Sequence[ErrorDetails]) -> list[str]:
     return [f"{key} is {value if len(value) < 80 else value[:77] + '...'}: {alternatives}"]
 
 
+_KEYS_WANTED = dict.fromkeys(
+    ("model_type", "dict_type"), "input should be keys, each with a colon and a space after it"
+)
+"""What to say instead of pydantic's words of objects."""
 _FORM = re.compile(r"(dict|list|tuple)\[.*\]|\[key\]|constrained-\w+|str|int|float")
 """Names in pydantic's ``loc`` of the forms that a value in a free mapping may have."""
 

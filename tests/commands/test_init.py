@@ -205,7 +205,10 @@ def test_longer_budget_is_more_images_and_steps(begun, tmp_path):
         (["--size", "big"], "--size is 'big'; write it as 32, or as 96x64 for height and width"),
         (["--mean", "grey"], "--mean is 'grey'; write a number for each channel, such as 0.5,0.5,0.5"),
         (["--options", "width"], "--options is 'width'; write it as a mapping"),
-        (["--options", "{a:1}"], "--options is '{a:1}', where a:1 has no space after the colon; write it as 'a: 1'"),
+        (
+            ["--options", "{a:1}"],
+            "--options is '{a:1}': a: no space after its colon; write one before the value",
+        ),
         (["--data", "nowhere"], "--data is 'nowhere': no such folder"),
         (["--size", "2"], "--size is 2, but --network cannot take"),
     ],

@@ -95,7 +95,24 @@ def test_key_given_twice_is_refused_with_its_line(written):
 
 
 def test_key_given_twice_in_an_override_is_refused(toy):
-    assert refusal(toy, "student={network: a, network: b}").startswith("network: given twice")
+    assert "student={network: a, network: b}: network: given twice" in refusal(toy, "student={network: a, network: b}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("student={network:convnet}", "network: no space after its colon; write one before the value"),
+        ("student.options={widths:[4]}", "'{widths:[4]}' is not a YAML value; write a space after each colon"),
+        ("student.options={widths: [4}", "'{widths: [4}' is not a YAML value; quote it"),
+    ],
+)
+def test_missing_space_after_a_colon_is_named(toy, override, message):
+    assert refusal(toy, override) == f"--set {override}: {message}"
+
+
+def test_section_that_is_a_text_since_a_space_is_missing_says_what_is_wanted(toy):
+    message = refusal(toy, 'student="network:convnet"')
+    assert message == 'student is "network:convnet": input should be keys, each with a colon and a space after it'
 
 
 def test_anchor_can_be_merged(written):
@@ -155,7 +172,7 @@ def test_misspelled_packaged_recipe_is_named_with_the_closest_one():
         ("transfer_set.classes=some", "transfer_set.classes is \"some\": input should be 'all' or a valid array"),
         ("transfer_set.uri=''", 'transfer_set.uri is "": string should have at least 1 character'),
         ("run_dir=''", 'run_dir is "": string should have at least 1 character'),
-        ("teacher=null", "teacher is null: input should be an object"),
+        ("teacher=null", "teacher is null: input should be keys, each with a colon and a space after it"),
     ],
 )
 def test_value_of_the_wrong_type_or_range_is_refused_with_its_key(toy, override, message):
