@@ -36,7 +36,7 @@ test-cluster: .venv/installed-cluster
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 	  { echo "raydfkd needs Python 3.11 to 3.13; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv .venv
-	@$(PIP) --upgrade pip  # the one that Python brings may take minutes more to find out what to install
+	@$(PIP) --upgrade pip  # that of Python 3.11 takes a minute or two more to find out what to install
 
 # each at once: a second call of pip, and the search for what is not compiled, would take half a minute more
 .venv/installed-dev: EXTRAS := [s3,dev]

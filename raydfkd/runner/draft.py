@@ -172,7 +172,7 @@ class Draft:
             yield from _entry(key, self._space[key], sources.get(key), indent=4)
 
     def _student(self) -> Iterator[str]:
-        student = self.student or largest_within(self._kind, self.found)
+        student = self.student or self._small_student
         yield "student:"
         yield from _entry("network", student["network"], None if self.student else self._kind.why)
         if student.get("options"):
@@ -186,6 +186,10 @@ class Draft:
     def _kind(self) -> Kind:
         """Of the student, where the user has named none."""
         return kind_for(self.found, is_hurried=self.is_hurried)
+
+    @cached_property
+    def _small_student(self) -> Mapping[str, Any]:
+        return largest_within(self._kind, self.found)
 
     def _synthesis(self, precision: Precision) -> Iterator[str]:
         jitter = max(1, round(min(self.found.edges) / 16))
