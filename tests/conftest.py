@@ -11,6 +11,7 @@ import typer
 from hypothesis import settings
 
 from raydfkd.data.batches import SyntheticBatch
+from raydfkd.runner import evidence
 
 # Toy sizes gain nothing from more, and threads that wait take time from other processes. From the first import on,
 # because tests are made of networks; the second line is for programs that tests start.
@@ -28,6 +29,13 @@ settings.load_profile("same examples each time")
 def uri(request, tmp_path):
     """An empty place of each kind."""
     return str(tmp_path / "set") if request.param == "local" else f"memory://{uuid.uuid4().hex}/set"
+
+
+@pytest.fixture
+def short_evidence(monkeypatch):
+    """The images that students are judged on without real ones take two steps each."""
+    for steps in ("GENERATOR_STEPS", "RENEWAL_STEPS"):
+        monkeypatch.setattr(evidence, steps, 2)
 
 
 @pytest.fixture

@@ -73,9 +73,14 @@ class Found:
         return self.statistics > 0
 
     @property
+    def space(self) -> Mapping[str, Any]:
+        """The section ``image_space``: channels, size, mean and std."""
+        return dict(self.section["image_space"])
+
+    @property
     def edges(self) -> list[int]:
         """Height and width of its images in pixels."""
-        return _edges(self.section["image_space"]["size"])
+        return _edges(self.space["size"])
 
     @property
     def is_small(self) -> bool:

@@ -82,10 +82,6 @@ class Draft:
         return "deepinversion" if self.found.has_moments else "deepdream"
 
     @property
-    def _space(self) -> Mapping[str, Any]:
-        return dict(self.found.section["image_space"])
-
-    @property
     def _classes(self) -> int:
         return int(self.found.section["classes"])
 
@@ -169,7 +165,7 @@ class Draft:
             yield from _entry("temperature", section["temperature"], sources.get("temperature"))
         yield "  image_space:"
         for key in ("channels", "size", "mean", "std"):
-            yield from _entry(key, self._space[key], sources.get(key), indent=4)
+            yield from _entry(key, self.found.space[key], sources.get(key), indent=4)
 
     def _student(self) -> Iterator[str]:
         student = self.student or self._small_student
@@ -216,7 +212,7 @@ class Draft:
         """The method's, halved until the generator does little more work for an image than the teacher does."""
         spec = {**self._synthesis_of_method["generator"]}
         kind, width = spec.pop("kind"), spec.pop("width")
-        space, most = ImageSpace.model_validate_json(json.dumps(self._space)), MOST_WORK * self.found.flops()
+        space, most = ImageSpace.model_validate_json(json.dumps(self.found.space)), MOST_WORK * self.found.flops()
         while width > LEAST_WIDTH:
             options = {**spec, "width": width}
             generator = GENERATORS.build(kind, options, space, where="synthesis.generator")

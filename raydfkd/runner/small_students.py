@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from raydfkd.networks.build import NETWORKS, count_parameters
 from raydfkd.networks.flops import forward_flops
 from raydfkd.networks.scout import Found
@@ -61,14 +63,14 @@ def kind_for(found: Found, *, is_hurried: bool) -> Kind:
     if not (found.has_convolutions or found.has_attention):
         widths = [(width, width // 2) for width in HIDDEN]
         why = "the teacher has no convolutions; linear layers learn more of it"
-        return Kind(network="mlp", widths=widths, options={"size": found.section["image_space"]["size"]}, why=why)
+        return Kind(network="mlp", widths=widths, options={"size": found.space["size"]}, why=why)
     if found.has_moments and not is_hurried:
         return Kind(network="vgg_small", widths=_doubled(3), least_steps=MANY_STEPS)
     return _two_convolutions(found)
 
 
 def _two_convolutions(found: Found) -> Kind:
-    sized = {"size": found.section["image_space"]["size"]}
+    sized = {"size": found.space["size"]}
     if min(found.edges) < FOR_TWO_POOLINGS:
         return Kind(network="plain_cnn", widths=_doubled(3), options={**sized, "pools": 1})
     if found.kernel >= LARGE and not found.has_attention:
@@ -78,22 +80,24 @@ def _two_convolutions(found: Found) -> Kind:
 
 
 def largest_within(kind: Kind, found: Found) -> Mapping[str, Any]:
-    """The section of the largest with a third of the teacher's work, or as much at most; else of the smallest."""
+    """The section of the largest with its share of weights and a third of the teacher's work, or as much at most.
+
+    Where none is so small, that of the smallest.
+    """
     smallest, *larger = kind.sections()
+    built = [(one, _built(one, found)) for one in larger]
+    light = [(one, network) for one, network in built if count_parameters(network) <= MOST_WEIGHTS * found.parameters]
+    works = [(one, forward_flops(network, (found.space["channels"], *found.edges))) for one, network in light]
+    most = found.flops()
     for share in (1 / 3, 1):
-        if fitting := [one for one in larger if _is_smaller(one, found, flops=share * found.flops())]:
+        if fitting := [one for one, work in works if work <= share * most]:
             return fitting[-1]
     return smallest
 
 
-def _is_smaller(section: Mapping[str, Any], found: Found, *, flops: float) -> bool:
-    """Whether a student has at most so much work for an image, and of the teacher's weights its share."""
-    channels = found.section["image_space"]["channels"]
-    supplied = (found.section["classes"], channels)
-    network = NETWORKS.build(section["network"], section["options"], *supplied, where="student.options")
-    if count_parameters(network) > MOST_WEIGHTS * found.parameters:
-        return False
-    return forward_flops(network, (channels, *found.edges)) <= flops
+def _built(section: Mapping[str, Any], found: Found) -> nn.Module:
+    supplied = (found.section["classes"], found.space["channels"])
+    return NETWORKS.build(section["network"], section["options"], *supplied, where="student.options")
 
 
 def _doubled(depth: int) -> list[tuple[int, ...]]:

@@ -27,7 +27,7 @@ from raydfkd.errors import RecipeError
 from raydfkd.networks.batchnorm import layers_with_statistics
 from raydfkd.networks.build import build_network, count_parameters
 from raydfkd.networks.teacher import build_teacher
-from raydfkd.runner import draft, evidence, pace, teach
+from raydfkd.runner import draft, pace, teach
 from raydfkd.runner.pace import Arithmetic, Speed
 
 QUICK = ("teacher.train.epochs=1", "teacher.train.batch_size=256")
@@ -36,10 +36,8 @@ FAST = Speed(synthesis=1e-5, student=1e-5, first_batch=40, next_batch=40, device
 
 
 @pytest.fixture
-def quickly_taught(monkeypatch):
+def quickly_taught(short_evidence, monkeypatch):
     """Teachers of an epoch, cells in this process, evidence of two steps."""
-    for steps in ("GENERATOR_STEPS", "RENEWAL_STEPS"):
-        monkeypatch.setattr(evidence, steps, 2)
     monkeypatch.setattr(quality, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(zoo, "load_recipe", lambda name: load_recipe(name, QUICK))
 

@@ -21,7 +21,6 @@ from raydfkd.data.commits import Commit
 from raydfkd.job import open_job
 from raydfkd.networks.teacher import open_teacher
 from raydfkd.report.metrics import MetricsLog, read_metrics
-from raydfkd.runner import evidence
 from raydfkd.runner.events import Events, Listener, MetricsWriter
 from raydfkd.runner.progress import Display
 from raydfkd.runner.run import announce
@@ -46,15 +45,8 @@ class KillsAWorkerAfterTheFirstCommit(Listener):
         self.killed = kill_one_at_work(os.environ)  # where one worker is all there is yet, it is between two units now
 
 
-@pytest.fixture
-def _quick_evidence(monkeypatch):
-    for steps in ("GENERATOR_STEPS", "RENEWAL_STEPS"):
-        monkeypatch.setattr(evidence, steps, 2)
-
-
-@pytest.mark.usefixtures("_quick_evidence")
 def test_a_run_survives_a_killed_worker_makes_the_set_that_one_process_makes_and_is_not_done_twice(
-    ray_cluster, tmp_path, monkeypatch, capsys
+    ray_cluster, short_evidence, tmp_path, monkeypatch, capsys
 ):
     import ray
 

@@ -10,7 +10,6 @@ from toy import toy_recipe
 import raydfkd
 from raydfkd.networks.teacher import open_teacher
 from raydfkd.runner import estimate as module
-from raydfkd.runner import evidence as collecting
 from raydfkd.runner.estimate import Calibration, log_odds, midst, packaged_calibration, share_of, weighed
 from raydfkd.runner.evidence import OF_TEACHER, SHARES
 
@@ -26,10 +25,8 @@ CALIBRATION = Calibration(
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(short_evidence, monkeypatch):
     """A calibration that the toy teachers are within, and evidence of few steps."""
-    for steps in ("GENERATOR_STEPS", "RENEWAL_STEPS"):
-        monkeypatch.setattr(collecting, steps, 2)
     wide = {name: (0.0, 1.0) for name in OF_TEACHER}
     calibration = Calibration(
         **{

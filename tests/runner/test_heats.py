@@ -13,17 +13,14 @@ from toy import toy_recipe
 from raydfkd.errors import RecipeError
 from raydfkd.networks.build import build_network
 from raydfkd.networks.teacher import open_teacher
-from raydfkd.runner import evidence
 from raydfkd.runner import heats as module
 from raydfkd.runner.budget import Outcome
 from raydfkd.runner.heats import heats, rounds_of
 
 
 @pytest.fixture
-def raced(tmp_path, monkeypatch):
+def raced(tmp_path, short_evidence, monkeypatch):
     """Lets methods of known quality run: students that are the teacher but for some noise; returns who ran when."""
-    for steps in ("GENERATOR_STEPS", "RENEWAL_STEPS"):
-        monkeypatch.setattr(evidence, steps, 2)
     recipe = toy_recipe(tmp_path)
     network = recipe.teacher.network
     recipe = recipe.model_copy(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 
 from raydfkd.networks.build import NETWORKS, count_parameters
@@ -42,6 +45,14 @@ def test_student_is_of_a_kind_that_learns_of_the_teacher_and_far_smaller(network
     if chosen["widths"][0] > 4:  # there is no smaller one
         assert count_parameters(student) <= 0.4 * found.parameters
         assert forward_flops(student, (3, size, size)) <= found.flops()
+
+
+def test_student_is_far_smaller_where_nobody_can_count_the_teachers_work():
+    space = {"channels": 1, "size": 28, "mean": [0.5], "std": [0.5]}
+    found = scout("resnet_small", options={"depth": 8}, weights="random", given={"classes": 10, "image_space": space})
+    section = largest_within(kind_for(found, is_hurried=False), replace(found, flops=lambda: math.inf))
+    student = NETWORKS.build(section["network"], section["options"], 10, 1, where="student.options")
+    assert count_parameters(student) <= 0.4 * found.parameters
 
 
 def test_in_a_hurry_two_convolutions_are_taken_that_need_few_steps():

@@ -14,7 +14,7 @@ from raydfkd.errors import RecipeError
 from raydfkd.job import open_job
 from raydfkd.networks.build import build_network
 from raydfkd.networks.teacher import open_teacher
-from raydfkd.runner import evidence, local
+from raydfkd.runner import local
 from raydfkd.runner.check import check
 from raydfkd.runner.estimate import judge_of
 from raydfkd.runner.run import run
@@ -96,9 +96,7 @@ def test_training_that_is_interrupted_ends_with_the_same_student(job):
     assert_same(resumed.run(), whole)
 
 
-def test_judge_is_the_evidence_and_does_not_change_the_training(tmp_path, job, monkeypatch):
-    for steps in ("GENERATOR_STEPS", "RENEWAL_STEPS"):
-        monkeypatch.setattr(evidence, steps, 2)
+def test_judge_is_the_evidence_and_does_not_change_the_training(tmp_path, job, short_evidence):
     recipe = job.recipe
     teacher = open_teacher(recipe).module
     judge = judge_of(recipe, teacher)
