@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from raydfkd.config.recipe import Recipe
 from raydfkd.data.commit_log import Progress
@@ -19,11 +19,9 @@ from raydfkd.data.student_versions import StudentPublisher
 from raydfkd.data.transfer_set import TransferSet
 from raydfkd.images.picture_folder import pictures_of
 from raydfkd.losses.objective import needs_of
-from raydfkd.networks.build import build_network
 from raydfkd.networks.embeddings import digest_of_embeddings
 from raydfkd.networks.observed import Need
 from raydfkd.networks.teacher import Teacher, open_teacher
-from raydfkd.seeds import derive_seed
 from raydfkd.units import Failure, Phase, UnitQueue, WorkUnit
 
 NEWS_REST = 20
@@ -156,11 +154,6 @@ class Job:
             return publisher.publish
         ends = {phase.until_step for phase in self.phases}
         return lambda version, state: publisher.publish(version, state) if version in ends else None
-
-    def fresh_student(self) -> nn.Module:
-        """The student before training."""
-        seed = derive_seed(self.recipe.seed, "student")
-        return build_network(self.recipe.student, self.recipe.teacher, where="student", seed=seed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,6 +32,7 @@ from raydfkd.job import Job, SynthesisOutcome, open_job
 from raydfkd.losses.objective import View
 from raydfkd.networks.observed import Need, Observation, ObservedNetwork
 from raydfkd.networks.small import ConvNet
+from raydfkd.networks.student import fresh_student
 from raydfkd.networks.teacher import open_teacher
 from raydfkd.networks.weights import save_bytes
 from raydfkd.report.metrics import MetricsLog
@@ -311,6 +312,11 @@ def training_of(job: Job, phase: Phase | None = None, **hooks: Any) -> StudentTr
     """A job's student training in this process, with these hooks."""
     given = TrainingHooks(**{"on_log": lambda _: None, **hooks})
     return StudentTraining(job, open_teacher(job.recipe), phase or job.phases[-1], hooks=given)
+
+
+def fresh_student_of(job: Job) -> nn.Module:
+    """The student before its training."""
+    return fresh_student(job.recipe, open_teacher(job.recipe).module)
 
 
 def shipped(registry: Registry[Any]) -> list[str]:

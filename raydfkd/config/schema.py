@@ -15,6 +15,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 Precision = Literal["float32", "bfloat16"]
 Text = Annotated[str, Field(min_length=1)]
 
@@ -299,7 +300,7 @@ class StudentSpec(Spec):
     """The smaller network that is to be trained."""
 
     network: str
-    """As of the teacher; its weights are fresh ones."""
+    """As of the teacher, with fresh weights; or pruned_teacher, a part of the teacher itself, with its weights."""
     options: dict[str, Any] = {}
     """Keyword arguments of the network's constructor."""
 

@@ -26,6 +26,7 @@ from raydfkd.images.pixels import PixelRange
 from raydfkd.job import Job
 from raydfkd.networks.layout import lay_channels_last
 from raydfkd.networks.observed import ObservedNetwork
+from raydfkd.networks.student import fresh_student
 from raydfkd.networks.teacher import Teacher
 from raydfkd.seeds import derive_seed
 from raydfkd.store.store import Store
@@ -72,7 +73,7 @@ class StudentTraining:
         self._job, self._spec, self._ranks = job, recipe.distill, ranks
         self._phase = phase
         self._phase_ends = {phase.until_step for phase in job.phases[:-1]}
-        self._student = lay_channels_last(job.fresh_student().to(device))
+        self._student = lay_channels_last(fresh_student(recipe, teacher.module).to(device))
         self._selection = None if judge is None or ranks.rank else StudentSelection(judge)
         step_hooks = hooks.of_student(lambda: self.trainer.student, self.state_dict, is_first=ranks.rank == 0)
         self._publish = step_hooks.on_publish

@@ -78,8 +78,7 @@ def model_card(student: SavedStudent, forms: Mapping[str, Mapping[str, Any]]) ->
 
 
 def _head(student: SavedStudent) -> str:
-    network = student.network
-    library = "timm" if is_timm(network) else "transformers" if is_transformers(network) else "pytorch"
+    library = "timm" if is_timm(student) else "transformers" if is_transformers(student) else "pytorch"
     data = {
         "library_name": library,
         "pipeline_tag": "image-classification",
@@ -141,6 +140,8 @@ def _loading(student: SavedStudent, forms: Mapping[str, Mapping[str, Any]]) -> I
         module = own_module(student)
         if form == "safetensors" and module is not None:
             yield f"The network's code is the module `{module}`, which is not in this folder: put it beside `load.py`."
+        if form == "safetensors" and student.is_pruned:
+            yield "`network.py` cuts the student out of the teacher's network with `pip install torch-pruning`."
         yield (
             f"Its logits differ by at most {found['max_abs_difference']:.2g} from those of the student in raydfkd, on "
             "8 random images."

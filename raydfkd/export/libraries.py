@@ -9,20 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from raydfkd.errors import RecipeError
 from raydfkd.export.student import SavedStudent
 
 
-def is_timm(network: nn.Module) -> bool:
-    """Whether timm has made the network."""
-    return hasattr(network, "pretrained_cfg") and hasattr(network, "num_classes")
+def is_timm(student: SavedStudent) -> bool:
+    """Whether timm makes the network."""
+    network = student.network
+    return not student.is_pruned and hasattr(network, "pretrained_cfg") and hasattr(network, "num_classes")
 
 
-def is_transformers(network: nn.Module) -> bool:
-    """Whether the network is of transformers."""
-    return any(kind.__module__.startswith("transformers.") for kind in type(network).__mro__)
+def is_transformers(student: SavedStudent) -> bool:
+    """Whether transformers makes the network."""
+    kinds = type(student.network).__mro__
+    return not student.is_pruned and any(kind.__module__.startswith("transformers.") for kind in kinds)
 
 
 def write_timm(student: SavedStudent, folder: Path) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def write_timm(student: SavedStudent, folder: Path) -> dict[str, Any]:
     Raises:
         RecipeError: it is no model of timm's, or what timm reads answers otherwise.
     """
-    if not is_timm(student.network):
+    if not is_timm(student):
         raise _refusal(student, "timm")
     timm = importlib.import_module("timm")
     space = student.recipe.teacher.image_space
@@ -49,7 +50,7 @@ def write_hf(student: SavedStudent, folder: Path) -> dict[str, Any]:
         RecipeError: it is no model of transformers, or what transformers reads answers otherwise.
     """
     network: Any = student.network
-    if not is_transformers(network):
+    if not is_transformers(student):
         raise _refusal(student, "hf")
     transformers = importlib.import_module("transformers")
     network.config.id2label = dict(enumerate(student.class_names))

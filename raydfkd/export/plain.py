@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from raydfkd import __version__
+from raydfkd.config.schema import StudentSpec, TeacherSpec
 from raydfkd.errors import RecipeError
 from raydfkd.export.standalone import standalone_source
 from raydfkd.export.student import SavedStudent
 from raydfkd.networks.answers import AnswerScale, AnswersLogits, adapter_of
 from raydfkd.networks.build import NETWORKS, as_module
+from raydfkd.networks.pruned import pruned_teacher
 from raydfkd.networks.weights import save_bytes
 
 WEIGHTS = "student.safetensors"
@@ -41,8 +43,14 @@ def write_plain(student: SavedStudent, folder: Path) -> dict[str, Any]:
 
 def own_module(student: SavedStudent) -> str | None:
     """The user's module that ``network.py`` imports; None where it imports libraries only."""
-    family, colon, _ = as_module(student.recipe.student.network).partition(":")
+    family, colon, _ = as_module(_whole(student).network).partition(":")
     return family if colon and family not in ("torchvision", "timm", "hf", "torchhub") else None
+
+
+def _whole(student: SavedStudent) -> TeacherSpec | StudentSpec:
+    """The network as somebody has written it: the student's, or the teacher's where the student is that, pruned."""
+    recipe = student.recipe
+    return recipe.teacher if student.is_pruned else recipe.student
 
 
 def _configuration(student: SavedStudent) -> dict[str, Any]:
@@ -91,8 +99,17 @@ def network_source(student: SavedStudent) -> str:
 
 
 def _construction(student: SavedStudent) -> tuple[list[Any], list[str], str]:
-    """Classes of ours whose source is needed, imports, and the call that makes the network."""
+    """Classes and functions of ours whose source is needed, imports, and the call that makes the network."""
+    made_by, imports, call = _construction_of(_whole(student), student)
     spec, teacher = student.recipe.student, student.recipe.teacher
+    if not student.is_pruned:
+        return made_by, imports, call
+    given = ", ".join([call, str(teacher.classes), str(teacher.image_space.shape), *_keywords(spec.options)])
+    return [*made_by, pruned_teacher], imports, f"{pruned_teacher.__name__}({given})"
+
+
+def _construction_of(spec: TeacherSpec | StudentSpec, student: SavedStudent) -> tuple[list[Any], list[str], str]:
+    teacher = student.recipe.teacher
     name = as_module(spec.network)
     family, colon, member = name.partition(":")
     counts = {"num_classes": teacher.classes}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from raydfkd.config.recipe import Recipe
 from raydfkd.errors import RecipeError
 from raydfkd.images.real_data import open_real_data
-from raydfkd.networks.build import build_network
+from raydfkd.networks.build import PRUNED_TEACHER, build_network
 from raydfkd.networks.weights import load_weights
 from raydfkd.report.page import read_report
 from raydfkd.runner.judge import class_names
@@ -40,6 +40,11 @@ class SavedStudent:
     """Names everything that it was trained on and by."""
     report: Mapping[str, Any] | None
     """Content of report.json; None where there is none, or where it is about another training."""
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether it is a part of the teacher's network, which no library builds by its name."""
+        return self.recipe.student.network == PRUNED_TEACHER
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:

@@ -21,8 +21,10 @@ from raydfkd.networks.taps import wrapped
 from raydfkd.seeds import rng_from, seeded
 
 NETWORKS: Registry[nn.Module] = Registry(
-    "network", ["raydfkd.networks.small", "raydfkd.networks.families"], member="forward"
+    "network", ["raydfkd.networks.small", "raydfkd.networks.families", "raydfkd.networks.pruned"], member="forward"
 )
+PRUNED_TEACHER = "pruned_teacher"
+"""The one network that is made of another, the teacher (networks/pruned)."""
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 """What networks raise on images of a size or channel count that they cannot take."""
 
@@ -98,6 +100,8 @@ def _factory_of(spec: TeacherSpec | StudentSpec, teacher: TeacherSpec, where: st
     if not colon:
         _refuse_dots(name, where)
         NETWORKS.get(name, where=f"{where}.network")
+        if name == PRUNED_TEACHER:
+            return _pruned(spec, teacher, where)
         supplied = (teacher.classes, teacher.image_space.channels)
         return lambda: NETWORKS.build(name, spec.options, *supplied, where=f"{where}.options")
     library = library_of(name, where)
@@ -110,6 +114,26 @@ def _factory_of(spec: TeacherSpec | StudentSpec, teacher: TeacherSpec, where: st
             f"{where}.network is {name!r}, whose module ends the process ({error}) when imported"
         ) from None
     return lambda: _call(lambda: found(**spec.options), spec, where)
+
+
+def _pruned(spec: TeacherSpec | StudentSpec, teacher: TeacherSpec, where: str) -> Factory:
+    if not isinstance(spec, StudentSpec):
+        raise RecipeError(
+            f"{where}.network is {PRUNED_TEACHER!r}, which is made of the teacher and can only be the student; "
+            "name another network"
+        )
+    whole = _factory_of(teacher, teacher, "teacher")
+    return lambda: prune_teacher(spec, _plain(whole()).cpu().float(), teacher)
+
+
+def prune_teacher(spec: StudentSpec, network: nn.Module, teacher: TeacherSpec) -> nn.Module:
+    """The student ``spec`` of a teacher's ``network``, whose weights it has.
+
+    Raises:
+        RecipeError: the network's layers cannot be told apart.
+    """
+    supplied = (network, teacher.classes, teacher.image_space.shape)
+    return NETWORKS.build(spec.network, spec.options, *supplied, where="student.network")
 
 
 def _from_library(

@@ -23,6 +23,7 @@ from raydfkd.networks.flops import forward_flops
 from raydfkd.networks.hubs import Description
 from raydfkd.networks.libraries import described
 from raydfkd.networks.measured import is_norm
+from raydfkd.networks.pruned import pruned_teacher
 from raydfkd.networks.state_files import State, read_states
 from raydfkd.networks.weights import read_weights
 from raydfkd.seeds import rng_from, seeded
@@ -64,6 +65,8 @@ class Found:
     """Says whether it takes images of a size."""
     flops: Callable[[], float] = lambda: math.inf
     """Counts the arithmetic of its answer to an image."""
+    pruned: Callable[[float], nn.Module | None] = lambda keep: None
+    """Makes a network of a share of its channels; None where that cannot be done."""
     notes: tuple[str, ...] = ()
     """What the user should know, a line each."""
 
@@ -139,9 +142,15 @@ def scout(
     section |= {"classes": classes, "image_space": {key: space[key] for key in ("channels", "size", "mean", "std")}}
     if names is not None and len(names) == classes:
         section.setdefault("class_names", names)
-    fixed_size = not trial.takes_half(space["size"])
-    flops = partial(_flops, module, (space["channels"], *_edges(space["size"])))
-    return replace(_layers(module, section), sources=sources, fixed_size=fixed_size, takes=trial.takes, flops=flops)
+    shape = (space["channels"], *_edges(space["size"]))
+    return replace(
+        _layers(module, section),
+        sources=sources,
+        fixed_size=not trial.takes_half(space["size"]),
+        takes=trial.takes,
+        flops=partial(_flops, module, shape),
+        pruned=partial(_pruned, module, int(classes), shape),
+    )
 
 
 def _sources_of(known: Description, given: Mapping[str, Any]) -> dict[str, str]:
@@ -298,6 +307,14 @@ def _flops(network: nn.Module, shape: tuple[int, ...]) -> float:
     with contextlib.suppress(Exception):  # of operators that nobody knows to count
         return forward_flops(network, shape)
     return math.inf
+
+
+def _pruned(network: nn.Module, classes: int, shape: tuple[int, int, int], keep: float) -> nn.Module | None:
+    with contextlib.suppress(ValueError), torch.no_grad():
+        pruned = pruned_teacher(network, classes, shape, keep=keep)
+        logits_of(pruned(torch.zeros(2, *shape)), classes, images=2)
+        return pruned
+    return None
 
 
 def _edges(size: int | list[int]) -> list[int]:

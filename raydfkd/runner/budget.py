@@ -136,7 +136,7 @@ class _Rounds:
         if synthesizer is not None:
             self._synthesizer = synthesizer(build_setting(job.recipe, teacher.module, device))
         elif not is_live(job.recipe):
-            self._feed = build_student(_in_one_process(job.recipe), self._student, device)
+            self._feed = build_student(_in_one_process(job.recipe), teacher.module, self._student, device)
             if self._feed is not None:
                 self._feed.follow(None)
             self._synthesizer = build_synthesizer(job.recipe, teacher.module, device, self._feed)

@@ -169,7 +169,7 @@ def check_synthesis(recipe: Recipe, teacher: nn.Module, student: nn.Module) -> N
         return
     if not recipe.transfer_set.images_per_class:
         raise RecipeError("transfer_set.images_per_class is missing; say how many images to make of each class")
-    build_synthesizer(recipe, teacher, cpu, build_student(recipe, lambda _: None, cpu), is_trial=True)
+    build_synthesizer(recipe, teacher, cpu, build_student(recipe, teacher, lambda _: None, cpu), is_trial=True)
 
 
 def _check_selection(recipe: Recipe, teacher: nn.Module) -> None:

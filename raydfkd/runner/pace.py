@@ -137,7 +137,7 @@ def measure(whole: Recipe) -> Speed:
 
 
 def _synthesis_seconds(recipe: Recipe, teacher: nn.Module, device: torch.device) -> float:
-    student = build_student(recipe, lambda _: None, device)
+    student = build_student(recipe, teacher, lambda _: None, device)
     synthesizer, request = build_synthesizer(recipe, teacher, device, student), recipe.plan()[0].request
     return _second_time(lambda: sum(len(batch) for batch in synthesizer.produce(request, lambda _: None)), device)
 

@@ -336,7 +336,7 @@ def announce(job: Job, events: Events) -> None:
         )
     )
     images = f"{job.planned_images:,} images in {len(job.units)} units" if job.units else "images made as it learns"
-    students = f"student of {count_parameters(job.fresh_student()):,} parameters"
+    students = f"student of {count_parameters(_outline_of(recipe)):,} parameters"
     events.say("plan", f"{len(recipe.classes)} classes, {images}, {students}")
     if job.units and done.commits:
         events.say("plan", f"{len(done.commits)} of {len(job.units)} units are there already; resuming from them")
@@ -344,7 +344,7 @@ def announce(job: Job, events: Events) -> None:
 
 def student_of(recipe: Recipe, state: Mapping[str, Tensor]) -> nn.Module:
     """The student with the weights ``state``, on the CPU, in eval mode."""
-    network = build_network(recipe.student, recipe.teacher, where="student", seed=0)
+    network = _outline_of(recipe)
     network.load_state_dict({key: value.cpu() for key, value in state.items()})
     return network.eval()
 
@@ -355,9 +355,13 @@ def saved_student(recipe: Recipe, weights: str | os.PathLike[str], *, where: str
     Raises:
         RecipeError: they are of another network; ``where`` is the option that names them.
     """
-    network = build_network(recipe.student, recipe.teacher, where="student", seed=0)
+    network = _outline_of(recipe)
     load_weights(network, str(weights), where=where)
     return network
+
+
+def _outline_of(recipe: Recipe) -> nn.Module:
+    return build_network(recipe.student, recipe.teacher, where="student", seed=0)
 
 
 def student_path(recipe: Recipe) -> Path:

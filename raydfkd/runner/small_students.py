@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from raydfkd.networks.build import NETWORKS, count_parameters
+from raydfkd.networks.build import NETWORKS, PRUNED_TEACHER, count_parameters
 from raydfkd.networks.flops import forward_flops
 from raydfkd.networks.scout import Found
 
+KEEP, MOST = 0.5, 0.5
+"""Share of the teacher's channels that a pruned one keeps, and the most that it may have of its weights and work."""
 MOST_WEIGHTS = 0.4
 """Of the teacher's."""
 WIDTHS = (4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -31,8 +33,8 @@ class Kind:
     """Networks that differ in their widths alone."""
 
     network: str
-    widths: Sequence[tuple[int, ...]]
-    """From narrow to wide."""
+    widths: Sequence[tuple[int, ...]] = ()
+    """From narrow to wide; none where there is but one such network."""
     options: Mapping[str, Any] = field(default_factory=dict)
     why: str = "any network will do"
     least_steps: int = 0
@@ -40,21 +42,28 @@ class Kind:
 
     def sections(self) -> list[dict[str, Any]]:
         """The section ``student`` of a recipe for each, from narrow to wide."""
+        if not self.widths:
+            return [{"network": self.network, "options": {**self.options}}]
         return [{"network": self.network, "options": {"widths": [*one], **self.options}} for one in self.widths]
 
 
 def kind_for(found: Found, *, is_hurried: bool) -> Kind:
     """Networks of a kind that learns well of such a teacher in a short time (benchmarks.md).
 
-    For small images a strided stack where the teacher is one, with normalisation of the same kind. Linear layers where
-    the teacher has no convolutions: its answers depend on where things are. Else two convolutions that see as much as
-    the teacher's first, and linear layers, with which a step takes little and few are enough; or, where images have the
-    moments of the teacher's BatchNorm and there is time, a deeper stack that has it too.
+    The teacher itself with half of its channels, where these can be told apart and little work is left: no other begins
+    with what the teacher knows. Else for small images a strided stack where the teacher is one, with normalisation of
+    the same kind. Linear layers where the teacher has no convolutions: its answers depend on where things are. Else two
+    convolutions that see as much as the teacher's first, and linear layers, with which a step takes little and few are
+    enough; or, where images have the moments of the teacher's BatchNorm and there is time, a deeper stack that has it
+    too.
 
     Args:
         found: of the teacher.
         is_hurried: whether there is time for few steps.
     """
+    if _is_pruned_well(found):
+        why = "half of the teacher's channels, with their weights to begin with; any network will do"
+        return Kind(network=PRUNED_TEACHER, options={"keep": KEEP}, why=why)
     if not found.is_small:
         return Kind(network="convnet", widths=_doubled(5))
     if found.is_strided and not found.has_attention:
@@ -67,6 +76,13 @@ def kind_for(found: Found, *, is_hurried: bool) -> Kind:
     if found.has_moments and not is_hurried:
         return Kind(network="vgg_small", widths=_doubled(3), least_steps=MANY_STEPS)
     return _two_convolutions(found)
+
+
+def _is_pruned_well(found: Found) -> bool:
+    pruned = found.pruned(KEEP)
+    if pruned is None or count_parameters(pruned) > MOST * found.parameters:
+        return False
+    return forward_flops(pruned, (found.space["channels"], *found.edges)) <= MOST * found.flops()
 
 
 def _two_convolutions(found: Found) -> Kind:

@@ -171,7 +171,7 @@ def synthesizer_of(trial: Recipe, teacher: nn.Module, device: torch.device) -> S
     Raises:
         RecipeError: the recipe is wrong, or does not suit the teacher.
     """
-    student = build_student(trial, lambda _: None, device) if asks_student(trial) else None
+    student = build_student(trial, teacher, lambda _: None, device) if asks_student(trial) else None
     return build_synthesizer(trial, teacher, device, student, is_trial=True)
 
 

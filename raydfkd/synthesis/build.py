@@ -16,8 +16,8 @@ from raydfkd.devices import dtype_of
 from raydfkd.errors import RecipeError
 from raydfkd.job import asks_student
 from raydfkd.losses.objective import terms_that_need
-from raydfkd.networks.build import build_network
 from raydfkd.networks.observed import Need
+from raydfkd.networks.student import fresh_student
 from raydfkd.seeds import derive_seed
 from raydfkd.synthesis.generator_training import GeneratorTraining
 from raydfkd.synthesis.judge import StudentFeed
@@ -33,7 +33,7 @@ from raydfkd.synthesis.targets import TARGETS
 from raydfkd.units import Request
 
 
-def build_student(recipe: Recipe, source: Source, device: torch.device) -> StoredStudentFeed | None:
+def build_student(recipe: Recipe, teacher: nn.Module, source: Source, device: torch.device) -> StoredStudentFeed | None:
     """The student for the objective, where a term asks it; a fresh one until ``source`` has a version.
 
     Raises:
@@ -52,9 +52,8 @@ def build_student(recipe: Recipe, source: Source, device: torch.device) -> Store
             "use rounds: 2 or more, or runtime.executor ray"
         )
     spec = recipe.synthesis
-    seed = derive_seed(recipe.seed, "student")
     return StoredStudentFeed(
-        build_network(recipe.student, recipe.teacher, where="student", seed=seed),
+        fresh_student(recipe, teacher),
         source,
         device=device,
         precision=dtype_of(spec.precision, device),

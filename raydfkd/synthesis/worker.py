@@ -62,7 +62,7 @@ class SynthesisWorker:
         self._digest = f"{job.digest} {json.dumps(stored, sort_keys=True)}"
         self._should_stop, self._on_progress = should_stop, on_progress
         self._students = StudentVersions(job.transfer_set.store)
-        self._student = build_student(recipe, self._students.newest, device)
+        self._student = build_student(recipe, teacher.module, self._students.newest, device)
         self._synthesizer = build_synthesizer(recipe, teacher.module, device, self._student)
         self._student_versions = (
             {unit.id: phase.student_version for phase in reversed(job.phases) for unit in phase.units}

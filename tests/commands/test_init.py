@@ -17,7 +17,7 @@ from raydfkd.networks.build import NETWORKS
 from raydfkd.networks.flops import forward_flops
 from raydfkd.networks.generators import GENERATORS
 from raydfkd.networks.teacher import build_teacher
-from raydfkd.runner import pace
+from raydfkd.runner import pace, small_students
 from raydfkd.runner.check import check
 from raydfkd.runner.pace import Speed
 from raydfkd.runner.run import run
@@ -85,7 +85,21 @@ def test_student_of_a_teacher_without_convolutions_has_none_either(begun, option
     check(recipe)
 
 
+@pytest.fixture
+def never_pruned(monkeypatch):
+    """As for a teacher whose channels cannot be told apart."""
+    monkeypatch.setattr(small_students, "_is_pruned_well", lambda found: False)
+
+
 @pytest.mark.usefixtures("slow_machine")
+@pytest.mark.parametrize("budget", ["20s", "30m"])
+def test_student_is_half_of_the_teacher_however_short_the_budget(begun, budget):
+    text = begun(row_called("state dict"), budget=budget).read_text()
+    assert "\n  network: pruned_teacher   # half of the teacher's channels" in text
+    check(load_recipe("mine.yaml"))
+
+
+@pytest.mark.usefixtures("slow_machine", "never_pruned")
 @pytest.mark.parametrize(("budget", "kind"), [("20s", "plain_cnn"), ("30m", "vgg_small")])
 def test_deep_student_is_taken_where_there_is_time_for_its_steps(begun, budget, kind):
     begun(row_called("state dict"), "--options", "{stride: 1}", budget=budget)
@@ -94,7 +108,7 @@ def test_deep_student_is_taken_where_there_is_time_for_its_steps(begun, budget, 
     assert (recipe.distill.steps < MANY_STEPS) == (kind == "plain_cnn")
 
 
-@pytest.mark.usefixtures("slow_machine")
+@pytest.mark.usefixtures("slow_machine", "never_pruned")
 @pytest.mark.parametrize("budget", ["20s", "30m"])
 def test_student_of_a_strided_teacher_is_strided_however_short_the_budget(begun, budget):
     text = begun(row_called("state dict"), budget=budget).read_text()

@@ -11,6 +11,7 @@ from toy import (
     SPACE,
     PlainNet,
     batchnorm_teacher,
+    fresh_student_of,
     plain_teacher,
     quiet_events,
     synthesize_here,
@@ -227,7 +228,7 @@ def test_student_is_published_when_fresh_every_so_often_and_at_the_end(tmp_path)
     )
     student = training.run()
     assert list(versions) == [0, 4, 8, 9]
-    assert_same_weights(versions[0], job.fresh_student().state_dict())
+    assert_same_weights(versions[0], fresh_student_of(job).state_dict())
     assert_same_weights(versions[9], student)
     assert [published for published, _ in states] == [2, 3, 4], "a kill after the checkpoint would leave a version out"
 

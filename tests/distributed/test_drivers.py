@@ -18,7 +18,7 @@ import pytest
 import safetensors.torch
 from clusters import COMMAND, cluster
 from small import small_recipe
-from toy import quiet_events, synthesize_here
+from toy import fresh_student_of, quiet_events, synthesize_here
 
 from raydfkd.job import Job, open_job
 from raydfkd.report.metrics import read_metrics
@@ -200,4 +200,4 @@ def test_interrupted_runs_end_in_time_say_how_to_go_on_and_do(tmp_path, expected
     assert took["in training"] < STOPS_WITHIN_S
     assert took["twice"] < STOPS_NOW_S
     state = safetensors.torch.load_file(tmp_path / "run" / "student.safetensors")
-    assert state.keys() == job.fresh_student().state_dict().keys()
+    assert state.keys() == fresh_student_of(job).state_dict().keys()

@@ -14,7 +14,7 @@ import torch
 from clusters import kill_one_at_work
 from rich.console import Console
 from small import small_recipe
-from toy import quiet_events, synthesize_here
+from toy import fresh_student_of, quiet_events, synthesize_here
 
 from raydfkd.cli import main
 from raydfkd.data.commits import Commit
@@ -75,7 +75,7 @@ def test_a_run_survives_a_killed_worker_makes_the_set_that_one_process_makes_and
 
     steps = [entry["step"] for entry in read_metrics(metrics) if entry["event"] == "student"]
     assert steps == [1, 10, 20, 30, 40]
-    fresh = job.fresh_student().state_dict()
+    fresh = fresh_student_of(job).state_dict()
     assert student.keys() == fresh.keys()
     assert any(not torch.equal(student[name], fresh[name]) for name in fresh)
 

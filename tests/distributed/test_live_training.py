@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 from small import small_recipe
+from toy import fresh_student_of
 
 from raydfkd.report.metrics import read_metrics
 from raydfkd.runner.run import run
@@ -41,7 +42,7 @@ def test_adversarial_training_on_two_workers_runs_to_its_end_resumes_and_keeps_i
     assert {entry["workers"] for entry in entries} == {2}
     assert [entry["images_seen"] for entry in entries] == [64, 640, 1280, 1920], "each worker sees its half"
     student = safetensors.torch.load_file(result.student)
-    fresh = result.job.fresh_student().state_dict()
+    fresh = fresh_student_of(result.job).state_dict()
     assert all(value.isfinite().all() for value in student.values())
     assert any(not torch.equal(student[name], fresh[name]) for name in fresh)
 

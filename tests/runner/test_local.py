@@ -8,7 +8,15 @@ import pytest
 import torch
 from faulty import PLANS, Faults
 from rich.console import Console
-from toy import SYNTHESIZERS_UNDER_TEST, distill_here, quiet_events, run_here, synthesize_here, toy_recipe
+from toy import (
+    SYNTHESIZERS_UNDER_TEST,
+    distill_here,
+    fresh_student_of,
+    quiet_events,
+    run_here,
+    synthesize_here,
+    toy_recipe,
+)
 
 from raydfkd.checkpoints import checkpoint_bytes
 from raydfkd.data.batches import SyntheticBatch
@@ -74,7 +82,7 @@ def test_run_commits_every_unit_closes_the_set_and_trains_a_student(tmp_path, sy
     assert job.is_closed
     rows = [job.transfer_set.read(part) for commit in job.snapshot().commits for part in commit.parts]
     assert torch.cat([part.labels for part in rows]).bincount().tolist() == [6, 6, 6, 6]
-    fresh = job.fresh_student().state_dict()
+    fresh = fresh_student_of(job).state_dict()
     assert state.keys() == fresh.keys()
     assert any(not torch.equal(state[name], fresh[name]) for name in fresh)
     assert all(value.isfinite().all() for value in state.values())

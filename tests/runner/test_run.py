@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from toy import batchnorm_teacher, toy_recipe
+from toy import batchnorm_teacher, fresh_student_of, toy_recipe
 
 import raydfkd
 import raydfkd.networks.teacher
@@ -204,7 +204,7 @@ def test_agreement_is_measured_on_the_held_out_images_and_no_others(tmp_path):
 
 
 def student_of(result):
-    student = result.job.fresh_student().eval()
+    student = fresh_student_of(result.job).eval()
     student.load_state_dict(safetensors.torch.load_file(result.student))
     return student
 

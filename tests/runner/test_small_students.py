@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,8 @@ from raydfkd.networks.build import NETWORKS, count_parameters
 from raydfkd.networks.flops import forward_flops
 from raydfkd.networks.scout import scout
 from raydfkd.runner.small_students import kind_for, largest_within
+
+sys.path.append(str(Path(__file__).parents[1] / "report"))  # strangers_networks
 
 
 @pytest.mark.parametrize(
@@ -39,6 +43,7 @@ from raydfkd.runner.small_students import kind_for, largest_within
 def test_student_is_of_a_kind_that_learns_of_the_teacher_and_far_smaller(network, options, size, kind, chosen):
     space = {"channels": 3, "size": size, "mean": [0.5] * 3, "std": [0.5] * 3}
     found = scout(network, options=options, weights="random", given={"classes": 10, "image_space": space})
+    found = replace(found, pruned=lambda keep: None)
     section = largest_within(kind_for(found, is_hurried=False), found)
     assert section == {"network": kind, "options": chosen}
     student = NETWORKS.build(kind, chosen, 10, 3, where="student.options")
@@ -47,9 +52,33 @@ def test_student_is_of_a_kind_that_learns_of_the_teacher_and_far_smaller(network
         assert forward_flops(student, (3, size, size)) <= found.flops()
 
 
+@pytest.mark.parametrize(
+    ("network", "options", "is_pruned"),
+    [
+        ("lenet5", {}, True),
+        ("resnet_small", {"depth": 8, "norm": "group"}, True),
+        ("mobilenet_small", {}, True),
+        ("vit_small", {}, True),
+        ("torchvision:squeezenet1_1", {}, True),
+        ("mlp", {"widths": [512, 256]}, True),
+        ("strangers_networks:Recurrent", {}, False),
+    ],
+)
+def test_half_of_the_teacher_is_its_student_where_that_is_far_smaller(network, options, is_pruned):
+    channels = 1 if "Recurrent" in network else 3
+    space = {"channels": channels, "size": 28 if channels == 1 else 32, "mean": [0.5] * channels}
+    space["std"] = space["mean"]
+    found = scout(network, options=options, weights="random", given={"classes": 10, "image_space": space})
+    kind = kind_for(found, is_hurried=False)
+    assert (kind.network == "pruned_teacher") == is_pruned
+    assert not is_pruned or largest_within(kind, found) == {"network": "pruned_teacher", "options": {"keep": 0.5}}
+    assert not is_pruned or kind == kind_for(found, is_hurried=True)
+
+
 def test_student_is_far_smaller_where_nobody_can_count_the_teachers_work():
     space = {"channels": 1, "size": 28, "mean": [0.5], "std": [0.5]}
     found = scout("resnet_small", options={"depth": 8}, weights="random", given={"classes": 10, "image_space": space})
+    found = replace(found, pruned=lambda keep: None)
     section = largest_within(kind_for(found, is_hurried=False), replace(found, flops=lambda: math.inf))
     student = NETWORKS.build(section["network"], section["options"], 10, 1, where="student.options")
     assert count_parameters(student) <= 0.4 * found.parameters
@@ -58,6 +87,7 @@ def test_student_is_far_smaller_where_nobody_can_count_the_teachers_work():
 def test_in_a_hurry_two_convolutions_are_taken_that_need_few_steps():
     space = {"channels": 1, "size": 28, "mean": [0.5], "std": [0.5]}
     found = scout("resnet_small", options={"depth": 8}, weights="random", given={"classes": 10, "image_space": space})
+    found = replace(found, pruned=lambda keep: None)
     slow, fast = (kind_for(found, is_hurried=is_hurried) for is_hurried in (False, True))
     assert (slow.network, fast.network) == ("vgg_small", "plain_cnn")
     assert slow.least_steps > fast.least_steps
