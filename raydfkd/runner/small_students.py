@@ -12,8 +12,12 @@ from raydfkd.networks.build import NETWORKS, PRUNED_TEACHER, count_parameters
 from raydfkd.networks.flops import forward_flops
 from raydfkd.networks.scout import Found
 
-KEEP, MOST = 0.5, 0.5
-"""Share of the teacher's channels that a pruned one keeps, and the most that it may have of its weights and work."""
+KEEP, KEEP_OF_NARROW = 0.5, 0.7
+"""Shares of the teacher's channels that a pruned one keeps: a quarter of weights and work, and half of them."""
+ENOUGH, FEWEST = 8, 4
+"""Outputs of its first layer: with fewer it keeps the larger share, as of LeNet-5's six, and below that is none."""
+MOST = 0.6
+"""Of the teacher's weights, and of its work, that a pruned one has."""
 MOST_WEIGHTS = 0.4
 """Of the teacher's."""
 WIDTHS = (4, 6, 8, 12, 16, 24, 32, 48, 64)
@@ -50,20 +54,20 @@ class Kind:
 def kind_for(found: Found, *, is_hurried: bool) -> Kind:
     """Networks of a kind that learns well of such a teacher in a short time (benchmarks.md).
 
-    The teacher itself with half of its channels, where these can be told apart and little work is left: no other begins
-    with what the teacher knows. Else for small images a strided stack where the teacher is one, with normalisation of
-    the same kind. Linear layers where the teacher has no convolutions: its answers depend on where things are. Else two
-    convolutions that see as much as the teacher's first, and linear layers, with which a step takes little and few are
-    enough; or, where images have the moments of the teacher's BatchNorm and there is time, a deeper stack that has it
-    too.
+    The teacher itself with half of its channels, or more where these are few, where they can be told apart and little
+    work is left: no other begins with what the teacher knows. Else for small images a strided stack where the teacher
+    is one, with normalisation of the same kind. Linear layers where the teacher has no convolutions: its answers depend
+    on where things are. Else two convolutions that see as much as the teacher's first, and linear layers, with which a
+    step takes little and few are enough; or, where images have the moments of the teacher's BatchNorm and there is
+    time, a deeper stack that has it too.
 
     Args:
         found: of the teacher.
         is_hurried: whether there is time for few steps.
     """
-    if _is_pruned_well(found):
-        why = "half of the teacher's channels, with their weights to begin with; any network will do"
-        return Kind(network=PRUNED_TEACHER, options={"keep": KEEP}, why=why)
+    if (keep := _share_kept(found)) is not None:
+        why = "begins with these channels' weights; any network will do"
+        return Kind(network=PRUNED_TEACHER, options={"keep": keep}, why=why)
     if not found.is_small:
         return Kind(network="convnet", widths=_doubled(5))
     if found.is_strided and not found.has_attention:
@@ -78,11 +82,22 @@ def kind_for(found: Found, *, is_hurried: bool) -> Kind:
     return _two_convolutions(found)
 
 
-def _is_pruned_well(found: Found) -> bool:
-    pruned = found.pruned(KEEP)
-    if pruned is None or count_parameters(pruned) > MOST * found.parameters:
-        return False
-    return forward_flops(pruned, (found.space["channels"], *found.edges)) <= MOST * found.flops()
+def _share_kept(found: Found) -> float | None:
+    """Share of its channels with which the teacher is pruned; None where that leaves too few, or too much work."""
+    for keep, least in ((KEEP, ENOUGH), (KEEP_OF_NARROW, FEWEST)):
+        pruned = found.pruned(keep)
+        if pruned is None or count_parameters(pruned) > MOST * found.parameters:
+            return None
+        if _first_width(pruned) >= least:
+            work = forward_flops(pruned, (found.space["channels"], *found.edges))
+            return keep if work <= MOST * found.flops() else None
+    return None
+
+
+def _first_width(network: nn.Module) -> int:
+    """Outputs of the first layer."""
+    layers = (module for module in network.modules() if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)))
+    return int(next(layers).weight.shape[0])
 
 
 def _two_convolutions(found: Found) -> Kind:

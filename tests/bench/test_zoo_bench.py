@@ -89,7 +89,7 @@ def test_recipe_is_inits_own_and_measured_once_between_the_controls(tmp_path, mo
 
 def test_recipe_has_the_rounds_and_the_student_for_which_there_is_time(tmp_path, monkeypatch):
     recipe = load_recipe("fashion-vgg", ["teacher.weights=random", "teacher.train=null"])
-    monkeypatch.setattr(small_students, "_is_pruned_well", lambda found: False)
+    monkeypatch.setattr(small_students, "_share_kept", lambda found: None)
     pages = []
     for seconds in (1e-5, 0.2, 20):
         speed = replace(FAST, synthesis=seconds, student=seconds)

@@ -53,26 +53,30 @@ def test_student_is_of_a_kind_that_learns_of_the_teacher_and_far_smaller(network
 
 
 @pytest.mark.parametrize(
-    ("network", "options", "is_pruned"),
+    ("network", "options", "keep"),
     [
-        ("lenet5", {}, True),
-        ("resnet_small", {"depth": 8, "norm": "group"}, True),
-        ("mobilenet_small", {}, True),
-        ("vit_small", {}, True),
-        ("torchvision:squeezenet1_1", {}, True),
-        ("mlp", {"widths": [512, 256]}, True),
-        ("strangers_networks:Recurrent", {}, False),
+        ("lenet5", {}, 0.7),  # of six channels
+        ("plain_cnn", {"size": 32, "widths": [3, 32, 64]}, None),
+        ("plain_cnn", {"size": 32, "widths": [16, 32, 64]}, 0.5),
+        ("resnet_small", {"depth": 8, "norm": "group"}, 0.5),
+        ("mobilenet_small", {}, 0.5),
+        ("vit_small", {}, 0.5),
+        ("mlp", {"widths": [512, 256]}, 0.5),
+        ("torchvision:squeezenet1_1", {}, 0.5),
+        ("strangers_networks:Recurrent", {}, None),
     ],
 )
-def test_half_of_the_teacher_is_its_student_where_that_is_far_smaller(network, options, is_pruned):
+def test_student_is_the_teacher_with_a_share_of_its_channels_where_that_can_be(network, options, keep):
     channels = 1 if "Recurrent" in network else 3
     space = {"channels": channels, "size": 28 if channels == 1 else 32, "mean": [0.5] * channels}
     space["std"] = space["mean"]
     found = scout(network, options=options, weights="random", given={"classes": 10, "image_space": space})
     kind = kind_for(found, is_hurried=False)
-    assert (kind.network == "pruned_teacher") == is_pruned
-    assert not is_pruned or largest_within(kind, found) == {"network": "pruned_teacher", "options": {"keep": 0.5}}
-    assert not is_pruned or kind == kind_for(found, is_hurried=True)
+    if keep is None:
+        assert kind.network != "pruned_teacher"
+    else:
+        assert largest_within(kind, found) == {"network": "pruned_teacher", "options": {"keep": keep}}
+        assert kind == kind_for(found, is_hurried=True)
 
 
 def test_student_is_far_smaller_where_nobody_can_count_the_teachers_work():
