@@ -37,7 +37,8 @@ def read_picture(path: str) -> Tensor:
 
 
 if __name__ == "__main__":
+    student, image = load_student(), read_picture(sys.argv[1])
     with torch.inference_mode():
-        shares, labels = load_student()(read_picture(sys.argv[1])).softmax(1)[0].sort(descending=True)
+        shares, labels = student(image).softmax(1)[0].sort(descending=True)
     for share, label in list(zip(shares.tolist(), labels.tolist(), strict=True))[:5]:
         print(f"{share:6.1%}  {CONFIG['class_names'][label]}")

@@ -27,11 +27,11 @@ def pruned_teacher(
     """
     import torch_pruning
 
-    images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     try:
-        pruned = copy.deepcopy(network).eval().requires_grad_(True)
         # the warnings say that weights outside of layers are pruned in the only way that there is
-        with torch.enable_grad(), warnings.catch_warnings(action="ignore"):
+        with torch.inference_mode(mode=False), torch.enable_grad(), warnings.catch_warnings(action="ignore"):
+            images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+            pruned = copy.deepcopy(network).eval().requires_grad_(True)
             torch_pruning.pruner.MagnitudePruner(
                 pruned,
                 images,
@@ -44,6 +44,8 @@ def pruned_teacher(
             ).step()
         with torch.no_grad():
             pruned(images)
+        if keep < 1 and sum(map(torch.numel, pruned.parameters())) == sum(map(torch.numel, network.parameters())):
+            raise ValueError("no layer has channels that may go")
     except Exception as error:  # what a network does in its forward may be anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"the teacher's channels cannot be pruned ({reason[:200]}); name another network") from error

@@ -137,6 +137,19 @@ def test_classes_stay_whole_where_they_are_not_the_last_that_is_made():
     assert (logits.shape, others.shape) == ((2, 4), (2, 6))
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_channels_are_told_apart_where_nobody_wants_a_gradient(mode):
+    with mode():
+        pruned = pruned_teacher(batchnorm_teacher(), 4, SPACE.shape)
+    assert count_parameters(pruned) < 0.5 * count_parameters(batchnorm_teacher())
+
+
+def test_network_with_nothing_but_its_answer_is_refused():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    with pytest.raises(ValueError, match=r"cannot be pruned \(no layer has channels that may go\)"):
+        pruned_teacher(network, 3, (1, 4, 4))
+
+
 def test_only_a_student_is_pruned():
     space = ImageSpace(channels=1, size=8, mean=(0.5,), std=(0.5,))
     spec = TeacherSpec(network="pruned_teacher", classes=4, image_space=space)
