@@ -11,6 +11,8 @@ from torch import nn
 from raydfkd.config.schema import PositiveFraction
 from raydfkd.networks.build import NETWORKS
 
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+
 
 @NETWORKS.register("pruned_teacher")
 def pruned_teacher(
@@ -53,9 +55,19 @@ def pruned_teacher(
 
 
 def _answering_layers(network: nn.Module, classes: int, images: torch.Tensor) -> list[nn.Module]:
-    """The last layer that is called, which makes the answer, and those with an output for each class, which may."""
+    """The layer that makes the answer, and those with an output for each class, which may."""
+    layers = [module for module in network.modules() if isinstance(module, LAYERS)]
+    return [last_layer(network, images), *(layer for layer in layers if layer.weight.shape[0] == classes)]
+
+
+def last_layer(network: nn.Module, images: torch.Tensor) -> nn.Module:
+    """The linear layer or convolution that is called last for ``images`` [N, C, H, W].
+
+    Raises:
+        ValueError: there is none.
+    """
     called: list[nn.Module] = []
-    layers = [module for module in network.modules() if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))]
+    layers = [module for module in network.modules() if isinstance(module, LAYERS)]
     hooks = [layer.register_forward_hook(lambda module, *_: called.append(module)) for layer in layers]
     try:
         with torch.no_grad():
@@ -65,4 +77,4 @@ def _answering_layers(network: nn.Module, classes: int, images: torch.Tensor) ->
             hook.remove()
     if not called:
         raise ValueError("it has no linear layer and no convolution")
-    return [called[-1], *(layer for layer in layers if layer.weight.shape[0] == classes)]
+    return called[-1]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from raydfkd.config.recipe import Recipe
+from raydfkd.config.schema import TeacherSpec
 from raydfkd.networks.build import PRUNED_TEACHER, build_network, prune_teacher
+from raydfkd.networks.pruned import last_layer
 from raydfkd.seeds import derive_seed
 
 
@@ -23,4 +26,15 @@ def fresh_student(recipe: Recipe, teacher: nn.Module) -> nn.Module:
     student = build_network(recipe.student, recipe.teacher, where="student", seed=seed)
     if recipe.student.network == PRUNED_TEACHER:
         student.load_state_dict(prune_teacher(recipe.student, teacher, recipe.teacher).state_dict())
+        _temper(student, recipe.teacher)
     return student
+
+
+def _temper(student: nn.Module, teacher: TeacherSpec) -> None:
+    """Divide what the student answers as the teacher's logits are divided."""
+    if teacher.temperature == 1:
+        return
+    last = last_layer(student, torch.zeros(2, *teacher.image_space.shape))
+    with torch.no_grad():
+        for parameter in last.parameters():
+            parameter.div_(teacher.temperature)

@@ -132,6 +132,13 @@ def test_training_begins_with_the_weights_of_the_teacher_as_it_is_trained(tmp_pa
     assert any(not torch.equal(versions[max(versions)][name], expected[name]) for name in expected)
 
 
+def test_student_of_a_tempered_teacher_begins_with_tempered_answers(tmp_path):
+    changes = ["student={network: pruned_teacher, options: {keep: 1.0}}", "teacher.temperature=12"]
+    job, images = open_job(toy_recipe(tmp_path, changes)), torch.randn(3, *SPACE.shape)
+    student, teacher = fresh_student_of(job).eval(), open_teacher(job.recipe).module
+    torch.testing.assert_close(student(images), teacher(images))
+
+
 def test_classes_stay_whole_where_they_are_not_the_last_that_is_made():
     logits, others = pruned_teacher(TwoAnswers(), 4, (1, 8, 8))(torch.randn(2, 1, 8, 8))
     assert (logits.shape, others.shape) == ((2, 4), (2, 6))
