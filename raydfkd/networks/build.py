@@ -133,7 +133,7 @@ def prune_teacher(spec: StudentSpec, network: nn.Module, teacher: TeacherSpec) -
         RecipeError: the network's layers cannot be told apart.
     """
     supplied = (network, teacher.classes, teacher.image_space.shape)
-    return NETWORKS.build(spec.network, spec.options, *supplied, where="student.network")
+    return NETWORKS.build(spec.network, spec.options, *supplied, where="student.options")
 
 
 def _from_library(

@@ -7,11 +7,13 @@ import warnings
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from raydfkd.config.schema import PositiveFraction
 from raydfkd.networks.build import NETWORKS
 
-LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+LAYERS = (nn.Linear, _ConvNd)
+"""Kinds of layers whose outputs are channels that may go."""
 
 
 @NETWORKS.register("pruned_teacher")

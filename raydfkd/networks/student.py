@@ -9,7 +9,8 @@ from raydfkd.config.recipe import Recipe
 from raydfkd.config.schema import TeacherSpec
 from raydfkd.networks.build import PRUNED_TEACHER, build_network, prune_teacher
 from raydfkd.networks.pruned import last_layer
-from raydfkd.seeds import derive_seed
+from raydfkd.networks.taps import find_head
+from raydfkd.seeds import derive_seed, rng_from
 
 
 def fresh_student(recipe: Recipe, teacher: nn.Module) -> nn.Module:
@@ -34,7 +35,10 @@ def _temper(student: nn.Module, teacher: TeacherSpec) -> None:
     """Divide what the student answers as the teacher's logits are divided."""
     if teacher.temperature == 1:
         return
-    last = last_layer(student, torch.zeros(2, *teacher.image_space.shape))
+    images = torch.randn(2, *teacher.image_space.shape, generator=rng_from(0))
+    head = find_head(student, images)
+    # behind a layer whose mean over positions they are, the logits are divided as its outputs
+    layer = last_layer(student, images) if head is None else student.get_submodule(head.path)
     with torch.no_grad():
-        for parameter in last.parameters():
+        for parameter in layer.parameters():
             parameter.div_(teacher.temperature)

@@ -10,6 +10,7 @@ from torch import nn
 
 from raydfkd.networks.build import NETWORKS, PRUNED_TEACHER, count_parameters
 from raydfkd.networks.flops import forward_flops
+from raydfkd.networks.pruned import LAYERS
 from raydfkd.networks.scout import Found
 
 KEEP, KEEP_OF_NARROW = 0.5, 0.7
@@ -96,7 +97,7 @@ def _share_kept(found: Found) -> float | None:
 
 def _first_width(network: nn.Module) -> int:
     """Outputs of the first layer."""
-    layers = (module for module in network.modules() if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)))
+    layers = (module for module in network.modules() if isinstance(module, LAYERS))
     return int(next(layers).weight.shape[0])
 
 
